@@ -1,0 +1,24 @@
+"""What every test shares: import paths, no network, and GPU tests only where there is a GPU."""
+
+import os
+import sys
+
+import pytest
+from helpers import REPO
+
+# Scripts stand at the top level and are imported by name, just as a reader runs them.
+sys.path.insert(0, str(REPO))
+
+# Also for a pytest that was not started by run.sh. Before transformers is imported, which reads it once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items):
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch  # here, because most single test files need none of it
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Runs the tests in an environment of their own, .venv-test, which it makes or brings up to date first.
+#
+# Usage:
+#   bash tests/run.sh                       every test
+#   bash tests/run.sh --quick               without those marked slow
+#   bash tests/run.sh [--quick] ARGS...     further arguments go to pytest, for example -k packing
+#
+# Environment:
+#   PYTHON=python3.12   the interpreter that .venv-test is made with; default python3
+set -euo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+
+select=()
+if [[ ${1:-} == --quick ]]; then
+    select=(-m "not slow")
+    shift
+fi
+
+base=${PYTHON:-python3}
+venv=.venv-test
+python=$PWD/$venv/bin/python
+stamp=$venv/requirements.sha256
+
+# The stamp is written last, so that an interrupted installation, too, is done again.
+wanted=$({ "$base" --version; cat requirements.txt tests/requirements.txt; } |
+    "$base" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+if [[ ! -x $python || ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
+    echo "tests: making $venv" >&2
+    "$base" -m venv --clear "$venv"
+    # torch first and by itself, accelerate last: the other way round, a package that takes any torch brings
+    # in the newest one, which requirements.txt may exclude.
+    for packages in "$(grep '^torch' requirements.txt)" "-r requirements.txt" "-r tests/requirements.txt"; do
+        read -ra packages <<<"$packages"
+        "$python" -m pip install --quiet --disable-pip-version-check "${packages[@]}" >&2
+    done
+    echo "$wanted" >"$stamp"
+fi
+
+# Without it the test of the shell scripts is skipped, and says so.
+if ! command -v shellcheck >/dev/null && [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+    export DEBIAN_FRONTEND=noninteractive
+    { apt-get -qq update && apt-get -qq install -y shellcheck; } >/dev/null 2>&1 ||
+        echo "tests: shellcheck could not be installed" >&2
+fi
+
+# One thread for each process, because the tests start several; no hub, because no test may need the network.
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1
+unset TOKENIZERS_PARALLELISM
+exec "$python" -m pytest tests -q -rs --durations=15 ${select[@]+"${select[@]}"} "$@"
