@@ -1,0 +1,2401 @@
+"""Train a causal language model with PyTorch FSDP2: from scratch, fine-tuning or supervised fine-tuning (SFT).
+
+One file, no Trainer: it builds a model (written out below, or any causal LM of Hugging Face transformers), shards
+its blocks with `fully_shard`, runs the loop that you see in `main()`, keeps asynchronous, atomically published
+checkpoints (DCP), resumes exactly, and ends with a Hugging Face folder that any tool loads.
+Left out on purpose: tensor, pipeline and expert parallelism, LoRA, reinforcement learning.
+
+    python train_llm.py --from-scratch --model-size test --max-steps 20          # CPU or one GPU
+    python train_llm.py --nproc 2 --config configs/train_llm/quickstart.yaml     # two processes (all GPUs: no --nproc)
+    torchrun --nproc_per_node 8 train_llm.py --hf-model meta-llama/Llama-2-7b-hf --dataset my_chats.jsonl
+    srun --ntasks-per-node 8 python train_llm.py --from-scratch --model-size 7B  # SLURM, one task a GPU
+
+Contents: 1 Arguments, 2 Distributed, 3 Data, 4 Model, 5 Optimizer and schedule, 6 Loss, 7 Checkpoints and export,
+8 Run record, 9 Evaluation, 10 Training. To change what a row of your data becomes, edit section 3; the architecture,
+section 4; the objective, section 6; the order of things, section 10. Lines that people change say `EDIT:`.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import zlib
+from array import array
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# FSDP, DCP, transformers, datasets, yaml and tqdm are imported inside the functions that use them: `--help` and a
+# wrong flag must not wait for them, and training from scratch never pays for a transformers model class.
+
+IGNORE = -100  # the label of a token that is not trained, the value that torch and transformers use
+
+
+class UserError(Exception):
+    """Something that the user can mend: shown as one line, without a traceback, exit code 1."""
+
+
+# ------------------------------------------------------------------------------------------------
+# 1. Arguments: the flags, a YAML or JSON file as a saved command line, and every check that needs no data
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train_llm.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+        formatter_class=functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=34, width=110),
+    )
+    parser.error = usage_error
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON of flags; the command line overrides it")
+    add_model_flags(parser.add_argument_group("model"))
+    add_data_flags(parser.add_argument_group("data"))
+    add_training_flags(parser.add_argument_group("training"))
+    add_system_flags(parser.add_argument_group("devices, sharding and memory"))
+    add_record_flags(parser.add_argument_group("checkpoints, evaluation and logging"))
+    return parser
+
+
+def add_model_flags(group: argparse._ArgumentGroup) -> None:
+    onoff = argparse.BooleanOptionalAction
+    group.add_argument("--hf-model", metavar="NAME_OR_FOLDER", help="train this Hugging Face causal LM")
+    group.add_argument("--from-scratch", action=onoff, default=False, help="train the model of this file")
+    group.add_argument("--model-size", choices=list(MODEL_SIZES), default="7B", help="for --from-scratch")
+    group.add_argument("--vocab-size", type=int, help="for --from-scratch; if not given: the length of --tokenizer "
+                       "rounded up to 64, or 32000 where the tokenizer is trained here")
+    group.add_argument("--seq-len", type=int, default=2048, help="tokens in a training sequence")
+    group.add_argument("--tokenizer", metavar="NAME_OR_FOLDER", help="if not given: the model's own; from scratch "
+                       "a byte-level BPE is trained on the data set")
+    group.add_argument("--chat-template", metavar="FILE", help="Jinja chat template in place of the tokenizer's")
+    group.add_argument("--trust-remote-code", action=onoff, default=False, help="run code that comes with the model")
+
+
+def add_data_flags(group: argparse._ArgumentGroup) -> None:
+    onoff = argparse.BooleanOptionalAction
+    group.add_argument("--dataset", default="stdlib", help="hub name, folder, or .jsonl .parquet .txt .csv file; "
+                       "'stdlib' is the source of Python's own standard library")
+    group.add_argument("--dataset-config", metavar="NAME", help="configuration of a hub data set")
+    group.add_argument("--dataset-split", default="train", help="split to train on")
+    group.add_argument("--text-column", metavar="NAME", help="train on this column as plain text; if not given: "
+                       "messages, prompt+completion or question+answer is SFT, 'text' is plain text")
+    group.add_argument("--eval-split", metavar="SPLIT_OR_FILE", help="split, or file, that is held out")
+    group.add_argument("--eval-fraction", type=float, default=0.0, help="share of the documents that is held out")
+    group.add_argument("--data-cache", metavar="DIR", default="data_cache", help="tokenised data, kept by content")
+    group.add_argument("--packing", action=onoff, default=True, help="fill each sequence with several documents")
+    group.add_argument("--mask-documents", action=onoff, help="documents in a pack do not see each other; if not "
+                       "given: on, except for plain text from scratch")
+    group.add_argument("--streaming", action=onoff, default=False, help="tokenise while training, in file order; "
+                       "exact resume needs the same number of processes")
+
+
+def add_training_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--batch-size", type=int, default=4, help="sequences per process and micro-batch")
+    group.add_argument("--grad-accum-steps", type=int, default=1, help="micro-batches per optimizer step")
+    group.add_argument("--max-steps", type=int, help="optimizer steps; if not given: --num-epochs times "
+                       "--steps-per-epoch, 100000 at the most")
+    group.add_argument("--num-epochs", type=int, default=1)
+    group.add_argument("--steps-per-epoch", type=int, help="if not given: one pass over the data, or 1000 where "
+                       "its length is unknown (--streaming)")
+    group.add_argument("--max-lr", type=float, default=3e-4, help="learning rate after warm-up")
+    group.add_argument("--min-lr", type=float, default=3e-5, help="learning rate at the end of the cosine")
+    group.add_argument("--warmup-steps", type=int, help="if not given: 2000, a tenth of all steps at the most")
+    group.add_argument("--weight-decay", type=float, default=0.1, help="on matrices; not norms, biases, embeddings")
+    group.add_argument("--grad-clip", type=float, default=1.0, help="largest global gradient norm; 0 is off")
+    group.add_argument("--loss-chunk-tokens", type=int, default=512, metavar="N", help="rows of logits that exist "
+                       "at once")
+    group.add_argument("--max-bad-steps", type=int, default=10, help="stop after so many non-finite steps in a row")
+    group.add_argument("--seed", type=int, default=0)
+
+
+def add_system_flags(group: argparse._ArgumentGroup) -> None:
+    onoff = argparse.BooleanOptionalAction
+    group.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
+    group.add_argument("--nproc", type=int, metavar="N", help="start N processes with torchrun; if not given: one "
+                       "per GPU")
+    group.add_argument("--gpu-ranks", metavar="0,2,3", help="use these GPUs of the machine")
+    group.add_argument("--mixed-precision", action=onoff, default=True, help="bf16 compute, fp32 masters")
+    group.add_argument("--use-flash-attn", action=onoff, default=True, help="flash attention kernels")
+    group.add_argument("--hsdp-shard-size", type=int, metavar="N", help="shard over N processes, replicate over "
+                       "the rest; if not given: shard over all")
+    group.add_argument("--reshard-after-forward", action=onoff, default=True, help="free gathered weights between "
+                       "forward and backward")
+    group.add_argument("--activation-checkpointing", choices=["none", "full", "selective"], default="none")
+    group.add_argument("--compile", action=onoff, help="torch.compile each block; if not given: on CUDA only")
+    group.add_argument("--cpu-offload", action=onoff, default=False, help="masters and optimizer in host memory")
+    group.add_argument("--reduce-every-micro-batch", action=onoff, default=False, help="reduce gradients after each "
+                       "micro-batch, not once a step: more traffic, less memory")
+
+
+def add_record_flags(group: argparse._ArgumentGroup) -> None:
+    onoff = argparse.BooleanOptionalAction
+    group.add_argument("--checkpoint-dir", metavar="DIR", default="checkpoints", help="the run's folder")
+    group.add_argument("--checkpoint-interval", type=int, default=1000, help="steps between checkpoints")
+    group.add_argument("--keep-checkpoints", type=int, default=3, help="newest checkpoints kept; 0 keeps all")
+    group.add_argument("--async-checkpoint", action=onoff, default=True, help="write while training goes on")
+    group.add_argument("--resume", default="auto", metavar="{auto,none,FOLDER}", help="auto: the newest checkpoint "
+                       "of --checkpoint-dir, if there is one")
+    group.add_argument("--export", action=onoff, default=True, help="end with a Hugging Face folder")
+    group.add_argument("--export-dtype", choices=["auto", "bfloat16", "float32"], default="auto",
+                       help="auto: that of the compute")
+    group.add_argument("--log-interval", type=int, default=10, help="steps between logged rows")
+    group.add_argument("--eval-interval", type=int, default=0, help="steps between evaluations; 0: at the end only")
+    group.add_argument("--sample-tokens", type=int, default=0, help="print so many tokens of the model's at the end")
+    group.add_argument("--sample-prompt", default="", help="text that the sample continues")
+    group.add_argument("--tensorboard", action=onoff, default=False, help="needs the tensorboard package")
+    group.add_argument("--wandb", metavar="PROJECT", help="log to this Weights & Biases project (needs wandb)")
+
+
+def config_tokens(path: str, parser: argparse.ArgumentParser) -> list[str]:
+    """A config file as command-line tokens, so that one parser checks both and the real command line wins."""
+    import yaml
+
+    try:
+        entries = yaml.safe_load(Path(path).read_text())  # JSON is YAML
+    except OSError as error:
+        usage_error(f"--config {path}: {error.strerror}")
+    except yaml.YAMLError as error:
+        usage_error(f"--config {path} is neither YAML nor JSON: {' '.join(str(error).split())}")
+    if not isinstance(entries, dict):
+        usage_error(f"--config {path}: expected lines of the form 'flag-name: value'")
+    tokens = []
+    for key, value in entries.items():
+        flag = "--" + str(key).replace("_", "-")
+        if isinstance(value, (dict, list)):
+            usage_error(f"--config {path}: {key} must be one value, not a {type(value).__name__}")
+        is_switch = parser._option_string_actions.get(flag, None).__class__ is argparse.BooleanOptionalAction
+        if isinstance(value, bool) and is_switch:
+            tokens.append(flag if value else "--no-" + flag[2:])
+        elif value is not None:
+            tokens.append(f"{flag}={value}")
+    return tokens
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Default < config file < command line. Exits with code 2 and one line for each problem."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser()
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    finder.error = usage_error
+    path = finder.parse_known_args(argv)[0].config
+    args = parser.parse_args([*config_tokens(path, parser), *argv] if path else argv)
+    del args.config
+    problems = list(find_problems(args))
+    if problems:
+        usage_error("\n".join(problems))
+    return args
+
+
+def find_problems(args: argparse.Namespace) -> Iterator[str]:
+    """Every argument that cannot work, before anything is downloaded, tokenised or started."""
+    if args.from_scratch == bool(args.hf_model):
+        yield "choose one: --hf-model NAME_OR_FOLDER or --from-scratch"
+    for name in ("seq_len", "batch_size", "grad_accum_steps", "num_epochs", "loss_chunk_tokens", "max_bad_steps",
+                 "checkpoint_interval", "log_interval"):
+        if getattr(args, name) < 1:
+            yield f"{flag_of(name)} must be at least 1, not {getattr(args, name)}"
+    for name in ("max_steps", "steps_per_epoch", "nproc", "hsdp_shard_size", "vocab_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            yield f"{flag_of(name)} must be at least 1, not {getattr(args, name)}"
+    for name in ("warmup_steps", "weight_decay", "grad_clip", "keep_checkpoints", "eval_interval", "sample_tokens",
+                 "min_lr", "max_lr"):
+        if (getattr(args, name) or 0) < 0:
+            yield f"{flag_of(name)} must not be negative"
+    if args.min_lr > args.max_lr:
+        yield f"--min-lr {args.min_lr} is above --max-lr {args.max_lr}: lower --min-lr as well"
+    if not 0 <= args.eval_fraction < 1:
+        yield "--eval-fraction must be at least 0 and below 1"
+    if args.eval_fraction and (args.eval_split or args.streaming):
+        yield "--eval-fraction goes with neither --eval-split nor --streaming: use --eval-split alone"
+    if args.eval_split and Path(args.eval_split).suffix in DATA_SUFFIXES and not Path(args.eval_split).is_file():
+        yield f"--eval-split {args.eval_split}: no such file"
+    elif args.eval_split and (Path(args.dataset).is_file() or args.dataset == "stdlib") and not (
+            Path(args.eval_split).is_file()):
+        yield f"--eval-split {args.eval_split}: {args.dataset} has no splits; name a file, or use --eval-fraction"
+    if args.eval_interval and not (args.eval_fraction or args.eval_split):
+        yield "--eval-interval needs something held out: --eval-fraction or --eval-split"
+    if args.streaming and not args.packing:
+        yield "--streaming always packs: leave --no-packing out"
+    if args.streaming and args.from_scratch and not args.tokenizer:
+        yield "--streaming from scratch needs --tokenizer: it cannot train one on text that it has not read"
+    if args.gpu_ranks and not re.fullmatch(r"\d+(,\d+)*", args.gpu_ranks):
+        yield f"--gpu-ranks {args.gpu_ranks}: expected numbers with commas, such as 0,2,3"
+    if args.chat_template and not Path(args.chat_template).is_file():
+        yield f"--chat-template {args.chat_template}: no such file"
+    if looks_like_path(args.dataset) and not Path(args.dataset).exists():
+        yield f"--dataset {args.dataset}: no such file or folder"
+    for name in ("hf_model", "tokenizer"):
+        value = getattr(args, name)
+        if value and looks_like_path(value) and not Path(value).is_dir():
+            yield f"{flag_of(name)} {value}: no such folder"
+    if args.resume not in ("auto", "none") and not (Path(args.resume) / ".metadata").is_file():
+        yield f"--resume {args.resume}: not a checkpoint (a folder such as RUN/checkpoints/step_001000)"
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def looks_like_path(name: str) -> bool:
+    """A hub name is NAME or OWNER/NAME; whatever else is a path."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in DATA_SUFFIXES
+
+
+def usage_error(message: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for line in message.splitlines():
+            print(f"train_llm.py: error: {line}", file=sys.stderr)
+        print("train_llm.py: --help lists all flags", file=sys.stderr)
+    sys.exit(2)
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Distributed: who am I, which device, which mesh
+
+
+@dataclasses.dataclass
+class Ranks:
+    """This process among the others; rank, local_rank and world_size mean what torchrun's variables mean."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def relaunch_under_torchrun(args: argparse.Namespace) -> None:
+    """Started plainly with several GPUs or --nproc N: run this same command under torchrun, then exit as it does."""
+    if "RANK" in os.environ or "SLURM_STEP_ID" in os.environ:
+        return
+    select_gpus(args.gpu_ranks)
+    num_gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
+    nproc = args.nproc or max(1, num_gpus)
+    if num_gpus and nproc > num_gpus:
+        usage_error(f"--nproc {nproc}: this machine shows {num_gpus} GPUs; use --nproc {num_gpus} or fewer")
+    if nproc == 1:
+        return
+    import logging
+
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the script's own line says more
+    try:
+        torchrun(["--standalone", f"--nproc-per-node={nproc}", sys.argv[0], *sys.argv[1:]])
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values()]
+        # A rank that failed by itself exits with 1 or 2; the others were ended by torchrun's signal.
+        sys.exit(max((code for code in codes if code > 0), default=1))
+    sys.exit(0)
+
+
+def select_gpus(gpu_ranks: str | None) -> None:
+    """--gpu-ranks becomes CUDA_VISIBLE_DEVICES before CUDA starts; a different value there is a usage error."""
+    if not gpu_ranks:
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible != gpu_ranks:
+        usage_error(f"--gpu-ranks {gpu_ranks} and CUDA_VISIBLE_DEVICES={visible} disagree: unset one of them")
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu_ranks
+    if torch.cuda.device_count() != len(gpu_ranks.split(",")):
+        usage_error(f"--gpu-ranks {gpu_ranks}: only {torch.cuda.device_count()} of these GPUs exist here")
+
+
+def read_ranks(args: argparse.Namespace) -> Ranks:
+    """From torchrun's or accelerate's variables, from srun's, or alone."""
+    env = os.environ
+    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        hosts = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
+        if re.search(r"[\[,]", hosts):  # a compressed list: n[01-04]
+            hosts = subprocess.check_output(["scontrol", "show", "hostnames", hosts], text=True).split()[0]
+        env.setdefault("MASTER_ADDR", hosts)
+        env.setdefault("MASTER_PORT", str(20000 + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 20000))
+        env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"])
+    rank, local_rank, world_size = (int(env.get(name, default)) for name, default in
+                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        usage_error("--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch")
+    use_cuda = args.device != "cpu" and torch.cuda.is_available()
+    # srun --gpus-per-task shows every task its own device 0.
+    device = torch.device("cuda", local_rank % torch.cuda.device_count()) if use_cuda else torch.device("cpu")
+    if args.hsdp_shard_size and world_size % args.hsdp_shard_size:
+        usage_error(f"--hsdp-shard-size {args.hsdp_shard_size} does not divide the {world_size} processes")
+    return Ranks(rank, local_rank, world_size, device)
+
+
+def init_distributed(args: argparse.Namespace, ranks: Ranks) -> torch.distributed.DeviceMesh:
+    """Start the process group (all ranks) and return the mesh: ("shard",) or ("replicate", "shard") for HSDP."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    cuda = ranks.device.type == "cuda"
+    options = {"backend": "cpu:gloo,cuda:nccl" if cuda else "gloo", "timeout": timedelta(minutes=20)}
+    if cuda:
+        torch.cuda.set_device(ranks.device)
+        options["device_id"] = ranks.device
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group(**options)
+    else:  # alone: no port, no address
+        torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1, **options)
+    torch.manual_seed(args.seed + ranks.rank)  # dropout differs by rank; weights and samples never depend on it
+    shard = args.hsdp_shard_size or ranks.world_size
+    if shard == ranks.world_size:
+        return init_device_mesh(ranks.device.type, (shard,), mesh_dim_names=("shard",))
+    shape = (ranks.world_size // shard, shard)
+    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def compute_dtype(mixed_precision: bool, device: torch.device) -> torch.dtype:
+    """bf16 where the device computes in it natively, else fp32 (emulated bf16 is some 15 times slower than fp32)."""
+    if not mixed_precision:
+        return torch.float32
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. Data: rows, tokens on disk, packed samples, one global order
+
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".csv")
+TEXT_PIECE = 1 << 18  # characters of a long .txt that are tokenised (and held out) together
+END, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # special tokens of a tokenizer trained here
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}"
+    "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def read_rows(args: argparse.Namespace, split: str) -> Iterator[tuple[str, dict]]:
+    """(where it stands, row) for each document, in file order. Raises UserError for a malformed row."""
+    if args.dataset == "stdlib":
+        for path in stdlib_files():
+            yield str(path), {"text": path.read_text(encoding="utf-8", errors="replace")}
+        return
+    source = Path(split) if Path(split).suffix in DATA_SUFFIXES else Path(args.dataset)
+    if is_for_datasets(source):
+        for number, row in enumerate(load_hub_split(args, split)):
+            yield f"{args.dataset}[{split}] row {number}", row
+        return
+    for path in data_files(source, split):
+        suffix = path.suffix
+        reader = {".txt": read_txt, ".csv": read_csv, ".parquet": read_parquet}.get(suffix, read_jsonl)
+        yield from reader(path)
+
+
+def stdlib_files() -> list[Path]:
+    """Python's own standard library without its tests: some 10 MB of real code on every machine."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    return sorted(path for path in root.rglob("*.py") if not skip & set(path.relative_to(root).parts))
+
+
+def data_files(source: Path, split: str) -> list[Path]:
+    """The files of a split: those of a folder whose name holds it ('train-00001.parquet'), or the one file."""
+    if source.is_file():
+        return [source]
+    files = sorted(path for path in source.rglob("*") if path.suffix in DATA_SUFFIXES)
+    words = {path: set(re.split(r"[^a-z0-9]+", str(path.relative_to(source)).lower())) for path in files}
+    named = [path for path in files if split.lower() in words[path]]
+    known = {"train", "test", "validation", "valid", "val", "dev", "eval"}
+    if not named and split == "train":  # nothing is called train: everything that has no other split's name
+        named = [path for path in files if not words[path] & known]
+    if not named:
+        raise UserError(f"{source}: no file of split '{split}' among its {len(files)} data files")
+    return named
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{number}: not JSON ({error.msg}); expected one object a line") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+            yield f"{path}:{number}", row
+
+
+def read_txt(path: Path) -> Iterator[tuple[str, dict]]:
+    """One document a file, in pieces of whole lines; only the last piece ends the document."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        piece = "".join(file.readlines(TEXT_PIECE))
+        continued = False
+        while piece:
+            following = "".join(file.readlines(TEXT_PIECE))
+            yield str(path), {"text": piece, "_continued": continued, "_continues": bool(following)}
+            piece, continued = following, True
+
+
+def read_csv(path: Path) -> Iterator[tuple[str, dict]]:
+    import csv
+
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            if None in row or None in row.values():
+                raise UserError(f"{path}:{reader.line_num}: expected {len(reader.fieldnames)} columns")
+            yield f"{path}:{reader.line_num}", row
+
+
+def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
+    import pyarrow.parquet  # comes with datasets
+
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{path}:{number}", row
+
+
+def is_for_datasets(source: Path) -> bool:
+    """A hub name, or a folder that `save_to_disk` wrote: the datasets library reads these."""
+    return not source.exists() or any((source / f).is_file() for f in ("dataset_dict.json", "dataset_info.json"))
+
+
+def load_hub_split(args: argparse.Namespace, split: str):
+    """A split of a hub data set, or of a folder that `Dataset.save_to_disk` wrote."""
+    import datasets
+
+    try:
+        if Path(args.dataset).exists():
+            found = datasets.load_from_disk(args.dataset)
+            return found[split] if isinstance(found, datasets.DatasetDict) else found
+        streaming = args.streaming and split == args.dataset_split
+        return datasets.load_dataset(args.dataset, args.dataset_config, split=split, streaming=streaming)
+    except Exception as error:  # the library raises dozens of types; its first line says what is wrong
+        raise UserError(f"--dataset {args.dataset} ({split}): {str(error).strip().splitlines()[0]} "
+                        "(is the name right, the hub reachable, --dataset-config or --dataset-split needed?)") from error
+
+
+def row_kind(row: dict, where: str, text_column: str | None) -> str:
+    """'chat' for rows that go through the chat template, else the name of the text column."""
+    if text_column is None:
+        pairs = (("messages",), ("prompt", "completion"), ("question", "answer"))
+        if any(all(key in row for key in keys) for keys in pairs):
+            return "chat"
+    column = text_column or "text"
+    if column not in row:
+        shown = ", ".join(key for key in row if not key.startswith("_"))
+        raise UserError(f"{where}: no column '{column}'; the row has: {shown}. Name one with --text-column, or use "
+                        "messages, prompt+completion or question+answer")
+    if not isinstance(row[column], str):
+        raise UserError(f"{where}: column '{column}' holds {type(row[column]).__name__}, expected text")
+    return column
+
+
+def to_messages(row: dict, where: str) -> list[dict]:  # EDIT: what one of your rows becomes
+    """[{'role', 'content'}, …] of a messages, prompt+completion or question+answer row."""
+    if "messages" in row:
+        messages = row["messages"]
+    else:
+        prompt, completion = ("prompt", "completion") if "prompt" in row else ("question", "answer")
+        messages = []
+        for key, role in ((prompt, "user"), (completion, "assistant")):
+            value = row.get(key)
+            messages += value if isinstance(value, list) else [{"role": role, "content": value}]
+    well_formed = isinstance(messages, list) and messages and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
+    if not well_formed:
+        raise UserError(f"{where}: expected messages as a list of objects with 'role' and 'content' texts")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise UserError(f"{where}: no message of role 'assistant': nothing to train on")
+    return messages
+
+
+def encode_texts(tokenizer, rows: list[dict], column: str) -> list[tuple[list[int], list[int]]]:
+    """(token ids, 1 for each) a row: beginning token where the tokenizer adds one, text, end token."""
+    bos, encoded = tokenizer_bos(tokenizer), []
+    batch = tokenizer([row[column] for row in rows], add_special_tokens=False)["input_ids"]  # on all cores
+    for row, ids in zip(rows, batch):
+        ids = ids if row.get("_continued") else bos + ids
+        ids = ids if row.get("_continues") else [*ids, tokenizer.eos_token_id]
+        encoded.append((ids, [1] * len(ids)))
+    return encoded
+
+
+def encode_chat(tokenizer, messages: list[dict], where: str) -> tuple[list[int], list[int]]:
+    """(token ids, 1 where trained): the assistant's tokens, with the token that ends each turn, and nothing else.
+
+    A template with {% generation %} tags says itself what the assistant writes. For any other, turn i is what the
+    rendering of messages[:i+1] adds to that of messages[:i] with the generation prompt.
+    """
+    template = tokenizer.chat_template
+    if template is None:
+        return encode_pair(tokenizer, messages, where)
+    try:
+        if "{% generation" in template or "{%- generation" in template:
+            out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+            return list(out["input_ids"]), list(out["assistant_masks"])
+        text, spans = assistant_spans(tokenizer, messages)
+    except Exception as error:  # jinja's raise_exception, for example on a role that the template does not know
+        raise UserError(f"{where}: the chat template refuses this row: {str(error).splitlines()[0]}") from error
+    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    inside = [any(begin <= start and stop <= end for begin, end in spans) and start < stop
+              for start, stop in out["offset_mapping"]]
+    return out["input_ids"], [int(flag) for flag in inside]
+
+
+def assistant_spans(tokenizer, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+    """The whole rendered text and the character spans in it that the assistant writes. Raises ValueError."""
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+    text, spans = render(messages), []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = render(messages[:i], add_generation_prompt=True) if i else ""
+        after = render(messages[:i + 1])
+        if not (after.startswith(before) and text.startswith(after)):
+            raise ValueError(f"turn {i + 1} renders differently within the whole conversation; give the template "
+                             "{% generation %} tags, or pass another with --chat-template")
+        end = len(after)
+        while end > len(before) and after[end - 1].isspace():  # the newline after <|im_end|> is the template's
+            end -= 1
+        spans.append((len(before), end))
+    return text, spans
+
+
+def encode_pair(tokenizer, messages: list[dict], where: str) -> tuple[list[int], list[int]]:
+    """Base models without a chat template: contents joined by newlines, an end token after each assistant turn."""
+    ids, trained = list(tokenizer_bos(tokenizer)), []
+    trained = [0] * len(ids)
+    for message in messages:
+        mine = message["role"] == "assistant"
+        text = message["content"] if mine else message["content"] + "\n"
+        piece = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * mine
+        ids += piece
+        trained += [int(mine)] * len(piece)
+    return ids, trained
+
+
+def tokenizer_bos(tokenizer) -> list[int]:
+    """[bos] where the tokenizer puts one before plain text, else []."""
+    return [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id][:1]
+
+
+def load_tokenizer(args: argparse.Namespace, ranks: Ranks):
+    """--tokenizer, the model's own, or a byte-level BPE trained on the data set (cached by its content)."""
+    from transformers import AutoTokenizer
+
+    name = args.tokenizer or args.hf_model
+    if name:
+        folder = fetch(name, args, ranks)
+    else:
+        vocab_size = args.vocab_size or 32000
+        folder = Path(args.data_cache) / f"tokenizer-{digest(data_identity(args, args.dataset_split), vocab_size)}"
+        build_once(folder, ranks, lambda target: train_tokenizer(args, vocab_size, target))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"no usable tokenizer in {folder} ({str(error).splitlines()[0]}); pass --tokenizer") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer in {folder} has no end-of-text token (eos_token): set one in its "
+                        "tokenizer_config.json, or the model could never learn to stop")
+    if args.chat_template:
+        tokenizer.chat_template = Path(args.chat_template).read_text()
+    tokenizer.model_max_length = int(1e30)  # long documents are cut here, not by the tokenizer, and not warned about
+    return tokenizer
+
+
+def train_tokenizer(args: argparse.Namespace, vocab_size: int, folder: Path) -> None:
+    """Byte-level BPE on at most 20 MB of the data set's text, saved as a Hugging Face tokenizer folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    def texts(budget: int = 20_000_000) -> Iterator[str]:
+        for where, row in read_rows(args, args.dataset_split):
+            kind = row_kind(row, where, args.text_column)
+            text = "\n".join(m["content"] for m in to_messages(row, where)) if kind == "chat" else row[kind]
+            yield text[:budget]
+            budget -= len(text)
+            if budget <= 0:
+                return
+
+    print(f"training a byte-level BPE tokenizer of {vocab_size} tokens on {args.dataset}")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.train_from_iterator(texts(), trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END, IM_START, IM_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=sys.stderr.isatty()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END,
+                                        extra_special_tokens=[IM_START, IM_END], chat_template=CHAT_TEMPLATE)
+    tokenizer.save_pretrained(folder)
+
+
+def fetch(name: str, args: argparse.Namespace, ranks: Ranks) -> Path:
+    """The local folder of a model or tokenizer; a hub name is downloaded once per node, by its local rank 0."""
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    marker = Path(args.data_cache) / f"hub-{os.uname().nodename}-{digest(name)}"
+    note = marker / "folder.txt"
+    if note.is_file() and not Path(note.read_text()).is_dir() and ranks.local_rank == 0:
+        shutil.rmtree(marker)  # the hub's own cache was emptied
+    build_once(marker, ranks, lambda target: (target / "folder.txt").write_text(download(name)))
+    return Path(note.read_text())
+
+
+def download(name: str) -> str:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+    page = f"https://huggingface.co/{name}"
+    try:
+        return snapshot_download(name, allow_patterns=patterns)
+    except GatedRepoError:
+        raise UserError(f"{name} is gated: accept its licence at {page}, then run: hf auth login") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"{name}: no folder here and no repository at {page} (private? then: hf auth login)") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        raise UserError(f"{name}: no such folder, and the hub could not be reached for {page} "
+                        f"({str(error).strip().splitlines()[0]}); give a local folder, or see hf auth login") from None
+
+
+def build_once(target: Path, ranks: Ranks, build: Callable[[Path], object]) -> None:
+    """Local rank 0 builds the folder and renames it into place; other ranks wait for it, without a collective.
+
+    No process group exists yet, so tokenising for hours meets no timeout. A lock keeps other jobs, or other nodes on
+    a shared file system, from doing the same work; a lock's owner that dies frees it.
+    """
+    started, failure = time.time(), target.with_name(target.name + ".failed")
+    if ranks.local_rank:
+        while not target.exists():
+            if failure.exists() and failure.stat().st_mtime >= started - 60:
+                sys.exit(1)  # local rank 0 has said why
+            time.sleep(0.1)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(target.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        failure.unlink(missing_ok=True)
+        if target.exists():
+            return
+        partial = target.with_name(f"{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            build(partial)
+        except BaseException:
+            failure.touch()
+            raise
+        partial.rename(target)
+
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def data_identity(args: argparse.Namespace, split: str) -> object:
+    """What decides the rows of a split: contents of local files (size and time above 256 MB), or the hub's version."""
+    source = Path(split) if Path(split).suffix in DATA_SUFFIXES else Path(args.dataset)
+    if args.dataset != "stdlib" and is_for_datasets(source):
+        return load_hub_split(args, split)._fingerprint
+    paths = stdlib_files() if args.dataset == "stdlib" else data_files(source, split)
+    found = []
+    for path in paths:
+        stat = path.stat()
+        small = stat.st_size <= 256 << 20
+        found.append(hashlib.sha256(path.read_bytes()).hexdigest() if small else
+                     (str(path), stat.st_size, stat.st_mtime_ns))
+    return found
+
+
+def tokenizer_identity(args: argparse.Namespace, ranks: Ranks) -> object:
+    """The contents of the tokenizer's files, so that a changed chat template means a new cache."""
+    name, template = args.tokenizer or args.hf_model, args.chat_template and Path(args.chat_template).read_text()
+    if not name:
+        return ["trained here", args.vocab_size or 32000, CHAT_TEMPLATE, template]
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", "vocab.json")
+    files = [fetch(name, args, ranks) / file for file in names]
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()] + [template]
+
+
+def prepare_data(args: argparse.Namespace, ranks: Ranks) -> Path:
+    """The folder of the tokenised data set, made if it is not in --data-cache (local rank 0 of each node)."""
+    splits = [s for s in ((None if args.streaming else args.dataset_split), args.eval_split) if s]
+    held_out = (args.eval_fraction, args.seed) if args.eval_fraction else None
+    key = digest([data_identity(args, split) for split in splits], tokenizer_identity(args, ranks), splits,
+                 args.text_column, held_out, "layout 1")
+    folder = Path(args.data_cache) / f"tokens-{key}"
+    build_once(folder, ranks, lambda target: tokenize(args, ranks, target))
+    return folder
+
+
+@dataclasses.dataclass
+class TokenWriter:
+    """One split on disk: tokens.bin (uint16 or uint32), trained.bin (uint8; chats only), documents.bin (int64)."""
+
+    folder: Path
+    typecode: str
+    chat: bool = False
+    num_trained: int = 0
+    num_ends_trained: int = 0
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True)
+        self.ends = array("q", [0])
+        self.tokens, self.trained = (self.folder / "tokens.bin").open("wb"), (self.folder / "trained.bin").open("wb")
+
+    def add(self, ids: list[int], trained: list[int], end_ids: set[int]) -> None:
+        array(self.typecode, ids).tofile(self.tokens)
+        self.ends.append(self.ends[-1] + len(ids))
+        if self.chat:
+            array("B", trained).tofile(self.trained)
+            self.num_trained += sum(trained)
+            self.num_ends_trained += any(flag and token in end_ids for token, flag in zip(ids, trained))
+
+    def close(self) -> dict:
+        self.tokens.close()
+        self.trained.close()
+        with (self.folder / "documents.bin").open("wb") as file:
+            self.ends.tofile(file)
+        return {"documents": len(self.ends) - 1, "tokens": self.ends[-1], "trained": self.num_trained}
+
+
+def tokenize(args: argparse.Namespace, ranks: Ranks, folder: Path) -> None:
+    """Write train/ and eval/ and meta.json. Raises UserError where training would be silently wrong."""
+    from tqdm import tqdm
+
+    tokenizer = load_tokenizer(args, ranks)
+    typecode = "H" if len(tokenizer) <= 1 << 16 else "I"
+    writers = {name: TokenWriter(folder / name, typecode) for name in ("train", "eval")}
+    threshold = args.eval_fraction * 2**32
+    bar = tqdm(desc="tokenising", unit=" documents", disable=not sys.stderr.isatty())
+    if not args.streaming:
+        for number, ids, trained, chat in encoded_rows(args, args.dataset_split, tokenizer):
+            held_out = zlib.crc32(f"{args.seed} {number}".encode()) < threshold
+            writer = writers["eval" if held_out else "train"]
+            writer.chat = chat
+            writer.add(ids, trained, end_token_ids(tokenizer))
+            bar.update()
+    if args.eval_split:
+        for _, ids, trained, writers["eval"].chat in encoded_rows(args, args.eval_split, tokenizer):
+            writers["eval"].add(ids, trained, end_token_ids(tokenizer))
+            bar.update()
+    bar.close()
+    found = {name: writer.close() | {"chat": writer.chat} for name, writer in writers.items()}
+    meta = {"typecode": typecode, "vocab_size": len(tokenizer), **found}
+    check_tokens(args, meta, writers, tokenizer)
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def encoded_rows(args: argparse.Namespace, split: str, tokenizer,
+                 select: Callable[[int], bool] = lambda number: True) -> Iterator[tuple[int, list, list, bool]]:
+    """(number, token ids, trained flags, chat or not) of the selected rows, tokenised in groups."""
+    numbered = ((n, where, row) for n, (where, row) in enumerate(read_rows(args, split)) if select(n))
+    is_chat = None
+    while group := list(itertools.islice(numbered, 128)):
+        kinds = [row_kind(row, where, args.text_column) for _, where, row in group]
+        is_chat = kinds[0] == "chat" if is_chat is None else is_chat
+        for kind, (_, where, _) in zip(kinds, group):
+            if (kind == "chat") != is_chat:
+                raise UserError(f"{where}: chats and plain texts in one data set; split them, or give --text-column")
+        if is_chat:
+            encoded = [encode_chat(tokenizer, to_messages(row, where), where) for _, where, row in group]
+        else:
+            encoded = encode_texts(tokenizer, [row for _, _, row in group], kinds[0])
+        for (number, where, _), (ids, trained) in zip(group, encoded):
+            if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+                raise UserError(f"{where}: two beginning-of-text tokens: the template or the text repeats bos_token")
+            yield number, ids, trained, is_chat
+
+
+@functools.lru_cache(maxsize=1)
+def end_token_ids(tokenizer) -> frozenset[int]:
+    """Tokens that can end a turn: the end-of-text token and every special token that the vocabulary adds."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset({tokenizer.eos_token_id} | added - {tokenizer.bos_token_id})
+
+
+def check_tokens(args: argparse.Namespace, meta: dict, writers: dict, tokenizer) -> None:
+    for name, split in (("train", args.dataset_split), ("eval", args.eval_split or "held out")):
+        found, wanted = meta[name], name == "train" and not args.streaming or name == "eval" and (
+            args.eval_split or args.eval_fraction)
+        if not wanted:
+            continue
+        label = f"--dataset {args.dataset} ({split})"
+        if not found["tokens"]:
+            raise UserError(f"{label} is empty: no document{' was held out' if name == 'eval' else ''}")
+        if not found["chat"]:
+            continue
+        if not found["trained"]:
+            raise UserError(f"{label}: no token is trained: the chat template marks no assistant tokens "
+                            "(see them with tools/show_batch.py)")
+        if found["trained"] == found["tokens"]:
+            raise UserError(f"{label}: every token is trained, the prompts too: the chat template's generation tags "
+                            "enclose everything")
+        if not writers[name].num_ends_trained:
+            raise UserError(f"{label}: no end token is ever trained, so the model would never stop: the template must "
+                            f"end an assistant turn with {tokenizer.eos_token} or another special token")
+
+
+class TokenDataset(torch.utils.data.Dataset):
+    """Samples of a tokenised split: input_ids, labels (the next token or -100) and position_ids, each (T,) int64.
+
+    Plain text with packing is one stream cut every seq_len tokens. Chats, and --no-packing, are pieces: whole documents
+    of at most seq_len tokens, several to a sample (best fit) or one. With mask_documents, positions start again at
+    each document, which is how attention tells documents apart, and no label crosses from one into the next.
+    """
+
+    def __init__(self, folder: Path, split: str, seq_len: int, packing: bool, mask_documents: bool) -> None:
+        meta = json.loads((folder / "meta.json").read_text())
+        found = meta[split]
+        self.seq_len, self.mask_documents, self.chat = seq_len, mask_documents, found["chat"]
+        self.packing, self.num_tokens = packing, found["tokens"]
+
+        def mapped(name: str, size: int, dtype: torch.dtype) -> Tensor:
+            return torch.from_file(str(folder / split / name), shared=False, size=size, dtype=dtype)
+
+        self.ends = mapped("documents.bin", found["documents"] + 1, torch.int64)
+        self.tokens = mapped("tokens.bin", self.num_tokens, torch.uint16 if meta["typecode"] == "H" else torch.int32)
+        self.trained = mapped("trained.bin", self.num_tokens, torch.uint8) if self.chat else None
+        self.stream = packing and not self.chat
+        self.pieces, self.num_cut = ([], 0) if self.stream else self.cut_pieces()
+        sizes = [length for _, length in self.pieces]
+        self.packs = pack_best_fit(sizes, seq_len) if packing and self.chat else [[i] for i in range(len(sizes))]
+
+    def __len__(self) -> int:
+        return math.ceil((self.num_tokens - 1) / self.seq_len) if self.stream else len(self.packs)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        if not self.stream:
+            return join_pieces([self.piece(*self.pieces[p]) for p in self.packs[i]], self.seq_len if self.packing else 0)
+        start = i * self.seq_len
+        stop = min(start + self.seq_len, self.num_tokens - 1)
+        if not self.mask_documents:
+            return join_pieces([self.piece(start, stop - start, bounded=False)], self.seq_len)
+        first, last = torch.searchsorted(self.ends, torch.tensor([start, stop]), right=True).tolist()
+        cuts = [start, *self.ends[first:last].tolist(), stop]
+        pieces = [self.piece(a, b - a) for a, b in zip(cuts, cuts[1:]) if b > a]
+        return join_pieces(pieces, self.seq_len)
+
+    def cut_pieces(self) -> tuple[list[tuple[int, int]], int]:
+        """(start, length) of documents cut to seq_len (chats lose their tail, texts go on in a new piece), and the
+        number of documents that were cut."""
+        ends, pieces, num_cut = self.ends.tolist(), [], 0
+        for start, end in zip(ends, ends[1:]):
+            num_cut += end - start > self.seq_len
+            stops = [start] if self.chat else range(start, end, self.seq_len)
+            pieces += [(s, min(self.seq_len, end - s)) for s in stops if end - s > 1]
+        return pieces, num_cut
+
+    def piece(self, start: int, length: int, bounded: bool = True) -> tuple[Tensor, Tensor]:
+        """(input_ids, labels) of tokens[start : start + length]; bounded: no label beyond the document's end."""
+        ids = self.tokens[start:start + length + 1].long()
+        labels = ids[1:].clone()
+        if self.trained is not None:
+            labels[self.trained[start + 1:start + length + 1] == 0] = IGNORE
+        if len(labels) < length:  # the very last token of the split
+            labels = F.pad(labels, (0, 1), value=IGNORE)
+        elif bounded and self.ends[torch.searchsorted(self.ends, start + length)] == start + length:
+            labels[-1] = IGNORE
+        return ids[:length], labels
+
+
+def join_pieces(pieces: list[tuple[Tensor, Tensor]], length: int) -> dict[str, Tensor]:
+    """Pieces side by side, padded on the right to `length` with untrained tokens (0 leaves them as long as they are)."""
+    short = max(0, length - sum(len(ids) for ids, _ in pieces))
+    lengths = [len(ids) for ids, _ in pieces]
+    lengths[-1] += short  # padding follows the last document's positions: it is no document of its own
+    return {
+        "input_ids": F.pad(torch.cat([ids for ids, _ in pieces]), (0, short)),
+        "labels": F.pad(torch.cat([labels for _, labels in pieces]), (0, short), value=IGNORE),
+        "position_ids": torch.cat([torch.arange(n) for n in lengths]),
+    }
+
+
+def pack_best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing bin packing: bins of indices whose sizes sum to at most `capacity`.
+
+    `free` is a bit set of the room left in open bins, so that the tightest bin that fits is one shift away.
+    """
+    bins_by_room: dict[int, list[list[int]]] = {}
+    bins, free = [], 0
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        fitting = free >> sizes[i]
+        if fitting:
+            room = sizes[i] + (fitting & -fitting).bit_length() - 1
+            bin_ = bins_by_room[room].pop()
+            free ^= 0 if bins_by_room[room] else 1 << room
+        else:
+            room, bin_ = capacity, []
+            bins.append(bin_)
+        bin_.append(i)
+        room -= sizes[i]
+        if room:
+            bins_by_room.setdefault(room, []).append(bin_)
+            free |= 1 << room
+    return bins
+
+
+def collate(samples: list[dict[str, Tensor]], device: torch.device, mask_documents: bool) -> dict[str, Tensor]:
+    """(B, T) tensors on the device, padded on the right; position_ids only if documents in a pack must be told apart."""
+    T = max(len(sample["input_ids"]) for sample in samples)
+    several = mask_documents and any((sample["position_ids"][1:] == 0).any() for sample in samples)
+    fill = {"input_ids": 0, "labels": IGNORE} | ({"position_ids": 0} if several else {})
+    batch = {key: torch.stack([F.pad(sample[key], (0, T - len(sample[key])), value=value) for sample in samples])
+             for key, value in fill.items()}
+    if device.type == "cuda":
+        return {key: value.pin_memory().to(device, non_blocking=True) for key, value in batch.items()}
+    return batch
+
+
+def sample_at(position: int, num_samples: int, seed: int) -> int:
+    """The sample at a position of the endless global order, a function of seed and epoch only."""
+    epoch, index = divmod(position, num_samples)
+    return int(epoch_order(num_samples, seed, epoch)[index])
+
+
+@functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
+def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {epoch}".encode()))
+    return torch.randperm(num_samples, generator=generator)
+
+
+def ordered_batches(dataset: TokenDataset, args: argparse.Namespace, ranks: Ranks, start: int) -> Iterator[dict]:
+    """This rank's micro-batches from global position `start` on: the ranks take turns of --batch-size samples."""
+    B, position = args.batch_size, start + ranks.rank * args.batch_size
+    while True:
+        ids = [sample_at(p, len(dataset), args.seed) for p in range(position, position + B)]
+        yield collate([dataset[i] for i in ids], ranks.device, dataset.mask_documents)
+        position += B * ranks.world_size
+
+
+def streamed_batches(args: argparse.Namespace, ranks: Ranks, mask_documents: bool, state: dict) -> Iterator[dict]:
+    """This rank's micro-batches of --streaming: every world_size-th row, in file order, epoch after epoch.
+
+    `state` (rows read, pieces waiting) is kept up to date, so that a checkpoint of it resumes exactly.
+    """
+    tokenizer = load_tokenizer(args, ranks)
+    waiting = [(torch.tensor(ids), torch.tensor(labels)) for ids, labels in state.setdefault("waiting", [])]
+    state.setdefault("rows", 0)
+    samples = []
+    while True:
+        found, mine = False, functools.partial(is_streamed_here, first=state["rows"], ranks=ranks)
+        for number, ids, trained, chat in encoded_rows(args, args.dataset_split, tokenizer, mine):
+            found, state["rows"] = True, number + 1
+            labels = [token if flag else IGNORE for token, flag in zip(ids[1:], trained[1:])] + [IGNORE]
+            waiting.append((torch.tensor(ids), torch.tensor(labels)))
+            while sum(len(ids) for ids, _ in waiting) >= args.seq_len:
+                pieces, waiting = take_pieces(waiting, args.seq_len, whole=chat)
+                samples.append(join_pieces(pieces, args.seq_len))
+                if len(samples) == args.batch_size:
+                    state["waiting"] = [(ids.tolist(), labels.tolist()) for ids, labels in waiting]
+                    yield collate(samples, ranks.device, mask_documents)
+                    samples = []
+        if not found and not state["rows"]:
+            raise UserError(f"--dataset {args.dataset}: no row for rank {ranks.rank} of {ranks.world_size}")
+        state["rows"] = 0
+
+
+def is_streamed_here(number: int, first: int, ranks: Ranks) -> bool:
+    return number >= first and number % ranks.world_size == ranks.rank
+
+
+def take_pieces(waiting: list, room: int, whole: bool) -> tuple[list, list]:
+    """The pieces of one sample and those that wait for the next; whole: documents are cut only if longer than it."""
+    taken, capacity = [], room
+    for i, (ids, labels) in enumerate(waiting):
+        if len(ids) <= room:
+            taken.append((ids, labels))
+            room -= len(ids)
+            continue
+        if whole and taken:
+            return taken, waiting[i:]
+        rest = [] if whole or not room else [(ids[room:], labels[room:])]
+        if room:
+            taken.append((ids[:room], labels[:room]))
+        return taken, (rest if room else [(ids, labels)]) + waiting[i + 1:]
+    return taken, []
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Model: the decoder of this file, or any causal LM of transformers; shard, materialise, fill, prove
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    ffn_size: int
+    vocab_size: int = 32000
+    max_positions: int = 2048
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+# Layers, hidden size and heads are given; key-value heads and feed-forward width are chosen so that each name is true
+# within 2 % with the default vocabulary of 32,000 (input and output embeddings are separate).
+MODEL_SIZES = {
+    "test": ModelConfig(2, 64, 4, 2, 192),
+    "quickstart": ModelConfig(4, 192, 6, 3, 512),
+    "125M": ModelConfig(12, 768, 12, 4, 2048),
+    "350M": ModelConfig(24, 1024, 16, 8, 2816),
+    "1B": ModelConfig(24, 2048, 16, 4, 4096),
+    "3B": ModelConfig(28, 3072, 24, 8, 8192),
+    "7B": ModelConfig(32, 4096, 32, 8, 13824),
+    "13B": ModelConfig(40, 5120, 40, 8, 16640),
+    "30B": ModelConfig(60, 6656, 52, 4, 19968),
+    "70B": ModelConfig(80, 8192, 64, 8, 29184),
+}
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.head_size = c.head_size
+        self.q_proj = nn.Linear(c.hidden_size, c.num_heads * c.head_size, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_size, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_size, bias=False)
+        self.o_proj = nn.Linear(c.num_heads * c.head_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.head_size).transpose(1, 2)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.ffn_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.ffn_size, bias=False)
+        self.down_proj = nn.Linear(c.ffn_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = Attention(c), MLP(c)
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.config = c
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_layers))
+        self.norm = nn.RMSNorm(c.hidden_size, eps=c.norm_eps)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        x = self.embed_tokens(input_ids)
+        mask = None if position_ids is None else document_mask(position_ids)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=x.device)[None]
+        cos, sin = rotary_table(position_ids, self.config.head_size, self.config.rope_theta, x.dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask)
+        return self.norm(x)
+
+
+class CausalLM(nn.Module):
+    """The model of --from-scratch, its parameters named as in transformers' LlamaForCausalLM."""
+
+    def __init__(self, config: ModelConfig, loss_chunk: int) -> None:
+        super().__init__()
+        self.config, self.loss_chunk = config, loss_chunk
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head_loss = head_loss  # `shard_model` may put its compiled form here
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V), or with labels (B, T) the sum of the tokens' losses, in fp32."""
+        hidden = self.model(input_ids, position_ids)
+        if labels is None:
+            return self.lm_head(hidden)
+        return chunked_cross_entropy(hidden, labels, self.lm_head, self.head_loss, self.loss_chunk)
+
+
+def rotary_table(position_ids: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos, sin (B, 1, T, head_size), computed in fp32. Su et al. 2021, arXiv:2104.09864, in the half-split layout."""
+    inverse = theta ** -(torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32) / head_size)
+    angle = position_ids[:, None, :, None].float() * inverse
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def document_mask(position_ids: Tensor) -> Tensor:
+    """(B, 1, T, T) bool, true where a token may look: at earlier tokens of its own document (one starts at each 0)."""
+    document = (position_ids == 0).cumsum(dim=1)
+    T = position_ids.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=position_ids.device).tril()
+    return ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
+
+
+def build_model(args: argparse.Namespace, folder: Path | None, vocab_size: int) -> nn.Module:
+    """The model on the meta device: shapes, no memory. `folder` holds the Hugging Face model, if it is one."""
+    if folder is None:
+        if args.vocab_size and args.vocab_size < vocab_size:
+            raise UserError(f"--vocab-size {args.vocab_size}: the tokenizer has {vocab_size} tokens")
+        size = args.vocab_size or (math.ceil(vocab_size / 64) * 64 if args.tokenizer else 32000)
+        config = dataclasses.replace(MODEL_SIZES[args.model_size], vocab_size=size, max_positions=args.seq_len)
+        with torch.device("meta"):
+            return CausalLM(config, args.loss_chunk_tokens)
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--hf-model {args.hf_model}: {str(error).splitlines()[0]}") from error
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and args.seq_len > limit:
+        raise UserError(f"--seq-len {args.seq_len}: {args.hf_model} knows {limit} positions; use --seq-len {limit}")
+    config.use_cache = False
+    flash2 = args.use_flash_attn and torch.cuda.is_available() and importlib.util.find_spec("flash_attn")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="flash_attention_2" if flash2 else "sdpa",
+            trust_remote_code=args.trust_remote_code)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < vocab_size:
+        raise UserError(f"{args.hf_model} embeds {rows} tokens, the tokenizer has {vocab_size}: use its own tokenizer")
+    attach_chunked_loss(model, args.loss_chunk_tokens)
+    return model
+
+
+def attach_chunked_loss(model: nn.Module, loss_chunk: int) -> None:
+    """Give a transformers model the call of `CausalLM`: logits, or with labels the summed loss in chunks."""
+    full_forward, head, config = model.forward, model.get_output_embeddings(), model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None) or 0.0
+    model.whole_logits, model.head_loss = head is None, functools.partial(head_loss, scale=scale, cap=cap)
+
+    def forward(input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
+        call = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        if labels is None or model.whole_logits:
+            logits = full_forward(**call).logits
+            return logits if labels is None else cross_entropy_sum(logits.flatten(0, 1), labels.flatten())
+        hidden = model.base_model(**call)[0]
+        return chunked_cross_entropy(hidden, labels, head, model.head_loss, loss_chunk)
+
+    model.forward = forward
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks, outermost first: the classes that the model must not split, else its longest list."""
+    names = set(getattr(model, "_no_split_modules", None) or ["Block"])  # EDIT: the layer class to shard
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if blocks:
+        return blocks
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise UserError("no transformer blocks found: the model has no list of layers")
+    return list(max(lists, key=len))
+
+
+def shard_model(model: nn.Module, args: argparse.Namespace, mesh: torch.distributed.DeviceMesh,
+                dtype: torch.dtype) -> None:
+    """Recompute, compile and shard each block, then the root: in this order, or compile sees neither (all ranks)."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+    torch.backends.cuda.enable_flash_sdp(args.use_flash_attn)
+    use_compile = args.compile if args.compile is not None else mesh.device_type == "cuda"
+    options = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy() if args.cpu_offload else OffloadPolicy(),
+    }
+    for block in find_blocks(model):
+        if args.activation_checkpointing != "none":
+            recompute_in_backward(block, selective=args.activation_checkpointing == "selective")
+        if use_compile:
+            block.compile()
+        fully_shard(block, reshard_after_forward=args.reshard_after_forward, **options)
+    if use_compile:
+        model.head_loss = torch.compile(model.head_loss)
+    fully_shard(model, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # A plain sum over ranks: the loss is divided once, by the global number of trained tokens. Without the
+            # forced sum FSDP asks for a pre-multiplied one, which gloo does not have.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def recompute_in_backward(block: nn.Module, selective: bool) -> None:
+    """Activation checkpointing by replacing the block's forward, so that no parameter changes its name."""
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    options = {"use_reentrant": False}
+    if selective:
+        options["context_fn"] = lambda: create_selective_checkpoint_contexts(save_expensive())
+    block.forward = functools.partial(checkpoint, block.forward, **options)
+
+
+def save_expensive() -> Callable:
+    """Selective policy: keep the attention's and every second matmul's output, recompute the rest (as torchtitan)."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    aten, num_matmuls = torch.ops.aten, {True: 0, False: 0}
+    attention = {aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
+                 aten._scaled_dot_product_cudnn_attention.default,
+                 aten._scaled_dot_product_flash_attention_for_cpu.default}
+
+    def policy(context, op, *args, **kwargs) -> CheckpointPolicy:
+        num_matmuls[context.is_recompute] += op is aten.mm.default
+        keep = op in attention or (op is aten.mm.default and num_matmuls[context.is_recompute] % 2 == 1)
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy
+
+
+def materialise(model: nn.Module, device: torch.device, cpu_offload: bool) -> dict[str, str]:
+    """Give the sharded meta model memory, filled with NaN so that `prove_filled` can tell what was never written.
+
+    Returns the tied parameters as {name: name of the one it shares}. `to_empty` tears these apart; they are tied again.
+    """
+    first_name, ties = {}, {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if first_name.setdefault(id(param), name) != name:
+            ties[name] = first_name[id(param)]
+    model.to_empty(device="cpu" if cpu_offload else device)
+    for name, source in ties.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
+    with torch.no_grad():
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            if tensor.is_floating_point():
+                local_part(tensor).fill_(math.nan)
+    for module in model.modules() if cpu_offload else ():  # only parameters are offloaded
+        module._buffers = {name: buffer.to(device) for name, buffer in module._buffers.items() if buffer is not None}
+    return ties
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor; a plain tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+@torch.no_grad()
+def fill(param: Tensor, value: Tensor) -> None:
+    """Write this rank's slice of a full tensor, which every rank holds, into a sharded parameter: no communication."""
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(local_part(param).device, param.dtype)
+    if hasattr(param, "placements"):
+        value = distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
+    local_part(param).copy_(local_part(value))
+
+
+def init_from_scratch(model: CausalLM, seed: int, device: torch.device) -> None:
+    """Normal(0, 0.02), output projections divided by sqrt(2 layers) (GPT-2); the same on any number of ranks, since
+    each full parameter is drawn from a seed of its own."""
+    for name, param in model.named_parameters():
+        if param.dim() == 1:
+            fill(param, torch.ones(param.shape, device=device))
+            continue
+        std = 0.02
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= math.sqrt(2 * model.config.num_layers)
+        generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        fill(param, torch.empty(param.shape, device=device).normal_(std=std, generator=generator))
+
+
+def fill_buffers(model: nn.Module) -> None:
+    """What no file holds: rotary tables and other non-persistent buffers of a transformers model, in fp32."""
+    for param in model.parameters():
+        param._is_hf_initialized = True
+    model.initialize_weights()
+
+
+def load_hf_weights(model: nn.Module, folder: Path, args: argparse.Namespace, ranks: Ranks) -> None:
+    """Each rank reads its own slices of the safetensors files; else rank 0 loads all and broadcasts (all ranks)."""
+    import torch.distributed.checkpoint as dcp
+
+    names = {}
+    if any(folder.glob("*.safetensors")):
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        names = match_names(model, reader.read_metadata().state_dict_metadata)
+    if names:
+        dcp.load(names, storage_reader=reader)
+        return
+    if ranks.is_main:
+        print(f"{args.hf_model}: names on disk differ from names in memory; rank 0 loads the model and broadcasts it")
+    broadcast_hf_weights(model, folder, args, ranks)
+
+
+def match_names(model: nn.Module, on_disk: dict) -> dict[str, Tensor]:
+    """{name on disk: tensor to fill} for every parameter and persistent buffer, tied ones once; {} if one has none."""
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    persistent, groups, found = set(model.state_dict()), {}, {}
+    tensors = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers())
+    for name, tensor in tensors:
+        if name in persistent:
+            groups.setdefault(id(tensor), (tensor, []))[1].append(name)
+    for tensor, names in groups.values():
+        spellings = [s for name in names for s in (name, name.removeprefix(prefix), prefix + name)]
+        spelling = next((s for s in spellings if s in on_disk and on_disk[s].size == tensor.shape), None)
+        if spelling is None:
+            return {}
+        found[spelling] = tensor.detach()
+    return found
+
+
+@torch.no_grad()
+def broadcast_hf_weights(model: nn.Module, folder: Path, args: argparse.Namespace, ranks: Ranks) -> None:
+    """The fallback for families that transformers renames or fuses while loading (Mixtral's experts), for .bin files
+    and remote code: the whole model in rank 0's host memory, then one tensor at a time to everybody (all ranks)."""
+    source = {}
+    if ranks.is_main:
+        from transformers import AutoModelForCausalLM
+
+        full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
+                                                    trust_remote_code=args.trust_remote_code)
+        source = dict(itertools.chain(full.named_parameters(), full.named_buffers()))
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        value = source[name].to(ranks.device) if ranks.is_main else torch.empty(tensor.shape, dtype=tensor.dtype,
+                                                                               device=ranks.device)
+        torch.distributed.broadcast(value, src=0)
+        fill(tensor, value)
+
+
+def prove_filled(model: nn.Module, ties: dict[str, str]) -> None:
+    """Every parameter is a DTensor, everything was written, ties hold; else training would start from garbage."""
+    from torch.distributed.tensor import DTensor
+
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        is_param = isinstance(tensor, nn.Parameter)
+        if tensor.is_meta or (tensor.is_floating_point() and torch.isnan(local_part(tensor)).any()):
+            raise UserError(f"the model's {'parameter' if is_param else 'buffer'} {name} was never written: "
+                            "the weights on disk do not fit the model, or hold NaN")
+        if is_param and not isinstance(tensor, DTensor):
+            raise UserError(f"parameter {name} is not sharded")
+    for name, source in ties.items():
+        if model.get_parameter(name) is not model.get_parameter(source):
+            raise UserError(f"{name} and {source} are no longer tied")
+
+
+@torch.no_grad()
+def prove_loss(model: nn.Module, ranks: Ranks) -> None:
+    """Compare the chunked loss with the model's own logits on 16 tokens; a model that does more to its logits than
+    `attach_chunked_loss` knows keeps whole logits, and a line says so (all ranks)."""
+    ids = torch.arange(16, device=ranks.device)[None]
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):
+        expected = cross_entropy_sum(model(ids).flatten(0, 1), ids.flatten())
+        chunked = model(ids, labels=ids)
+    model.train()
+    if not torch.isfinite(expected):
+        raise UserError("the model's logits are not finite on a plain input: its weights are broken")
+    if abs(chunked - expected) > 1e-2 * abs(expected):
+        model.whole_logits = True
+        if ranks.is_main:
+            print("this model transforms its logits in a way of its own: the loss uses whole logits (more memory)")
+
+
+def describe_model(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Lines for the start of a run: sizes, and bytes of parameters, gradients and optimizer states on this rank."""
+    params = list(model.parameters())
+    trainable = [p for p in params if p.requires_grad]
+    by_dtype: dict[str, int] = {}
+    for param in params:
+        key = str(param.dtype).removeprefix("torch.")
+        by_dtype[key] = by_dtype.get(key, 0) + local_part(param).nbytes
+    sizes = ", ".join(f"{nbytes / 2**20:,.1f} MiB {key}" for key, nbytes in by_dtype.items())
+    gradients = sum(local_part(param).nbytes for param in trainable)
+    blocks = find_blocks(model)
+    return [
+        f"model      {sum(p.numel() for p in params):,} parameters, {sum(p.numel() for p in trainable):,} trainable",
+        f"sharded    {len(blocks)} x {type(blocks[0]).__mro__[1].__name__} and the root, each on its own",
+        f"this rank  parameters {sizes}; gradients {gradients / 2**20:,.1f} MiB float32; "
+        f"{type(optimizer).__name__} states {2 * gradients / 2**20:,.1f} MiB float32",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Optimizer and schedule
+
+
+def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
+    """Fused AdamW on fp32 masters; weight decay on matrices only, not on norms, biases and embeddings."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decayed = [p for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings]
+    others = [p for p in model.parameters() if p.dim() <= 1 or id(p) in embeddings]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=args.max_lr, betas=(0.9, 0.95),
+                             eps=1e-8, fused=True)  # EDIT: another optimizer (see `clip_and_step` on fused)
+
+
+def learning_rate(step: int, total_steps: int, warmup_steps: int, max_lr: float, min_lr: float) -> float:
+    """For the update that follows `step` updates: linear warm-up to max_lr, then a cosine that ends at min_lr."""
+    if step < warmup_steps:
+        return max_lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+    return min_lr + 0.5 * (max_lr - min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def resolve_steps(args: argparse.Namespace, dataset: TokenDataset | None, ranks: Ranks) -> tuple[int, int, str]:
+    """(total steps, warm-up steps, a line that says why)."""
+    samples_per_step = args.batch_size * args.grad_accum_steps * ranks.world_size
+    one_pass = math.ceil(len(dataset) / samples_per_step) if dataset else 1000
+    per_epoch = args.steps_per_epoch or one_pass
+    total = args.max_steps or min(args.num_epochs * per_epoch, 100_000)
+    warmup = args.warmup_steps if args.warmup_steps is not None else min(2000, total // 10)
+    if warmup > total:
+        raise UserError(f"--warmup-steps {warmup} is more than the run's {total} steps")
+    known = f"one pass over {len(dataset):,} sequences is {one_pass:,}" if dataset else "the data's length is unknown"
+    line = (f"steps      {total:,} ({known}), {warmup:,} of warm-up; {samples_per_step:,} sequences, "
+            f"{samples_per_step * args.seq_len:,} tokens a step")
+    return total, warmup, line
+
+
+@torch.no_grad()
+def reduce_stats(model: nn.Module, loss_sum: Tensor, token_count: Tensor, num_replicas: int) -> tuple[Tensor, ...]:
+    """(loss a token, trained tokens, gradient norm of that loss) over all ranks and micro-batches: one collective.
+
+    Gradients here are those of the summed loss, so that their norm is divided by the token count. Under HSDP
+    each replica holds the whole reduced gradient, hence the division by `num_replicas`.
+    """
+    grads = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
+    norms = torch._foreach_norm([g for g in grads if g.numel()]) or [torch.zeros(())]
+    square = torch.stack(norms).square().sum().to(loss_sum.device)
+    total = all_sum(torch.stack([loss_sum, token_count, square / num_replicas]))
+    return total[0] / total[1], total[1], total[2].sqrt() / total[1]
+
+
+@torch.no_grad()
+def clip_and_step(optimizer: torch.optim.AdamW, grad_norm: Tensor, token_count: Tensor, grad_clip: float) -> Tensor:
+    """One update, or none where the gradient is not finite: decided on the device, the same on all ranks.
+
+    The fused kernel divides gradients by `grad_scale` and does nothing if `found_inf` is 1 (the two attributes are
+    GradScaler's protocol), so that dividing by the token count, clipping and skipping cost no pass over the gradients
+    and no host-device synchronisation. Returns `found_inf`.
+    """
+    found_inf = (~torch.isfinite(grad_norm)).float()
+    over = torch.clamp(grad_norm / grad_clip, min=1.0) if grad_clip else torch.ones_like(grad_norm)
+    optimizer.grad_scale, optimizer.found_inf = token_count * over, found_inf
+    optimizer.step()
+    return found_inf
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. Loss: summed cross-entropy, in chunks, so that whole logits never exist
+
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum over tokens with a label of -log p(label), in fp32. (N, V), (N,) -> ()."""
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")  # EDIT: the objective
+
+
+def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float = 1.0,
+              cap: float = 0.0) -> Tensor:
+    """Output head, the family's scale and soft cap of the logits, loss. (N, D), (V, D), (V,), (N,) -> ()."""
+    logits = F.linear(hidden, weight, bias)
+    if scale != 1.0:
+        logits = logits * scale
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    return cross_entropy_sum(logits, labels)
+
+
+class ChunkedHeadLoss(torch.autograd.Function):
+    """`loss_fn` (see `head_loss`) over rows in chunks, gradients taken chunk by chunk in the forward.
+
+    Logits, their softmax and their gradient exist for one chunk only, and nothing is computed twice, unlike with
+    checkpointing (the idea of Hsu et al. 2024, Liger Kernel, arXiv:2410.10989, without kernels of its own).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, loss_fn, chunk):
+        needs_grad = any(ctx.needs_input_grad)
+        loss_sum = hidden.new_zeros((), dtype=torch.float32)
+        params = [weight] if bias is None else [weight, bias]
+        sums = [torch.zeros_like(p, dtype=torch.float32) for p in params] if needs_grad else []
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            with torch.set_grad_enabled(needs_grad):
+                leaves = [t.detach().requires_grad_(needs_grad) for t in (hidden[rows], *params)]
+                loss = loss_fn(leaves[0], leaves[1], leaves[2] if bias is not None else None, labels[rows])
+            loss_sum += loss.detach()
+            if needs_grad:
+                grad_hidden[rows], *grads = torch.autograd.grad(loss, leaves)
+                for total, grad in zip(sums, grads):
+                    total += grad
+        if needs_grad:
+            ctx.save_for_backward(grad_hidden, *(total.to(weight.dtype) for total in sums))
+        return loss_sum
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_hidden, grad_weight, *grad_bias = (grad.mul_(grad_loss) for grad in ctx.saved_tensors)
+        return grad_hidden, grad_weight, grad_bias[0] if grad_bias else None, None, None, None
+
+
+def chunked_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Linear, loss_fn: Callable, chunk: int) -> Tensor:
+    """Summed loss of (B, T, D) hidden states under an output head, as a differentiable fp32 scalar."""
+    bias = getattr(head, "bias", None)
+    return ChunkedHeadLoss.apply(hidden.flatten(0, 1), head.weight, bias, labels.flatten(), loss_fn, chunk)
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Checkpoints and export: asynchronous, published by a rename, resumed exactly; a Hugging Face folder at the end
+
+
+@dataclasses.dataclass
+class Checkpointer:
+    """The run's folder of checkpoints and the save that is under way. A checkpoint is RUN/checkpoints/step_000100:
+    DCP's files (model, optimizer, each rank's random state), progress.json, config.yaml and the script's source."""
+
+    folder: Path
+    keep: int
+    group: torch.distributed.ProcessGroup  # gloo, of its own: an asynchronous save must not meet training's collectives
+    stager: object
+    saving: object = None  # future of the files
+    staging: object = None  # future of the copy that frees the parameters for the next update
+    partial: Path | None = None
+
+
+def open_checkpoints(args: argparse.Namespace, ranks: Ranks) -> Checkpointer:
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    cuda = ranks.device.type == "cuda"
+    folder = Path(args.checkpoint_dir) / "checkpoints"
+    if ranks.is_main:
+        for stale in folder.glob("*.partial"):  # a save that a kill interrupted
+            shutil.rmtree(stale, ignore_errors=True)
+    stager = DefaultStager(StagingOptions(use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=True,
+                                          use_non_blocking_copy=cuda))
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=1))
+    return Checkpointer(folder, args.keep_checkpoints, group, stager)
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; tied parameters once, under their first name."""
+    persistent = set(model.state_dict())
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    return {name: tensor.detach() for name, tensor in tensors if name in persistent}
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """{parameter name: {step, exp_avg, exp_avg_sq}}, made of zeros where no update has happened yet."""
+    states = {}
+    for name, param in model.named_parameters():
+        if param.requires_grad and not optimizer.state[param]:
+            optimizer.state[param] = {"step": torch.zeros((), dtype=torch.float32, device=local_part(param).device),
+                                      "exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+        if param.requires_grad:
+            states[name] = optimizer.state[param]
+    return states
+
+
+def random_states(ranks: Ranks) -> dict[str, Tensor]:
+    states = {f"cpu_{ranks.rank}": torch.get_rng_state()}
+    if ranks.device.type == "cuda":
+        states[f"cuda_{ranks.rank}"] = torch.cuda.get_rng_state(ranks.device)
+    return states
+
+
+def start_save(saver: Checkpointer, tensors: dict, progress: dict, files: dict[str, str], ranks: Ranks) -> None:
+    """Begin a save (all ranks). The tensors are copied while the next forward runs: call `wait_for_copy` before the
+    next update. `files` are texts that go beside the tensors."""
+    import torch.distributed.checkpoint as dcp
+
+    finish_save(saver, ranks)
+    saver.partial = saver.folder / f"step_{progress['step']:06d}.partial"
+    saver.partial.mkdir(parents=True, exist_ok=True)
+    if ranks.is_main:
+        for name, text in {"progress.json": json.dumps(progress), **files}.items():
+            (saver.partial / name).write_text(text)
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize()  # sync point: the copy runs on a stream of its own
+    response = dcp.async_save(tensors, checkpoint_id=saver.partial, process_group=saver.group,
+                              async_stager=saver.stager)
+    saver.saving, saver.staging = response.upload_completion, response.staging_completion
+
+
+def wait_for_copy(saver: Checkpointer) -> None:
+    if saver.staging is not None:
+        saver.staging.result()
+        saver.staging = None
+
+
+def publish_if_done(saver: Checkpointer, ranks: Ranks) -> None:
+    """Rank 0: rename a finished save into place and drop the oldest. Its future ends only when all ranks' files are
+    written, since it takes part in DCP's last collective."""
+    done = ranks.is_main and saver.saving is not None and saver.saving.done() and not saver.saving.exception()
+    if not done or saver.partial is None:
+        return
+    final = saver.partial.with_suffix("")
+    shutil.rmtree(final, ignore_errors=True)
+    for path in (saver.partial, final.parent):
+        if path == final.parent:
+            saver.partial.rename(final)
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    saver.partial = None
+    kept = checkpoints_in(saver.folder)
+    for old in kept[:-saver.keep] if saver.keep else []:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def finish_save(saver: Checkpointer, ranks: Ranks) -> None:
+    """Wait for the save under way and publish it (all ranks). Raises UserError if it failed on any rank."""
+    if saver.saving is None:
+        return
+    try:
+        wait_for_copy(saver)
+        saver.saving.result()
+    except Exception as error:
+        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+        kept = checkpoints_in(saver.folder)
+        raise UserError(f"could not save {saver.partial} ({reason.strip()}): is the disk full or read-only? "
+                        f"{f'The newest good checkpoint is {kept[-1]}' if kept else 'No checkpoint exists yet'}; "
+                        "make room and start the same command again") from error
+    publish_if_done(saver, ranks)
+    saver.saving = None
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Published checkpoints, oldest first."""
+    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted((path for path in found if (path / ".metadata").is_file()), key=lambda path: int(path.name[5:]))
+
+
+def checkpoint_to_resume(args: argparse.Namespace) -> Path | None:
+    """What --resume names. Refuses to mix a new run into a folder that holds an old one."""
+    if args.resume not in ("auto", "none"):
+        return Path(args.resume)
+    found = checkpoints_in(Path(args.checkpoint_dir) / "checkpoints")
+    if args.resume == "none" and found:
+        raise UserError(f"--resume none: {args.checkpoint_dir} already holds {found[-1].name}; give this run another "
+                        "--checkpoint-dir, or delete the old one")
+    return found[-1] if found else None
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
+    """Fill model, optimizer and this rank's random state, on any number of ranks; returns the progress (all ranks)."""
+    import torch.distributed.checkpoint as dcp
+
+    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    tensors = {"model": model_tensors(model), "optim": optimizer_tensors(model, optimizer)}
+    for name, tensor in tensors["model"].items():
+        found = saved.get(f"model.{name}")
+        if found is None or found.size != tensor.shape:
+            shape = "nothing" if found is None else tuple(found.size)
+            raise UserError(f"{path} is a checkpoint of another model: {name} is {tuple(tensor.shape)} here and "
+                            f"{shape} there; give this run another --checkpoint-dir")
+    extra = {name for name in saved if name.startswith("model.")} - {f"model.{name}" for name in tensors["model"]}
+    if extra:
+        raise UserError(f"{path} is a checkpoint of another model: it also holds {sorted(extra)[0]}; give this run "
+                        "another --checkpoint-dir")
+    here = {name: state for name, state in random_states(ranks).items() if f"random.{name}" in saved}
+    dcp.load(tensors | ({"random": here} if here else {}), checkpoint_id=path)
+    for name, state in here.items():
+        torch.set_rng_state(state) if name.startswith("cpu") else torch.cuda.set_rng_state(state, ranks.device)
+    return json.loads((path / "progress.json").read_text())
+
+
+def hf_tensors(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype
+               ) -> Iterator[tuple[str, Tensor]]:
+    """Names and layout of the family's files on disk, where transformers renames or fuses while loading."""
+    convert = None
+    if hasattr(model, "base_model_prefix"):
+        from transformers.core_model_loading import revert_weight_conversion as convert
+    for name, tensor in tensors:
+        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        yield from (convert(model, {name: tensor}) if convert else {name: tensor}).items()
+
+
+def gathered_tensors(model: nn.Module, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
+    """One full tensor at a time, in host memory, for rank 0; every rank takes part in each gather (all ranks)."""
+    for name, tensor in model_tensors(model).items():
+        full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if ranks.is_main:
+            yield name, full.cpu()
+
+
+def write_safetensors(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_gib: float = 5.0) -> None:
+    """model-00001-of-0000N.safetensors and their index, as `save_pretrained` writes them, one shard in memory."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shards, shard, size, total = [], {}, 0, 0
+
+    def flush() -> None:
+        path = folder / f"part-{len(shards):05d}"
+        save_file(shard, path, metadata={"format": "pt"})
+        shards.append((path, list(shard)))
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > shard_gib * 2**30:
+            flush()
+            size = 0
+        shard[name] = tensor.contiguous()
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
+    weight_map = {}
+    for number, (path, names) in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        path.rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def write_model_files(folder: Path, model: nn.Module, tokenizer, dtype: torch.dtype, source: Path | None) -> None:
+    """config.json, generation_config.json, tokenizer and chat template, and remote code if the model came with some."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.model_max_length = getattr(model.config, "max_position_embeddings", None) or getattr(
+        model.config, "max_positions", int(1e30))
+    tokenizer.save_pretrained(folder)
+    if source is None:
+        c, name = model.config, str(dtype).removeprefix("torch.")
+        tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end_of_turn_ids(tokenizer)}
+        config = {
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "dtype": name,
+            "hidden_size": c.hidden_size, "num_hidden_layers": c.num_layers, "num_attention_heads": c.num_heads,
+            "num_key_value_heads": c.num_kv_heads, "head_dim": c.head_size, "intermediate_size": c.ffn_size,
+            "vocab_size": c.vocab_size, "max_position_embeddings": c.max_positions, "rms_norm_eps": c.norm_eps,
+            "rope_theta": c.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+            "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "initializer_range": 0.02,
+            **tokens}
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        (folder / "generation_config.json").write_text(json.dumps(tokens, indent=2))
+        return
+    config = type(model.config).from_dict(model.config.to_dict() | {"dtype": dtype, "use_cache": True})
+    config.architectures = [next(c.__name__ for c in type(model).__mro__ if not c.__name__.startswith("FSDP"))]
+    config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    for code in source.glob("*.py"):
+        shutil.copy(code, folder)
+
+
+def end_of_turn_ids(tokenizer) -> int | list[int]:
+    """Where generation stops: the end-of-text token, and the end of a ChatML turn if the tokenizer has one."""
+    turn = tokenizer.get_added_vocab().get(IM_END)
+    return tokenizer.eos_token_id if turn in (None, tokenizer.eos_token_id) else [tokenizer.eos_token_id, turn]
+
+
+def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remote_code: bool) -> float | None:
+    """Load the folder with transformers, on the CPU, and compare logits: the largest difference over the largest
+    logit, or None where memory is short. Raises UserError beyond what the precision explains."""
+    from transformers import AutoModelForCausalLM
+
+    nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if nbytes * 1.2 > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        return None
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code).eval()
+    with torch.no_grad():
+        logits = model(input_ids.cpu(), use_cache=False).logits.float()
+    expected = expected.cpu().float()
+    error = float((logits - expected).abs().max() / expected.abs().max())
+    bound = 1e-4 if model.dtype == torch.float32 else 5e-2
+    if not error <= bound:
+        raise UserError(f"{folder}: the exported model's logits differ from the trained model's by {error:.1e} of the "
+                        f"largest (bound {bound:.0e}); the checkpoint is intact, please report this")
+    return error
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. Run record: metrics, console, timing
+#
+# Rows of metrics.jsonl, one per --log-interval, evaluation or checkpoint; a step that was repeated after a resume
+# stands there twice, and the later row counts.
+METRICS = {
+    "step": "optimizer steps completed",
+    "samples": "sequences seen, the position in the global order",
+    "train/loss": "cross-entropy in nats per trained token of this step, over all ranks and micro-batches",
+    "train/perplexity": "exp(train/loss)",
+    "train/lr": "learning rate of this step",
+    "train/grad_norm": "global L2 norm of the gradient before clipping",
+    "train/skipped_steps": "steps since the start whose gradient was not finite: no update was made",
+    "train/tokens": "trained tokens (tokens with a label) since the start",
+    "perf/tokens_per_s": "input tokens a second over all ranks, since the row before; evaluation and waiting count",
+    "perf/tokens_per_s_per_gpu": "the same for one rank",
+    "perf/mfu": "model FLOPs utilisation: FLOPs a token times tokens/s over the GPU's dense bf16 peak, without "
+                "recomputation; FLOPs a token = 6 x matmul parameters + 6 x layers x hidden size x sequence length",
+    "perf/peak_mem_gib": "rank 0's largest allocated GPU memory (on CPU: largest resident memory)",
+    "time/step_s": "seconds a step since the row before",
+    "time/data_s": "of which waiting for batches (host time, as the following)",
+    "time/forward_backward_s": "of which forward and backward; on GPUs the host only queues work here",
+    "time/optimizer_s": "of which reducing statistics, clipping and the update",
+    "time/checkpoint_s": "of which standing still for checkpoints",
+    "eval/loss": "cross-entropy in nats per trained token over the whole held-out split",
+    "eval/perplexity": "exp(eval/loss)",
+    "eval/tokens": "tokens that eval/loss is the mean of",
+    "eval/time_s": "seconds that the evaluation took",
+}
+PEAK_TFLOPS = {  # dense bf16, the vendors' data sheets
+    "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "B200": 2250, "B100": 1750, "A100": 312,
+    "A800": 312, "L40S": 362, "L4": 121, "A40": 150, "A10": 125, "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307,
+}
+
+
+def flops_per_token(model: nn.Module, seq_len: int) -> float | None:
+    """Forward and backward, by the convention of `perf/mfu`; None for mixtures of experts, which use only a part."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    if any(hasattr(config, name) for name in ("num_local_experts", "num_experts", "n_routed_experts")):
+        return None
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model.model.embed_tokens
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else model.lm_head
+    matmul = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    if head is None or head.weight is not embedding.weight:
+        matmul -= embedding.weight.numel()
+    return 6.0 * matmul + 6.0 * len(find_blocks(model)) * config.hidden_size * seq_len
+
+
+def peak_flops(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if key in name), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@contextlib.contextmanager
+def timed(times: dict[str, float], key: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    times[key] = times.get(key, 0.0) + time.perf_counter() - start
+
+
+def write_once(path: Path, text: str) -> None:
+    """Never over an older file: config.yaml, then config.1.yaml, …; the same text is not written again."""
+    for number in itertools.count():
+        candidate = path.with_suffix(f".{number}{path.suffix}") if number else path
+        if not candidate.exists():
+            candidate.write_text(text)
+        if candidate.read_text() == text:
+            return
+
+
+def write_record(folder: Path, args: argparse.Namespace, ranks: Ranks) -> dict[str, str]:
+    """Configuration, command, source and environment in the run's folder; returns the files that every checkpoint
+    carries too. `--config` takes config.yaml back."""
+    import yaml
+
+    source = Path(__file__).read_text()
+    config = yaml.safe_dump({key: value for key, value in vars(args).items() if value is not None}, sort_keys=False)
+    if ranks.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        git = ["git", "-C", str(Path(__file__).resolve().parent)]
+        run = functools.partial(subprocess.run, capture_output=True, text=True, check=False)
+        commit = run([*git, "rev-parse", "HEAD"]).stdout.strip() if shutil.which("git") else ""
+        dirty = bool(run([*git, "status", "--porcelain"]).stdout.strip()) if commit else None
+        modules = {name: sys.modules[name].__version__ for name in ("torch", "transformers", "datasets")
+                   if name in sys.modules}
+        cuda = ranks.device.type == "cuda"
+        device = torch.cuda.get_device_name(ranks.device) if cuda else f"{os.cpu_count()} CPU cores"
+        environment = {"commit": commit or None, "dirty": dirty, "python": sys.version.split()[0], **modules,
+                       "device": device, "world_size": ranks.world_size}
+        write_once(folder / "config.yaml", config)
+        write_once(folder / "command.txt", " ".join([sys.executable, *sys.argv]) + "\n")
+        write_once(folder / Path(__file__).name, source)
+        write_once(folder / "env.json", json.dumps(environment, indent=1))
+    return {"config.yaml": config, Path(__file__).name: source}
+
+
+def open_trackers(args: argparse.Namespace, ranks: Ranks) -> list[Callable[[dict], None]]:
+    """Rank 0: functions that take a row of metrics: the file, and TensorBoard or Weights & Biases if asked for."""
+    if not ranks.is_main:
+        return []
+    file = (Path(args.checkpoint_dir) / "metrics.jsonl").open("a", buffering=1)
+    trackers = [lambda row: file.write(json.dumps(row) + "\n")]
+    if args.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(Path(args.checkpoint_dir) / "tensorboard")
+        trackers.append(lambda row: [board.add_scalar(key, value, row["step"]) for key, value in row.items()])
+    if args.wandb:
+        import wandb
+
+        wandb.init(project=args.wandb, name=Path(args.checkpoint_dir).name, config=vars(args))
+        trackers.append(lambda row: wandb.log(row, step=row["step"]))
+    return trackers
+
+
+def check_trackers(args: argparse.Namespace) -> None:
+    needed = [(args.tensorboard, "tensorboard"), (bool(args.wandb), "wandb")]
+    for asked, package in needed:
+        if asked and not importlib.util.find_spec(package):
+            raise UserError(f"--{package} needs the {package} package: pip install {package}")
+
+
+def check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_bytes(b"\0" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another folder") from None
+
+
+def format_row(row: dict, total_steps: int) -> str:
+    """One fixed-width line a logged step, for logs that are files."""
+    line = (f"step {row['step']:>7,}/{total_steps:,}  loss {row['train/loss']:8.4f}  lr {row['train/lr']:.2e}  "
+            f"norm {row['train/grad_norm']:8.3f}  {row['perf/tokens_per_s']:>11,.0f} tokens/s  "
+            f"{row['time/step_s'] * 1000:9.1f} ms  {row['perf/peak_mem_gib']:6.2f} GiB")
+    return line + (f"  MFU {row['perf/mfu']:6.1%}" if "perf/mfu" in row else "")
+
+
+# ------------------------------------------------------------------------------------------------
+# 9. Evaluation: the whole held-out split, and a sample of what the model writes
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, dataset: TokenDataset, batch_size: int, ranks: Ranks) -> dict[str, float]:
+    """Loss per trained token over every sample once, the same on any number of ranks (all ranks).
+
+    Ranks take turns of single batches; one that has none left repeats a sample without labels, because every rank
+    must take part in each forward's gathers.
+    """
+    from tqdm import tqdm
+
+    started = time.perf_counter()
+    loss_sum, token_count = torch.zeros((), device=ranks.device, dtype=torch.float64), 0
+    per_round = batch_size * ranks.world_size
+    model.eval()
+    for first in tqdm(range(0, len(dataset), per_round), desc="evaluating", leave=False,
+                      disable=not (ranks.is_main and sys.stderr.isatty())):
+        mine = range(first + ranks.rank * batch_size, min(first + (ranks.rank + 1) * batch_size, len(dataset)))
+        batch = collate([dataset[i] for i in mine or [0]], ranks.device, dataset.mask_documents)
+        if not mine:
+            batch["labels"].fill_(IGNORE)
+        loss_sum += model(**batch).double()
+        token_count += (batch["labels"] != IGNORE).sum()
+    model.train()
+    total = all_sum(torch.stack([loss_sum, token_count.double()])).tolist()  # sync point
+    loss = total[0] / max(1.0, total[1])
+    return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0)), "eval/tokens": int(total[1]),
+            "eval/time_s": time.perf_counter() - started}
+
+
+@torch.no_grad()
+def write_sample(model: nn.Module, tokenizer, prompt: str, num_tokens: int, ranks: Ranks) -> str:
+    """`num_tokens` more tokens at temperature 0.8, by full forwards without a cache: for a look, not for serving
+    (all ranks step together; rank 0 draws)."""
+    ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
+    tokens = torch.tensor([ids], device=ranks.device)
+    generator = torch.Generator(ranks.device).manual_seed(0)
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):  # each length would compile anew
+        for _ in range(num_tokens):
+            probabilities = torch.softmax(model(tokens[:, -256:])[:, -1].float() / 0.8, dim=-1)
+            drawn = torch.multinomial(probabilities, 1, generator=generator)
+            torch.distributed.broadcast(drawn, src=0)
+            tokens = torch.cat([tokens, drawn], dim=1)
+    model.train()
+    return tokenizer.decode(tokens[0].tolist())
+
+
+# ------------------------------------------------------------------------------------------------
+# 10. Training
+
+
+def open_datasets(args: argparse.Namespace, folder: Path) -> tuple[TokenDataset | None, TokenDataset | None, int]:
+    """(train or None with --streaming, held out or None, tokenizer's length)."""
+    masked = args.mask_documents
+    if masked is None:
+        meta = json.loads((folder / "meta.json").read_text())
+        masked = bool(args.hf_model) or meta["train"]["chat"]
+    make = functools.partial(TokenDataset, folder, seq_len=args.seq_len, packing=args.packing, mask_documents=masked)
+    train_set = None if args.streaming else make("train")
+    eval_set = make("eval") if args.eval_split or args.eval_fraction else None
+    return train_set, eval_set, json.loads((folder / "meta.json").read_text())["vocab_size"]
+
+
+def open_stream(args: argparse.Namespace, ranks: Ranks, resume_from: Path | None) -> tuple[Iterator[dict], dict]:
+    """(batches, their state) of --streaming, where this rank's checkpoint says."""
+    state = {}
+    saved = sorted(resume_from.glob("stream_rank_*.json")) if resume_from else []
+    states = [json.loads(path.read_text()) for path in saved]
+    if len(states) == ranks.world_size:
+        state = states[ranks.rank]
+    elif states:
+        state = {"rows": max(s["rows"] for s in states), "waiting": []}
+        if ranks.is_main:
+            print(f"streaming: saved by {len(states)} processes, resumed by {ranks.world_size}: goes on at row "
+                  f"{state['rows']}; a few rows around it may be seen twice or not at all")
+    masked = args.mask_documents if args.mask_documents is not None else bool(args.hf_model)
+    return streamed_batches(args, ranks, masked, state), state
+
+
+def report_finished(args: argparse.Namespace, ranks: Ranks, resume_from: Path | None, total_steps: int) -> bool:
+    """True, and a line on rank 0, if the newest checkpoint is the run's last and the export stands."""
+    if resume_from is None or json.loads((resume_from / "progress.json").read_text())["step"] < total_steps:
+        return False
+    exported = Path(args.checkpoint_dir) / "hf"
+    if args.export and not exported.is_dir():
+        return False
+    if ranks.is_main:
+        print(f"this run is finished: {resume_from} holds all {total_steps} steps"
+              f"{f', {exported} the model' if args.export else ''}. A larger --max-steps goes on from there; another "
+              "--checkpoint-dir starts anew")
+    return True
+
+
+def note_bad_steps(flags: list[float], progress: dict, sample_ids: Callable[[int], list[int]]) -> list[dict]:
+    """Count the skipped steps among the last len(flags) in `progress`; returns {step, samples} of each."""
+    first, records = progress["step"] - len(flags), []
+    for step, bad in enumerate(flags, first + 1):
+        progress["bad_in_a_row"] = progress["bad_in_a_row"] + 1 if bad else 0
+        if bad:
+            progress["skipped_steps"] += 1
+            steps_ago = progress["step"] - step
+            records.append({"step": step, "samples": sample_ids(steps_ago)})
+    return records
+
+
+def samples_of_step(dataset: TokenDataset | None, seed: int, end: int, samples_per_step: int,
+                    steps_ago: int) -> list[int]:
+    """Which samples an earlier step trained on, when `end` sequences have been seen by now; [] with --streaming."""
+    stop = end - steps_ago * samples_per_step
+    return [sample_at(p, len(dataset), seed) for p in range(stop - samples_per_step, stop)] if dataset else []
+
+
+def describe_data(train_set: TokenDataset | None, eval_set: TokenDataset | None) -> list[str]:
+    lines = []
+    for name, dataset in (("data", train_set), ("held out", eval_set)):
+        if dataset is None:
+            continue
+        filled = dataset.num_tokens / (len(dataset) * dataset.seq_len)
+        cut = f", {dataset.num_cut:,} documents cut to --seq-len" if dataset.chat and dataset.num_cut else ""
+        lines.append(f"{name:10s} {dataset.num_tokens:,} tokens of {'chats' if dataset.chat else 'text'} in "
+                     f"{len(dataset):,} sequences, {min(1.0, filled):.0%} full{cut}; documents "
+                     f"{'do not see each other' if dataset.mask_documents else 'follow one another'}")
+    return lines
+
+
+def open_bar(total_steps: int, step: int, ranks: Ranks):
+    """A progress bar where rank 0 writes to a terminal, else a silent one."""
+    from tqdm import tqdm
+
+    return tqdm(total=total_steps, initial=step, desc="training", unit="step", dynamic_ncols=True, smoothing=0.05,
+                disable=not (ranks.is_main and sys.stderr.isatty()))
+
+
+def show_row(bar, row: dict, total_steps: int, ranks: Ranks) -> None:
+    if not bar.disable:
+        bar.set_postfix_str(f"loss {row['train/loss']:.4f}, {row['perf/tokens_per_s']:,.0f} tokens/s")
+    elif ranks.is_main:
+        print(format_row(row, total_steps), flush=True)
+
+
+def show_evaluation(bar, step: int, evaluation: dict, ranks: Ranks) -> None:
+    if ranks.is_main:
+        bar.write(f"step {step:>7,}  eval loss {evaluation['eval/loss']:.4f}  perplexity "
+                  f"{evaluation['eval/perplexity']:.2f}  over {evaluation['eval/tokens']:,} tokens")
+
+
+def checkpoint_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
+    return {"model": model_tensors(model), "optim": optimizer_tensors(model, optimizer),
+            "random": random_states(ranks)}
+
+
+def explain_bad_steps(streak: int, run_dir: Path) -> str:
+    kept = checkpoints_in(run_dir / "checkpoints")
+    return (f"{streak} steps in a row had a gradient that is not finite; none of them changed the weights. Their samples "
+            f"are in {run_dir / 'bad_steps.jsonl'}; the newest checkpoint is {kept[-1] if kept else 'none'}. Lower "
+            "--max-lr, or look at the data")
+
+
+def export_model(args: argparse.Namespace, model: nn.Module, ranks: Ranks, source: Path | None,
+                 dtype: torch.dtype) -> tuple[Path, Tensor, Tensor]:
+    """Write RUN/hf (all ranks; rank 0 writes). Returns the folder, 32 tokens and the live model's logits for them."""
+    input_ids = torch.arange(32, device=ranks.device)[None]
+    model.eval()
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        logits = model(input_ids)
+    folder = Path(args.checkpoint_dir) / "hf"
+    partial = folder.with_name("hf.partial")
+    if args.export_dtype != "auto":
+        dtype = getattr(torch, args.export_dtype)
+    tensors = gathered_tensors(model, ranks)
+    if not ranks.is_main:
+        for _ in tensors:
+            pass
+        return folder, input_ids, logits
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        write_safetensors(partial, hf_tensors(model, tensors, dtype))
+        write_model_files(partial, model, load_tokenizer(args, ranks), dtype, source)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"could not write {folder}: {error.strerror}; the checkpoint is intact: make room, then run "
+                        "the same command again, or tools/export_hf.py") from error
+    return folder, input_ids, logits
+
+
+def main() -> None:
+    # Set-up ---------------------------------------------------------------------------------
+    args = parse_args()
+    relaunch_under_torchrun(args)
+    ranks = read_ranks(args)
+    check_trackers(args)
+    run_dir = Path(args.checkpoint_dir)
+    check_writable(run_dir)
+    check_writable(Path(args.data_cache))
+    say = print if ranks.is_main else (lambda *line: None)
+
+    resume_from = checkpoint_to_resume(args)
+    data_folder = prepare_data(args, ranks)  # takes as long as it needs: no process group exists yet
+    train_set, eval_set, vocab_size = open_datasets(args, data_folder)
+    total_steps, warmup_steps, steps_line = resolve_steps(args, train_set, ranks)
+    if report_finished(args, ranks, resume_from, total_steps):
+        return
+
+    mesh = init_distributed(args, ranks)
+    dtype = compute_dtype(args.mixed_precision, ranks.device)
+    if args.mixed_precision and dtype is torch.float32:
+        say("precision  this device has no native bf16: computing in fp32")
+    hf_folder = fetch(args.hf_model, args, ranks) if args.hf_model else None
+    model = build_model(args, hf_folder, vocab_size)
+    shard_model(model, args, mesh, dtype)
+    ties = materialise(model, ranks.device, args.cpu_offload)
+    optimizer = build_optimizer(model, args)
+    if hf_folder:
+        fill_buffers(model)
+    progress = {"step": 0, "samples": 0, "tokens": 0, "skipped_steps": 0, "bad_in_a_row": 0, "best_eval_loss": None}
+    if resume_from:
+        progress = load_checkpoint(resume_from, model, optimizer, ranks)
+    elif hf_folder:
+        load_hf_weights(model, hf_folder, args, ranks)
+    else:
+        init_from_scratch(model, args.seed, ranks.device)
+    prove_filled(model, ties)
+    if hf_folder:
+        prove_loss(model, ranks)
+    if train_set:
+        batches, stream = ordered_batches(train_set, args, ranks, progress["samples"]), None
+    else:
+        batches, stream = open_stream(args, ranks, resume_from)
+
+    files = write_record(run_dir, args, ranks)
+    saver = open_checkpoints(args, ranks)
+    trackers = open_trackers(args, ranks)
+    for line in [*describe_model(model, optimizer), *describe_data(train_set, eval_set), steps_line]:
+        say(line)
+    if resume_from:
+        say(f"resumed    {resume_from}: step {progress['step']:,}, {progress['samples']:,} sequences seen")
+
+    samples_per_step = args.batch_size * args.grad_accum_steps * ranks.world_size
+    num_replicas = ranks.world_size // mesh.size(-1)
+    token_flops, device_flops = flops_per_token(model, args.seq_len), peak_flops(ranks.device)
+    loss_sum, token_count = torch.zeros(2, device=ranks.device)
+    num_trained = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    bad_flags, times, num_input_tokens = [], {}, 0
+    bar = open_bar(total_steps, progress["step"], ranks)
+    started = row_started = time.perf_counter()
+    row, row_step, evaluation = {}, progress["step"], {}
+
+    # Loop ------------------------------------------------------------------------------------
+    while progress["step"] < total_steps:
+        # Forward and backward over the micro-batches: the gradient of the summed loss, reduced with the last (all ranks)
+        loss_sum.zero_()
+        token_count.zero_()
+        for micro in range(args.grad_accum_steps):
+            with timed(times, "data"):
+                batch = next(batches)
+            with timed(times, "forward_backward"):
+                model.set_requires_gradient_sync(args.reduce_every_micro_batch or micro == args.grad_accum_steps - 1)
+                loss = model(**batch)
+                loss.backward()
+                loss_sum += loss.detach()
+                token_count += (batch["labels"] != IGNORE).sum()
+            num_input_tokens += batch["input_ids"].numel() * ranks.world_size
+
+        # Clip and step (all ranks)
+        with timed(times, "checkpoint"):
+            wait_for_copy(saver)
+        with timed(times, "optimizer"):
+            lr = learning_rate(progress["step"], total_steps, warmup_steps, args.max_lr, args.min_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            step_loss, step_tokens, grad_norm = reduce_stats(model, loss_sum, token_count, num_replicas)
+            bad_flags.append(clip_and_step(optimizer, grad_norm, step_tokens, args.grad_clip))
+            optimizer.zero_grad()
+
+        # Count
+        progress["step"] += 1
+        progress["samples"] += samples_per_step
+        num_trained += step_tokens
+        bar.update()
+        is_last = progress["step"] == total_steps
+        is_save = is_last or progress["step"] % args.checkpoint_interval == 0
+
+        # Log
+        if progress["step"] % args.log_interval == 0 or is_save or progress["step"] == 1:
+            values = torch.stack([step_loss.double(), grad_norm.double(), num_trained, *map(Tensor.double, bad_flags)])
+            loss_value, norm_value, trained, *flags = values.tolist()  # sync point
+            progress["tokens"] += int(trained)
+            num_trained.zero_()
+            bad_steps = note_bad_steps(flags, progress, functools.partial(
+                samples_of_step, train_set, args.seed, progress["samples"], samples_per_step))
+            bad_flags.clear()
+            if bad_steps and ranks.is_main:
+                with (run_dir / "bad_steps.jsonl").open("a") as file:
+                    file.writelines(json.dumps(record) + "\n" for record in bad_steps)
+            seconds, num_steps = time.perf_counter() - row_started, progress["step"] - row_step
+            row = {
+                "step": progress["step"], "samples": progress["samples"], "train/loss": loss_value,
+                "train/perplexity": math.exp(min(loss_value, 700.0)), "train/lr": lr, "train/grad_norm": norm_value,
+                "train/skipped_steps": progress["skipped_steps"], "train/tokens": progress["tokens"],
+                "perf/tokens_per_s": num_input_tokens / seconds,
+                "perf/tokens_per_s_per_gpu": num_input_tokens / seconds / ranks.world_size,
+                "perf/peak_mem_gib": peak_memory_gib(ranks.device), "time/step_s": seconds / num_steps,
+                **{f"time/{key}_s": value / num_steps for key, value in times.items()},
+            }
+            if token_flops and device_flops:
+                row["perf/mfu"] = row["perf/tokens_per_s_per_gpu"] * token_flops / device_flops
+            for track in trackers:
+                track(row)
+            show_row(bar, row, total_steps, ranks)
+            row_started, row_step, num_input_tokens = time.perf_counter(), progress["step"], 0
+            times.clear()
+            if progress["bad_in_a_row"] >= args.max_bad_steps:
+                finish_save(saver, ranks)
+                raise UserError(explain_bad_steps(progress["bad_in_a_row"], run_dir))
+
+        # Save (all ranks): before the evaluation, which may run out of memory
+        if is_save:
+            with timed(times, "checkpoint"):
+                own = files if ranks.is_main else {}
+                if stream is not None:
+                    own = own | {f"stream_rank_{ranks.rank:05d}.json": json.dumps(stream)}
+                start_save(saver, checkpoint_tensors(model, optimizer, ranks), progress, own, ranks)
+                if is_last or not args.async_checkpoint:
+                    finish_save(saver, ranks)
+        publish_if_done(saver, ranks)
+
+        # Evaluate (all ranks)
+        if eval_set and (is_last or (args.eval_interval and progress["step"] % args.eval_interval == 0)):
+            evaluation = evaluate(model, eval_set, args.batch_size, ranks)
+            best = progress["best_eval_loss"]
+            progress["best_eval_loss"] = min(evaluation["eval/loss"], math.inf if best is None else best)
+            for track in trackers:
+                track({"step": progress["step"], **evaluation})
+            show_evaluation(bar, progress["step"], evaluation, ranks)
+
+    # End -------------------------------------------------------------------------------------
+    bar.close()
+    sample = exported = None
+    if args.sample_tokens:
+        sample = write_sample(model, load_tokenizer(args, ranks), args.sample_prompt, args.sample_tokens, ranks)
+    if args.export:
+        exported = export_model(args, model, ranks, hf_folder, dtype)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # before rank 0 works alone: the others need not wait, nor time out
+    if not ranks.is_main:
+        return
+    if sample is not None:
+        print(f"\na sample of what the model writes:\n{indent(sample)}\n")
+    error = verify_export(*exported, args.trust_remote_code) if exported else None
+    write_summary(run_dir, progress, row | evaluation, time.perf_counter() - started)
+    for line in closing_lines(args, run_dir, error):
+        print(line)
+
+
+def indent(text: str) -> str:
+    return "\n".join("    " + line for line in text.splitlines())
+
+
+def write_summary(run_dir: Path, progress: dict, last_row: dict, seconds: float) -> None:
+    summary = progress | {key: value for key, value in last_row.items() if "/" in key} | {"seconds": round(seconds, 1)}
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def closing_lines(args: argparse.Namespace, run_dir: Path, error: float | None) -> list[str]:
+    """Where everything is, and what to run next."""
+    lines = [f"checkpoint {checkpoints_in(run_dir / 'checkpoints')[-1]}",
+             f"record     {run_dir / 'metrics.jsonl'}, {run_dir / 'summary.json'}"]
+    if args.export:
+        checked = f"reloaded: logits within {error:.0e}" if error is not None else "not reloaded: too little memory"
+        lines += [f"model      {run_dir / 'hf'} (Hugging Face format; {checked})",
+                  f"next       python train_llm.py --hf-model {run_dir / 'hf'} --dataset YOUR.jsonl --max-lr 2e-5 "
+                  "--checkpoint-dir runs/finetuned"]
+    return lines
+
+
+def run_and_report() -> None:
+    """main(), with what the user can mend shown as one line by one rank, and the exit code that says which it was."""
+    try:
+        main()
+        return
+    except UserError as error:
+        message, code = str(error), 1
+    except KeyboardInterrupt:
+        message, code = "interrupted; start the same command again to go on from the newest checkpoint", 130
+    except torch.OutOfMemoryError as error:
+        message, code = (f"out of GPU memory ({str(error).split('.')[0]}): lower --batch-size and raise "
+                         "--grad-accum-steps, or use --activation-checkpointing full, or more GPUs"), 1
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(3)  # most often rank 0 has the same to say, and this process is ended before it repeats it
+    print(f"\ntrain_llm.py: error: {message}", file=sys.stderr, flush=True)
+    os._exit(code)  # at once: other ranks may sit in a collective, and threads of a save must not hold the exit up
+
+
+if __name__ == "__main__":
+    run_and_report()
