@@ -4,7 +4,7 @@
 # Usage:
 #   bash tests/run.sh                       every test
 #   bash tests/run.sh --quick               without those marked slow
-#   bash tests/run.sh [--quick] ARGS...     further arguments go to pytest, for example -k packing
+#   bash tests/run.sh [--quick] ARGS...     further arguments go to pytest: -k packing, tests/test_style.py
 #
 # Environment:
 #   PYTHON=python3.12   the interpreter that .venv-test is made with; default python3
@@ -16,6 +16,12 @@ if [[ ${1:-} == --quick ]]; then
     select=(-m "not slow")
     shift
 fi
+
+# Test files among the arguments are run in place of the whole folder.
+targets=(tests)
+for arg in "$@"; do
+    [[ $arg != tests/* ]] || targets=()
+done
 
 base=${PYTHON:-python3}
 venv=.venv-test
@@ -47,4 +53,5 @@ fi
 # One thread for each process, because the tests start several; no hub, because no test may need the network.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1
 unset TOKENIZERS_PARALLELISM
-exec "$python" -m pytest tests -q -rs --durations=15 ${select[@]+"${select[@]}"} "$@"
+exec "$python" -m pytest ${targets[@]+"${targets[@]}"} -q -rs --durations=15 \
+    ${select[@]+"${select[@]}"} "$@"
