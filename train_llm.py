@@ -1,14 +1,14 @@
 """Train a causal language model with PyTorch FSDP2: from scratch, fine-tuning or supervised fine-tuning (SFT).
 
 One file, no Trainer: it builds a model (written out below, or any causal LM of Hugging Face transformers), shards
-its blocks with `fully_shard`, runs the loop that you see in `main()`, keeps asynchronous, atomically published
-checkpoints (DCP), resumes exactly, and ends with a Hugging Face folder that any tool loads.
-Left out on purpose: tensor, pipeline and expert parallelism, LoRA, reinforcement learning.
+its blocks with `fully_shard`, runs the loop that you see in `main()`, keeps asynchronous checkpoints (DCP) that
+are published atomically, resumes exactly, and ends with a Hugging Face folder that any tool loads. Left out on
+purpose: tensor, pipeline and expert parallelism, LoRA, reinforcement learning.
 
-    python train_llm.py --from-scratch --model-size test --max-steps 20          # CPU or one GPU
-    python train_llm.py --nproc 2 --config configs/train_llm/quickstart.yaml     # two processes (all GPUs: no --nproc)
+    python train_llm.py --from-scratch --model-size test --max-steps 20         # CPU, or one GPU
+    python train_llm.py --nproc 2 --config configs/train_llm/quickstart.yaml    # two processes; all GPUs without --nproc
     torchrun --nproc_per_node 8 train_llm.py --hf-model meta-llama/Llama-2-7b-hf --dataset my_chats.jsonl
-    srun --ntasks-per-node 8 python train_llm.py --from-scratch --model-size 7B  # SLURM, one task a GPU
+    srun --ntasks-per-node 8 python train_llm.py --from-scratch --model-size 7B --dataset my_texts
 
 Contents: 1 Arguments, 2 Distributed, 3 Data, 4 Model, 5 Optimizer and schedule, 6 Loss, 7 Checkpoints and export,
 8 Run record, 9 Evaluation, 10 Training. To change what a row of your data becomes, edit section 3; the architecture,
@@ -60,105 +60,113 @@ class UserError(Exception):
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train_llm.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-        formatter_class=functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=34, width=110),
-    )
+        formatter_class=functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=34, width=110))
     parser.error = usage_error
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON of flags; the command line overrides it")
-    add_model_flags(parser.add_argument_group("model"))
-    add_data_flags(parser.add_argument_group("data"))
+    add_model_and_data_flags(parser.add_argument_group("model"), parser.add_argument_group("data"))
     add_training_flags(parser.add_argument_group("training"))
     add_system_flags(parser.add_argument_group("devices, sharding and memory"))
     add_record_flags(parser.add_argument_group("checkpoints, evaluation and logging"))
     return parser
 
 
-def add_model_flags(group: argparse._ArgumentGroup) -> None:
-    onoff = argparse.BooleanOptionalAction
-    group.add_argument("--hf-model", metavar="NAME_OR_FOLDER", help="train this Hugging Face causal LM")
-    group.add_argument("--from-scratch", action=onoff, default=False, help="train the model of this file")
-    group.add_argument("--model-size", choices=list(MODEL_SIZES), default="7B", help="for --from-scratch")
-    group.add_argument("--vocab-size", type=int, help="for --from-scratch; if not given: the length of --tokenizer "
-                       "rounded up to 64, or 32000 where the tokenizer is trained here")
-    group.add_argument("--seq-len", type=int, default=2048, help="tokens in a training sequence")
-    group.add_argument("--tokenizer", metavar="NAME_OR_FOLDER", help="if not given: the model's own; from scratch "
-                       "a byte-level BPE is trained on the data set")
-    group.add_argument("--chat-template", metavar="FILE", help="Jinja chat template in place of the tokenizer's")
-    group.add_argument("--trust-remote-code", action=onoff, default=False, help="run code that comes with the model")
-
-
-def add_data_flags(group: argparse._ArgumentGroup) -> None:
-    onoff = argparse.BooleanOptionalAction
-    group.add_argument("--dataset", default="stdlib", help="hub name, folder, or .jsonl .parquet .txt .csv file; "
-                       "'stdlib' is the source of Python's own standard library")
-    group.add_argument("--dataset-config", metavar="NAME", help="configuration of a hub data set")
-    group.add_argument("--dataset-split", default="train", help="split to train on")
-    group.add_argument("--text-column", metavar="NAME", help="train on this column as plain text; if not given: "
-                       "messages, prompt+completion or question+answer is SFT, 'text' is plain text")
-    group.add_argument("--eval-split", metavar="SPLIT_OR_FILE", help="split, or file, that is held out")
-    group.add_argument("--eval-fraction", type=float, default=0.0, help="share of the documents that is held out")
-    group.add_argument("--data-cache", metavar="DIR", default="data_cache", help="tokenised data, kept by content")
-    group.add_argument("--packing", action=onoff, default=True, help="fill each sequence with several documents")
-    group.add_argument("--mask-documents", action=onoff, help="documents in a pack do not see each other; if not "
-                       "given: on, except for plain text from scratch")
-    group.add_argument("--streaming", action=onoff, default=False, help="tokenise while training, in file order; "
-                       "exact resume needs the same number of processes")
+def add_model_and_data_flags(model: argparse._ArgumentGroup, data: argparse._ArgumentGroup) -> None:
+    onoff, add = argparse.BooleanOptionalAction, model.add_argument
+    add("--hf-model", metavar="NAME_OR_FOLDER", help="train this Hugging Face causal LM")
+    add("--from-scratch", action=onoff, default=False, help="train the model of this file")
+    add("--model-size", choices=list(MODEL_SIZES), default="7B", help="for --from-scratch")
+    add("--vocab-size", type=int, help="for --from-scratch; if not given: the length of --tokenizer rounded up to "
+        "64, or 32000 where the tokenizer is trained here")
+    add("--seq-len", type=int, default=2048, help="tokens in a training sequence")
+    add("--tokenizer", metavar="NAME_OR_FOLDER", help="if not given: the model's own; from scratch a byte-level BPE "
+        "is trained on the data set")
+    add("--chat-template", metavar="FILE", help="Jinja chat template in place of the tokenizer's")
+    add("--trust-remote-code", action=onoff, default=False, help="run code that comes with the model")
+    add = data.add_argument
+    add("--dataset", default="stdlib", help="hub name, folder, or .jsonl .parquet .txt .csv file; 'stdlib' is the "
+        "source of Python's own standard library")
+    add("--dataset-config", metavar="NAME", help="configuration of a hub data set")
+    add("--dataset-split", default="train", help="split to train on")
+    add("--text-column", metavar="NAME", help="train on this column as plain text; if not given: messages, "
+        "prompt+completion and question+answer are SFT, 'text' is plain text")
+    add("--eval-split", metavar="SPLIT_OR_FILE", help="split, or file, that is held out")
+    add("--eval-fraction", type=float, default=0.0, help="share of the documents that is held out")
+    add("--data-cache", metavar="DIR", default="data_cache", help="tokenised data, kept by content")
+    add("--packing", action=onoff, default=True, help="fill each sequence with several documents")
+    add("--mask-documents", action=onoff, help="documents in a pack do not see each other; if not given: on, except "
+        "for plain text from scratch")
+    add("--streaming", action=onoff, default=False, help="tokenise while training, in file order; exact resume "
+        "needs the same number of processes")
 
 
 def add_training_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--batch-size", type=int, default=4, help="sequences per process and micro-batch")
-    group.add_argument("--grad-accum-steps", type=int, default=1, help="micro-batches per optimizer step")
-    group.add_argument("--max-steps", type=int, help="optimizer steps; if not given: --num-epochs times "
-                       "--steps-per-epoch, 100000 at the most")
-    group.add_argument("--num-epochs", type=int, default=1)
-    group.add_argument("--steps-per-epoch", type=int, help="if not given: one pass over the data, or 1000 where "
-                       "its length is unknown (--streaming)")
-    group.add_argument("--max-lr", type=float, default=3e-4, help="learning rate after warm-up")
-    group.add_argument("--min-lr", type=float, default=3e-5, help="learning rate at the end of the cosine")
-    group.add_argument("--warmup-steps", type=int, help="if not given: 2000, a tenth of all steps at the most")
-    group.add_argument("--weight-decay", type=float, default=0.1, help="on matrices; not norms, biases, embeddings")
-    group.add_argument("--grad-clip", type=float, default=1.0, help="largest global gradient norm; 0 is off")
-    group.add_argument("--loss-chunk-tokens", type=int, default=512, metavar="N", help="rows of logits that exist "
-                       "at once")
-    group.add_argument("--max-bad-steps", type=int, default=10, help="stop after so many non-finite steps in a row")
-    group.add_argument("--seed", type=int, default=0)
+    add = group.add_argument
+    add("--batch-size", type=int, default=4, help="sequences per process and micro-batch")
+    add("--grad-accum-steps", type=int, default=1, help="micro-batches per optimizer step")
+    add("--max-steps", type=int, help="optimizer steps; if not given: --num-epochs times --steps-per-epoch, 100000 "
+        "at the most")
+    add("--num-epochs", type=int, default=1, help="passes over the data")
+    add("--steps-per-epoch", type=int, help="if not given: one pass over the data, or 1000 where its length is "
+        "unknown (--streaming)")
+    add("--max-lr", type=float, default=3e-4, help="learning rate after warm-up")
+    add("--min-lr", type=float, default=3e-5, help="learning rate at the end of the cosine")
+    add("--warmup-steps", type=int, help="if not given: 2000, a tenth of all steps at the most")
+    add("--weight-decay", type=float, default=0.1, help="on matrices; not on norms, biases and embeddings")
+    add("--grad-clip", type=float, default=1.0, help="largest global gradient norm; 0 is off")
+    add("--loss-chunk-tokens", type=int, default=512, metavar="N", help="rows of logits that exist at once")
+    add("--max-bad-steps", type=int, default=10, help="stop after so many non-finite steps in a row")
+    add("--seed", type=int, default=0, help="of initial weights, sample order, held-out share and dropout")
 
 
 def add_system_flags(group: argparse._ArgumentGroup) -> None:
-    onoff = argparse.BooleanOptionalAction
-    group.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
-    group.add_argument("--nproc", type=int, metavar="N", help="start N processes with torchrun; if not given: one "
-                       "per GPU")
-    group.add_argument("--gpu-ranks", metavar="0,2,3", help="use these GPUs of the machine")
-    group.add_argument("--mixed-precision", action=onoff, default=True, help="bf16 compute, fp32 masters")
-    group.add_argument("--use-flash-attn", action=onoff, default=True, help="flash attention kernels")
-    group.add_argument("--hsdp-shard-size", type=int, metavar="N", help="shard over N processes, replicate over "
-                       "the rest; if not given: shard over all")
-    group.add_argument("--reshard-after-forward", action=onoff, default=True, help="free gathered weights between "
-                       "forward and backward")
-    group.add_argument("--activation-checkpointing", choices=["none", "full", "selective"], default="none")
-    group.add_argument("--compile", action=onoff, help="torch.compile each block; if not given: on CUDA only")
-    group.add_argument("--cpu-offload", action=onoff, default=False, help="masters and optimizer in host memory")
-    group.add_argument("--reduce-every-micro-batch", action=onoff, default=False, help="reduce gradients after each "
-                       "micro-batch, not once a step: more traffic, less memory")
+    onoff, add = argparse.BooleanOptionalAction, group.add_argument
+    add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: GPUs if there are any")
+    add("--nproc", type=int, metavar="N", help="start N processes with torchrun; if not given: one per GPU")
+    add("--gpu-ranks", metavar="0,2,3", help="use these GPUs of the machine")
+    add("--mixed-precision", action=onoff, default=True, help="bf16 compute, fp32 masters")
+    add("--use-flash-attn", action=onoff, default=True, help="flash attention kernels")
+    add("--hsdp-shard-size", type=int, metavar="N", help="shard over N processes, replicate over the rest; if not "
+        "given: shard over all")
+    add("--reshard-after-forward", action=onoff, default=True, help="free gathered weights until the backward")
+    add("--activation-checkpointing", choices=["none", "full", "selective"], default="none", help="recompute blocks "
+        "in the backward, to save memory")
+    add("--compile", action=onoff, help="torch.compile each block; if not given: on CUDA only")
+    add("--cpu-offload", action=onoff, default=False, help="masters and optimizer in host memory")
+    add("--reduce-every-micro-batch", action=onoff, default=False, help="reduce gradients after each micro-batch, "
+        "not once a step: more traffic, less memory")
 
 
 def add_record_flags(group: argparse._ArgumentGroup) -> None:
-    onoff = argparse.BooleanOptionalAction
-    group.add_argument("--checkpoint-dir", metavar="DIR", default="checkpoints", help="the run's folder")
-    group.add_argument("--checkpoint-interval", type=int, default=1000, help="steps between checkpoints")
-    group.add_argument("--keep-checkpoints", type=int, default=3, help="newest checkpoints kept; 0 keeps all")
-    group.add_argument("--async-checkpoint", action=onoff, default=True, help="write while training goes on")
-    group.add_argument("--resume", default="auto", metavar="{auto,none,FOLDER}", help="auto: the newest checkpoint "
-                       "of --checkpoint-dir, if there is one")
-    group.add_argument("--export", action=onoff, default=True, help="end with a Hugging Face folder")
-    group.add_argument("--export-dtype", choices=["auto", "bfloat16", "float32"], default="auto",
-                       help="auto: that of the compute")
-    group.add_argument("--log-interval", type=int, default=10, help="steps between logged rows")
-    group.add_argument("--eval-interval", type=int, default=0, help="steps between evaluations; 0: at the end only")
-    group.add_argument("--sample-tokens", type=int, default=0, help="print so many tokens of the model's at the end")
-    group.add_argument("--sample-prompt", default="", help="text that the sample continues")
-    group.add_argument("--tensorboard", action=onoff, default=False, help="needs the tensorboard package")
-    group.add_argument("--wandb", metavar="PROJECT", help="log to this Weights & Biases project (needs wandb)")
+    onoff, add = argparse.BooleanOptionalAction, group.add_argument
+    add("--checkpoint-dir", metavar="DIR", default="checkpoints", help="the run's folder")
+    add("--checkpoint-interval", type=int, default=1000, help="steps between checkpoints")
+    add("--keep-checkpoints", type=int, default=3, help="newest checkpoints kept; 0 keeps all")
+    add("--async-checkpoint", action=onoff, default=True, help="write while training goes on")
+    add("--resume", default="auto", metavar="{auto,none,FOLDER}", help="auto: the newest checkpoint of "
+        "--checkpoint-dir, if there is one")
+    add("--export", action=onoff, default=True, help="end with a Hugging Face folder")
+    add("--export-dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: as computed")
+    add("--log-interval", type=int, default=10, help="steps between logged rows")
+    add("--eval-interval", type=int, default=0, help="steps between evaluations; 0: at the end only")
+    add("--sample-tokens", type=int, default=0, help="print so many tokens of the model's at the end")
+    add("--sample-prompt", default="", help="text that the sample continues")
+    add("--tensorboard", action=onoff, default=False, help="needs the tensorboard package")
+    add("--wandb", metavar="PROJECT", help="log to this Weights & Biases project (needs wandb)")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Default < config file < command line. Exits with code 2 and one line for each problem."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser, finder = build_parser(), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    finder.error = usage_error
+    path = finder.parse_known_args(argv)[0].config
+    args = parser.parse_args([*config_tokens(path, parser), *argv] if path else argv)
+    del args.config
+    problems = list(find_problems(args))
+    if problems:
+        usage_error("\n".join(problems))
+    return args
 
 
 def config_tokens(path: str, parser: argparse.ArgumentParser) -> list[str]:
@@ -178,78 +186,50 @@ def config_tokens(path: str, parser: argparse.ArgumentParser) -> list[str]:
         flag = "--" + str(key).replace("_", "-")
         if isinstance(value, (dict, list)):
             usage_error(f"--config {path}: {key} must be one value, not a {type(value).__name__}")
-        is_switch = parser._option_string_actions.get(flag, None).__class__ is argparse.BooleanOptionalAction
-        if isinstance(value, bool) and is_switch:
+        if isinstance(value, bool) and "--no-" + flag[2:] in parser._option_string_actions:
             tokens.append(flag if value else "--no-" + flag[2:])
         elif value is not None:
             tokens.append(f"{flag}={value}")
     return tokens
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Default < config file < command line. Exits with code 2 and one line for each problem."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = build_parser()
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    finder.error = usage_error
-    path = finder.parse_known_args(argv)[0].config
-    args = parser.parse_args([*config_tokens(path, parser), *argv] if path else argv)
-    del args.config
-    problems = list(find_problems(args))
-    if problems:
-        usage_error("\n".join(problems))
-    return args
-
-
 def find_problems(args: argparse.Namespace) -> Iterator[str]:
     """Every argument that cannot work, before anything is downloaded, tokenised or started."""
+    at_least = dict.fromkeys(("seq_len", "batch_size", "grad_accum_steps", "num_epochs", "loss_chunk_tokens",
+                              "max_bad_steps", "checkpoint_interval", "log_interval", "max_steps",
+                              "steps_per_epoch", "nproc", "hsdp_shard_size", "vocab_size"), 1)
+    at_least |= dict.fromkeys(("warmup_steps", "weight_decay", "grad_clip", "keep_checkpoints", "eval_interval",
+                               "sample_tokens", "min_lr", "max_lr"), 0)
+    for name, least in at_least.items():
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            yield f"--{name.replace('_', '-')} must be at least {least}, not {value}"
     if args.from_scratch == bool(args.hf_model):
         yield "choose one: --hf-model NAME_OR_FOLDER or --from-scratch"
-    for name in ("seq_len", "batch_size", "grad_accum_steps", "num_epochs", "loss_chunk_tokens", "max_bad_steps",
-                 "checkpoint_interval", "log_interval"):
-        if getattr(args, name) < 1:
-            yield f"{flag_of(name)} must be at least 1, not {getattr(args, name)}"
-    for name in ("max_steps", "steps_per_epoch", "nproc", "hsdp_shard_size", "vocab_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            yield f"{flag_of(name)} must be at least 1, not {getattr(args, name)}"
-    for name in ("warmup_steps", "weight_decay", "grad_clip", "keep_checkpoints", "eval_interval", "sample_tokens",
-                 "min_lr", "max_lr"):
-        if (getattr(args, name) or 0) < 0:
-            yield f"{flag_of(name)} must not be negative"
     if args.min_lr > args.max_lr:
         yield f"--min-lr {args.min_lr} is above --max-lr {args.max_lr}: lower --min-lr as well"
     if not 0 <= args.eval_fraction < 1:
         yield "--eval-fraction must be at least 0 and below 1"
     if args.eval_fraction and (args.eval_split or args.streaming):
         yield "--eval-fraction goes with neither --eval-split nor --streaming: use --eval-split alone"
-    if args.eval_split and Path(args.eval_split).suffix in DATA_SUFFIXES and not Path(args.eval_split).is_file():
-        yield f"--eval-split {args.eval_split}: no such file"
-    elif args.eval_split and (Path(args.dataset).is_file() or args.dataset == "stdlib") and not (
-            Path(args.eval_split).is_file()):
-        yield f"--eval-split {args.eval_split}: {args.dataset} has no splits; name a file, or use --eval-fraction"
     if args.eval_interval and not (args.eval_fraction or args.eval_split):
         yield "--eval-interval needs something held out: --eval-fraction or --eval-split"
     if args.streaming and not args.packing:
         yield "--streaming always packs: leave --no-packing out"
     if args.streaming and args.from_scratch and not args.tokenizer:
-        yield "--streaming from scratch needs --tokenizer: it cannot train one on text that it has not read"
+        yield "--streaming from scratch needs --tokenizer: none can be trained on text that is not read yet"
     if args.gpu_ranks and not re.fullmatch(r"\d+(,\d+)*", args.gpu_ranks):
         yield f"--gpu-ranks {args.gpu_ranks}: expected numbers with commas, such as 0,2,3"
     if args.chat_template and not Path(args.chat_template).is_file():
         yield f"--chat-template {args.chat_template}: no such file"
-    if looks_like_path(args.dataset) and not Path(args.dataset).exists():
-        yield f"--dataset {args.dataset}: no such file or folder"
-    for name in ("hf_model", "tokenizer"):
-        value = getattr(args, name)
-        if value and looks_like_path(value) and not Path(value).is_dir():
-            yield f"{flag_of(name)} {value}: no such folder"
+    for flag, value in (("--dataset", args.dataset), ("--hf-model", args.hf_model), ("--tokenizer", args.tokenizer)):
+        if value and looks_like_path(value) and not Path(value).exists():
+            yield f"{flag} {value}: no such file or folder"
+    if args.eval_split and not Path(args.eval_split).is_file() and (
+            looks_like_path(args.eval_split) or args.dataset == "stdlib" or Path(args.dataset).is_file()):
+        yield f"--eval-split {args.eval_split}: no such file, and {args.dataset} has no splits; --eval-fraction cuts one"
     if args.resume not in ("auto", "none") and not (Path(args.resume) / ".metadata").is_file():
         yield f"--resume {args.resume}: not a checkpoint (a folder such as RUN/checkpoints/step_001000)"
-
-
-def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def looks_like_path(name: str) -> bool:
@@ -302,11 +282,10 @@ def relaunch_under_torchrun(args: argparse.Namespace) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the script's own line says more
     try:
-        torchrun(["--standalone", f"--nproc-per-node={nproc}", sys.argv[0], *sys.argv[1:]])
+        torchrun(["--standalone", f"--nproc-per-node={nproc}", "--", sys.argv[0], *sys.argv[1:]])
     except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        # A rank that failed by itself exits with 1 or 2; the others were ended by torchrun's signal.
-        sys.exit(max((code for code in codes if code > 0), default=1))
+        # A rank that failed by itself exits with a positive code; torchrun's signal ended the others.
+        sys.exit(max((f.exitcode for f in error.failures.values() if f.exitcode > 0), default=1))
     sys.exit(0)
 
 
@@ -314,10 +293,9 @@ def select_gpus(gpu_ranks: str | None) -> None:
     """--gpu-ranks becomes CUDA_VISIBLE_DEVICES before CUDA starts; a different value there is a usage error."""
     if not gpu_ranks:
         return
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and visible != gpu_ranks:
+    visible = os.environ.setdefault("CUDA_VISIBLE_DEVICES", gpu_ranks)
+    if visible != gpu_ranks:
         usage_error(f"--gpu-ranks {gpu_ranks} and CUDA_VISIBLE_DEVICES={visible} disagree: unset one of them")
-    os.environ["CUDA_VISIBLE_DEVICES"] = gpu_ranks
     if torch.cuda.device_count() != len(gpu_ranks.split(",")):
         usage_error(f"--gpu-ranks {gpu_ranks}: only {torch.cuda.device_count()} of these GPUs exist here")
 
@@ -326,26 +304,26 @@ def read_ranks(args: argparse.Namespace) -> Ranks:
     """From torchrun's or accelerate's variables, from srun's, or alone."""
     env = os.environ
     if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        hosts = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
-        if re.search(r"[\[,]", hosts):  # a compressed list: n[01-04]
-            hosts = subprocess.check_output(["scontrol", "show", "hostnames", hosts], text=True).split()[0]
-        env.setdefault("MASTER_ADDR", hosts)
+        host = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
+        if re.search(r"[\[,]", host):  # a compressed list: n[01-04]
+            host = subprocess.check_output(["scontrol", "show", "hostnames", host], text=True).split()[0]
+        env.setdefault("MASTER_ADDR", host)
         env.setdefault("MASTER_PORT", str(20000 + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 20000))
         env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"])
-    rank, local_rank, world_size = (int(env.get(name, default)) for name, default in
-                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local_rank, world_size = (
+        int(env.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     if args.device == "cuda" and not torch.cuda.is_available():
         usage_error("--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch")
-    use_cuda = args.device != "cpu" and torch.cuda.is_available()
-    # srun --gpus-per-task shows every task its own device 0.
-    device = torch.device("cuda", local_rank % torch.cuda.device_count()) if use_cuda else torch.device("cpu")
     if args.hsdp_shard_size and world_size % args.hsdp_shard_size:
         usage_error(f"--hsdp-shard-size {args.hsdp_shard_size} does not divide the {world_size} processes")
+    use_cuda = args.device != "cpu" and torch.cuda.is_available()
+    # The modulo: srun --gpus-per-task shows every task its own device 0.
+    device = torch.device("cuda", local_rank % torch.cuda.device_count()) if use_cuda else torch.device("cpu")
     return Ranks(rank, local_rank, world_size, device)
 
 
 def init_distributed(args: argparse.Namespace, ranks: Ranks) -> torch.distributed.DeviceMesh:
-    """Start the process group (all ranks) and return the mesh: ("shard",) or ("replicate", "shard") for HSDP."""
+    """Start the process group (all ranks) and return the mesh: ("replicate", "shard"), or ("shard",) without HSDP."""
     from torch.distributed.device_mesh import init_device_mesh
 
     cuda = ranks.device.type == "cuda"
@@ -353,10 +331,9 @@ def init_distributed(args: argparse.Namespace, ranks: Ranks) -> torch.distribute
     if cuda:
         torch.cuda.set_device(ranks.device)
         options["device_id"] = ranks.device
-    if "RANK" in os.environ:
-        torch.distributed.init_process_group(**options)
-    else:  # alone: no port, no address
-        torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1, **options)
+    if "RANK" not in os.environ:  # alone: no port, no address
+        options |= {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+    torch.distributed.init_process_group(**options)
     torch.manual_seed(args.seed + ranks.rank)  # dropout differs by rank; weights and samples never depend on it
     shard = args.hsdp_shard_size or ranks.world_size
     if shard == ranks.world_size:
@@ -366,14 +343,12 @@ def init_distributed(args: argparse.Namespace, ranks: Ranks) -> torch.distribute
 
 
 def compute_dtype(mixed_precision: bool, device: torch.device) -> torch.dtype:
-    """bf16 where the device computes in it natively, else fp32 (emulated bf16 is some 15 times slower than fp32)."""
-    if not mixed_precision:
-        return torch.float32
+    """bf16 where the device computes in it natively, else fp32 (emulated bf16 is 15 times slower than fp32)."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if mixed_precision and native else torch.float32
 
 
 def all_sum(tensor: Tensor) -> Tensor:
@@ -385,126 +360,107 @@ def all_sum(tensor: Tensor) -> Tensor:
 # 3. Data: rows, tokens on disk, packed samples, one global order
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".csv")
-TEXT_PIECE = 1 << 18  # characters of a long .txt that are tokenised (and held out) together
-END, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # special tokens of a tokenizer trained here
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}"
-    "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+END = "<|endoftext|>"  # the special token of a tokenizer that is trained here
+# For tokenizers without a chat template (base models): contents joined by newlines, an end token after each answer.
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}"
+    "{% endgeneration %}{% else %}{{ m['content'] + '\n' }}{% endif %}{% endfor %}"
 )
 
 
 def read_rows(args: argparse.Namespace, split: str) -> Iterator[tuple[str, dict]]:
-    """(where it stands, row) for each document, in file order. Raises UserError for a malformed row."""
-    if args.dataset == "stdlib":
-        for path in stdlib_files():
+    """(where it stands, row) of each document, in file order. Raises UserError for a malformed row."""
+    paths = data_files(args, split)
+    if not paths:
+        for number, row in enumerate(open_with_datasets(args, split)):
+            yield f"{args.dataset} ({split}) row {number}", row
+    for path in paths:
+        if path.suffix == ".py":
             yield str(path), {"text": path.read_text(encoding="utf-8", errors="replace")}
-        return
-    source = Path(split) if Path(split).suffix in DATA_SUFFIXES else Path(args.dataset)
-    if is_for_datasets(source):
-        for number, row in enumerate(load_hub_split(args, split)):
-            yield f"{args.dataset}[{split}] row {number}", row
-        return
-    for path in data_files(source, split):
-        suffix = path.suffix
-        reader = {".txt": read_txt, ".csv": read_csv, ".parquet": read_parquet}.get(suffix, read_jsonl)
-        yield from reader(path)
+        elif path.suffix == ".txt":
+            yield from read_txt(path)
+        elif path.suffix in (".jsonl", ".json"):
+            yield from read_jsonl(path)
+        else:
+            for number, row in enumerate(open_with_datasets(args, split, path), 1):
+                yield f"{path}:{number}", row
 
 
-def stdlib_files() -> list[Path]:
-    """Python's own standard library without its tests: some 10 MB of real code on every machine."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    return sorted(path for path in root.rglob("*.py") if not skip & set(path.relative_to(root).parts))
+def data_files(args: argparse.Namespace, split: str) -> list[Path]:
+    """The local files of a split; [] for what the datasets library opens: hub names and `save_to_disk` folders.
 
-
-def data_files(source: Path, split: str) -> list[Path]:
-    """The files of a split: those of a folder whose name holds it ('train-00001.parquet'), or the one file."""
+    Of a folder, those whose path holds the split's name as a word ('train-00001.parquet'); where nothing is called
+    train, all that have no other split's name are.
+    """
+    if args.dataset == "stdlib" and not Path(split).is_file():
+        root = Path(sysconfig.get_paths()["stdlib"])  # without its tests some 10 MB of real code on every machine
+        skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+        return sorted(path for path in root.rglob("*.py") if not skip & set(path.relative_to(root).parts))
+    source = Path(split) if Path(split).is_file() else Path(args.dataset)
     if source.is_file():
         return [source]
+    if not source.exists() or any((source / name).exists() for name in ("dataset_dict.json", "dataset_info.json")):
+        return []
     files = sorted(path for path in source.rglob("*") if path.suffix in DATA_SUFFIXES)
     words = {path: set(re.split(r"[^a-z0-9]+", str(path.relative_to(source)).lower())) for path in files}
     named = [path for path in files if split.lower() in words[path]]
-    known = {"train", "test", "validation", "valid", "val", "dev", "eval"}
-    if not named and split == "train":  # nothing is called train: everything that has no other split's name
+    if not named and split == "train":
+        known = {"test", "validation", "valid", "val", "dev", "eval"}
         named = [path for path in files if not words[path] & known]
     if not named:
         raise UserError(f"{source}: no file of split '{split}' among its {len(files)} data files")
     return named
 
 
+def open_with_datasets(args: argparse.Namespace, split: str, path: Path | None = None):
+    """A .csv or .parquet file, a split of a hub data set, or of a folder that `save_to_disk` wrote."""
+    import datasets
+
+    streaming = args.streaming and split == args.dataset_split
+    try:
+        if path:
+            return datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train", streaming=streaming)
+        if Path(args.dataset).exists():
+            found = datasets.load_from_disk(args.dataset)
+            return found[split] if isinstance(found, dict) else found
+        return datasets.load_dataset(args.dataset, args.dataset_config, split=split, streaming=streaming)
+    except Exception as error:  # the library raises dozens of types; its first line says what is wrong
+        hint = "" if path else " (is the name right, the hub reachable, --dataset-config or --dataset-split needed?)"
+        raise UserError(f"--dataset {path or args.dataset} ({split}): {first_line(error)}{hint}") from error
+
+
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
             try:
-                row = json.loads(line)
+                row = json.loads(line) if line.strip() else None
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}:{number}: not JSON ({error.msg}); expected one object a line") from None
-            if not isinstance(row, dict):
+            if isinstance(row, dict):
+                yield f"{path}:{number}", row
+            elif line.strip():
                 raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-            yield f"{path}:{number}", row
 
 
 def read_txt(path: Path) -> Iterator[tuple[str, dict]]:
-    """One document a file, in pieces of whole lines; only the last piece ends the document."""
+    """One document a file, in pieces of whole lines, some 256 KB each; only the last piece ends the document."""
     with path.open(encoding="utf-8", errors="replace") as file:
-        piece = "".join(file.readlines(TEXT_PIECE))
-        continued = False
+        piece, continued = file.readlines(1 << 18), False
         while piece:
-            following = "".join(file.readlines(TEXT_PIECE))
-            yield str(path), {"text": piece, "_continued": continued, "_continues": bool(following)}
+            following = file.readlines(1 << 18)
+            yield str(path), {"text": "".join(piece), "_continued": continued, "_continues": bool(following)}
             piece, continued = following, True
-
-
-def read_csv(path: Path) -> Iterator[tuple[str, dict]]:
-    import csv
-
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            if None in row or None in row.values():
-                raise UserError(f"{path}:{reader.line_num}: expected {len(reader.fieldnames)} columns")
-            yield f"{path}:{reader.line_num}", row
-
-
-def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
-    import pyarrow.parquet  # comes with datasets
-
-    number = 0
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{path}:{number}", row
-
-
-def is_for_datasets(source: Path) -> bool:
-    """A hub name, or a folder that `save_to_disk` wrote: the datasets library reads these."""
-    return not source.exists() or any((source / f).is_file() for f in ("dataset_dict.json", "dataset_info.json"))
-
-
-def load_hub_split(args: argparse.Namespace, split: str):
-    """A split of a hub data set, or of a folder that `Dataset.save_to_disk` wrote."""
-    import datasets
-
-    try:
-        if Path(args.dataset).exists():
-            found = datasets.load_from_disk(args.dataset)
-            return found[split] if isinstance(found, datasets.DatasetDict) else found
-        streaming = args.streaming and split == args.dataset_split
-        return datasets.load_dataset(args.dataset, args.dataset_config, split=split, streaming=streaming)
-    except Exception as error:  # the library raises dozens of types; its first line says what is wrong
-        raise UserError(f"--dataset {args.dataset} ({split}): {str(error).strip().splitlines()[0]} "
-                        "(is the name right, the hub reachable, --dataset-config or --dataset-split needed?)") from error
 
 
 def row_kind(row: dict, where: str, text_column: str | None) -> str:
     """'chat' for rows that go through the chat template, else the name of the text column."""
-    if text_column is None:
-        pairs = (("messages",), ("prompt", "completion"), ("question", "answer"))
-        if any(all(key in row for key in keys) for keys in pairs):
-            return "chat"
+    pairs = ({"messages"}, {"prompt", "completion"}, {"question", "answer"})
+    if text_column is None and any(keys <= row.keys() for keys in pairs):
+        return "chat"
     column = text_column or "text"
     if column not in row:
         shown = ", ".join(key for key in row if not key.startswith("_"))
@@ -517,17 +473,15 @@ def row_kind(row: dict, where: str, text_column: str | None) -> str:
 
 def to_messages(row: dict, where: str) -> list[dict]:  # EDIT: what one of your rows becomes
     """[{'role', 'content'}, …] of a messages, prompt+completion or question+answer row."""
-    if "messages" in row:
-        messages = row["messages"]
-    else:
+    messages = row.get("messages")
+    if messages is None:
         prompt, completion = ("prompt", "completion") if "prompt" in row else ("question", "answer")
         messages = []
         for key, role in ((prompt, "user"), (completion, "assistant")):
-            value = row.get(key)
-            messages += value if isinstance(value, list) else [{"role": role, "content": value}]
-    well_formed = isinstance(messages, list) and messages and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
-    if not well_formed:
+            messages += row[key] if isinstance(row[key], list) else [{"role": role, "content": row[key]}]
+    if not isinstance(messages, list) or not messages or not all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages):
         raise UserError(f"{where}: expected messages as a list of objects with 'role' and 'content' texts")
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError(f"{where}: no message of role 'assistant': nothing to train on")
@@ -536,8 +490,8 @@ def to_messages(row: dict, where: str) -> list[dict]:  # EDIT: what one of your 
 
 def encode_texts(tokenizer, rows: list[dict], column: str) -> list[tuple[list[int], list[int]]]:
     """(token ids, 1 for each) a row: beginning token where the tokenizer adds one, text, end token."""
-    bos, encoded = tokenizer_bos(tokenizer), []
-    batch = tokenizer([row[column] for row in rows], add_special_tokens=False)["input_ids"]  # on all cores
+    bos = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id][:1]
+    batch, encoded = tokenizer([row[column] for row in rows], add_special_tokens=False)["input_ids"], []
     for row, ids in zip(rows, batch):
         ids = ids if row.get("_continued") else bos + ids
         ids = ids if row.get("_continues") else [*ids, tokenizer.eos_token_id]
@@ -551,85 +505,60 @@ def encode_chat(tokenizer, messages: list[dict], where: str) -> tuple[list[int],
     A template with {% generation %} tags says itself what the assistant writes. For any other, turn i is what the
     rendering of messages[:i+1] adds to that of messages[:i] with the generation prompt.
     """
-    template = tokenizer.chat_template
-    if template is None:
-        return encode_pair(tokenizer, messages, where)
     try:
-        if "{% generation" in template or "{%- generation" in template:
+        if re.search(r"{%-?\s*generation\b", tokenizer.chat_template):
             out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
             return list(out["input_ids"]), list(out["assistant_masks"])
         text, spans = assistant_spans(tokenizer, messages)
     except Exception as error:  # jinja's raise_exception, for example on a role that the template does not know
-        raise UserError(f"{where}: the chat template refuses this row: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{where}: the chat template refuses this row: {first_line(error)}") from error
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    inside = [any(begin <= start and stop <= end for begin, end in spans) and start < stop
-              for start, stop in out["offset_mapping"]]
-    return out["input_ids"], [int(flag) for flag in inside]
+    trained = [int(start < stop and any(begin <= start and stop <= end for begin, end in spans))
+               for start, stop in out["offset_mapping"]]
+    return out["input_ids"], trained
 
 
 def assistant_spans(tokenizer, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
     """The whole rendered text and the character spans in it that the assistant writes. Raises ValueError."""
     render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
     text, spans = render(messages), []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
         before = render(messages[:i], add_generation_prompt=True) if i else ""
         after = render(messages[:i + 1])
         if not (after.startswith(before) and text.startswith(after)):
             raise ValueError(f"turn {i + 1} renders differently within the whole conversation; give the template "
                              "{% generation %} tags, or pass another with --chat-template")
-        end = len(after)
-        while end > len(before) and after[end - 1].isspace():  # the newline after <|im_end|> is the template's
-            end -= 1
-        spans.append((len(before), end))
+        # The white space after the token that ends the turn is the template's.
+        spans.append((len(before), max(len(before), len(after.rstrip()))))
     return text, spans
 
 
-def encode_pair(tokenizer, messages: list[dict], where: str) -> tuple[list[int], list[int]]:
-    """Base models without a chat template: contents joined by newlines, an end token after each assistant turn."""
-    ids, trained = list(tokenizer_bos(tokenizer)), []
-    trained = [0] * len(ids)
-    for message in messages:
-        mine = message["role"] == "assistant"
-        text = message["content"] if mine else message["content"] + "\n"
-        piece = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * mine
-        ids += piece
-        trained += [int(mine)] * len(piece)
-    return ids, trained
-
-
-def tokenizer_bos(tokenizer) -> list[int]:
-    """[bos] where the tokenizer puts one before plain text, else []."""
-    return [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id][:1]
-
-
-def load_tokenizer(args: argparse.Namespace, ranks: Ranks):
+def load_tokenizer(args: argparse.Namespace):
     """--tokenizer, the model's own, or a byte-level BPE trained on the data set (cached by its content)."""
     from transformers import AutoTokenizer
 
     name = args.tokenizer or args.hf_model
     if name:
-        folder = fetch(name, args, ranks)
+        folder = fetch(name)
     else:
-        vocab_size = args.vocab_size or 32000
-        folder = Path(args.data_cache) / f"tokenizer-{digest(data_identity(args, args.dataset_split), vocab_size)}"
-        build_once(folder, ranks, lambda target: train_tokenizer(args, vocab_size, target))
+        size = args.vocab_size or 32000
+        folder = Path(args.data_cache) / f"tokenizer-{digest(data_identity(args, args.dataset_split), size)}"
+        build_once(folder, lambda target: train_tokenizer(args, size, target))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"no usable tokenizer in {folder} ({str(error).splitlines()[0]}); pass --tokenizer") from error
+        raise UserError(f"no usable tokenizer in {folder} ({first_line(error)}); pass --tokenizer") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {folder} has no end-of-text token (eos_token): set one in its "
                         "tokenizer_config.json, or the model could never learn to stop")
-    if args.chat_template:
-        tokenizer.chat_template = Path(args.chat_template).read_text()
-    tokenizer.model_max_length = int(1e30)  # long documents are cut here, not by the tokenizer, and not warned about
+    if args.chat_template or tokenizer.chat_template is None:
+        tokenizer.chat_template = Path(args.chat_template).read_text() if args.chat_template else PLAIN_TEMPLATE
+    tokenizer.model_max_length = int(1e30)  # long documents are cut here, not by the tokenizer
     return tokenizer
 
 
 def train_tokenizer(args: argparse.Namespace, vocab_size: int, folder: Path) -> None:
-    """Byte-level BPE on at most 20 MB of the data set's text, saved as a Hugging Face tokenizer folder."""
+    """Byte-level BPE on some 20 MB of the data set's text, saved as a Hugging Face tokenizer folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -637,182 +566,119 @@ def train_tokenizer(args: argparse.Namespace, vocab_size: int, folder: Path) -> 
         for where, row in read_rows(args, args.dataset_split):
             kind = row_kind(row, where, args.text_column)
             text = "\n".join(m["content"] for m in to_messages(row, where)) if kind == "chat" else row[kind]
-            yield text[:budget]
+            yield text
             budget -= len(text)
-            if budget <= 0:
+            if budget < 0:
                 return
 
-    print(f"training a byte-level BPE tokenizer of {vocab_size} tokens on {args.dataset}")
+    print(f"training a byte-level BPE tokenizer of {vocab_size} tokens on {args.dataset}", flush=True)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     bpe.train_from_iterator(texts(), trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END, IM_START, IM_END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=sys.stderr.isatty()))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END,
-                                        extra_special_tokens=[IM_START, IM_END], chat_template=CHAT_TEMPLATE)
-    tokenizer.save_pretrained(folder)
+        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty()))
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END).save_pretrained(folder)
 
 
-def fetch(name: str, args: argparse.Namespace, ranks: Ranks) -> Path:
-    """The local folder of a model or tokenizer; a hub name is downloaded once per node, by its local rank 0."""
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
-    marker = Path(args.data_cache) / f"hub-{os.uname().nodename}-{digest(name)}"
-    note = marker / "folder.txt"
-    if note.is_file() and not Path(note.read_text()).is_dir() and ranks.local_rank == 0:
-        shutil.rmtree(marker)  # the hub's own cache was emptied
-    build_once(marker, ranks, lambda target: (target / "folder.txt").write_text(download(name)))
-    return Path(note.read_text())
-
-
-def download(name: str) -> str:
+def fetch(name: str) -> Path:
+    """The local folder of a model or tokenizer. A hub name is downloaded once per node: the hub's library locks each
+    file, so that the ranks beside the first wait and then find it."""
+    if Path(name).is_dir():
+        return Path(name)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
     page = f"https://huggingface.co/{name}"
     try:
-        return snapshot_download(name, allow_patterns=patterns)
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model",
+                                                            "*.py"]))
     except GatedRepoError:
         raise UserError(f"{name} is gated: accept its licence at {page}, then run: hf auth login") from None
     except RepositoryNotFoundError:
-        raise UserError(f"{name}: no folder here and no repository at {page} (private? then: hf auth login)") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        raise UserError(f"{name}: no such folder, and the hub could not be reached for {page} "
-                        f"({str(error).strip().splitlines()[0]}); give a local folder, or see hf auth login") from None
+        raise UserError(f"{name}: no folder here, no repository at {page} (private? then: hf auth login)") from None
+    except Exception as error:  # offline, no space, a proxy's answer: the hub's library has dozens of types
+        raise UserError(f"{name}: no such folder, and {page} could not be fetched ({first_line(error)}); give a local "
+                        "folder, or see: hf auth login") from None
 
 
-def build_once(target: Path, ranks: Ranks, build: Callable[[Path], object]) -> None:
-    """Local rank 0 builds the folder and renames it into place; other ranks wait for it, without a collective.
+def build_once(target: Path, build: Callable[[Path], object]) -> None:
+    """The first process to get the lock builds the folder and renames it into place; the others wait at the lock.
 
-    No process group exists yet, so tokenising for hours meets no timeout. A lock keeps other jobs, or other nodes on
-    a shared file system, from doing the same work; a lock's owner that dies frees it.
+    No process group exists yet, so tokenising for hours meets no timeout. A builder that dies frees the lock.
     """
-    started, failure = time.time(), target.with_name(target.name + ".failed")
-    if ranks.local_rank:
-        while not target.exists():
-            if failure.exists() and failure.stat().st_mtime >= started - 60:
-                sys.exit(1)  # local rank 0 has said why
-            time.sleep(0.1)
-        return
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.with_name(target.name + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        failure.unlink(missing_ok=True)
-        if target.exists():
-            return
-        partial = target.with_name(f"{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
+        if not target.exists():
+            partial = target.with_name(target.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
             build(partial)
-        except BaseException:
-            failure.touch()
-            raise
-        partial.rename(target)
+            partial.rename(target)
 
 
 def digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
+def file_identity(path: Path) -> object:
+    """A file's content; above 256 MB its size and time."""
+    stat = path.stat()
+    if stat.st_size > 256 << 20:
+        return str(path), stat.st_size, stat.st_mtime_ns
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def data_identity(args: argparse.Namespace, split: str) -> object:
-    """What decides the rows of a split: contents of local files (size and time above 256 MB), or the hub's version."""
-    source = Path(split) if Path(split).suffix in DATA_SUFFIXES else Path(args.dataset)
-    if args.dataset != "stdlib" and is_for_datasets(source):
-        return load_hub_split(args, split)._fingerprint
-    paths = stdlib_files() if args.dataset == "stdlib" else data_files(source, split)
-    found = []
-    for path in paths:
-        stat = path.stat()
-        small = stat.st_size <= 256 << 20
-        found.append(hashlib.sha256(path.read_bytes()).hexdigest() if small else
-                     (str(path), stat.st_size, stat.st_mtime_ns))
-    return found
+    """What decides the rows of a split: its files, or the fingerprint that the datasets library keeps."""
+    paths = data_files(args, split)
+    return [file_identity(path) for path in paths] if paths else open_with_datasets(args, split)._fingerprint
 
 
-def tokenizer_identity(args: argparse.Namespace, ranks: Ranks) -> object:
-    """The contents of the tokenizer's files, so that a changed chat template means a new cache."""
-    name, template = args.tokenizer or args.hf_model, args.chat_template and Path(args.chat_template).read_text()
-    if not name:
-        return ["trained here", args.vocab_size or 32000, CHAT_TEMPLATE, template]
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", "vocab.json")
-    files = [fetch(name, args, ranks) / file for file in names]
-    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()] + [template]
-
-
-def prepare_data(args: argparse.Namespace, ranks: Ranks) -> Path:
-    """The folder of the tokenised data set, made if it is not in --data-cache (local rank 0 of each node)."""
-    splits = [s for s in ((None if args.streaming else args.dataset_split), args.eval_split) if s]
+def prepare_data(args: argparse.Namespace) -> Path:
+    """The folder of the tokenised data set, made if --data-cache has none for these rows, tokenizer and template."""
+    splits = [split for split in (None if args.streaming else args.dataset_split, args.eval_split) if split]
+    name = args.tokenizer or args.hf_model
+    files = ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", "vocab.json"]
+    tokenizer = [file_identity(fetch(name) / f) for f in files if (fetch(name) / f).is_file()] if name else (
+        args.vocab_size or 32000, PLAIN_TEMPLATE)
+    template = args.chat_template and file_identity(Path(args.chat_template))
     held_out = (args.eval_fraction, args.seed) if args.eval_fraction else None
-    key = digest([data_identity(args, split) for split in splits], tokenizer_identity(args, ranks), splits,
-                 args.text_column, held_out, "layout 1")
+    key = digest([data_identity(args, split) for split in splits], tokenizer, template, splits, args.text_column,
+                 held_out)
     folder = Path(args.data_cache) / f"tokens-{key}"
-    build_once(folder, ranks, lambda target: tokenize(args, ranks, target))
+    build_once(folder, lambda target: tokenize(args, target))
     return folder
 
 
-@dataclasses.dataclass
-class TokenWriter:
-    """One split on disk: tokens.bin (uint16 or uint32), trained.bin (uint8; chats only), documents.bin (int64)."""
-
-    folder: Path
-    typecode: str
-    chat: bool = False
-    num_trained: int = 0
-    num_ends_trained: int = 0
-
-    def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True)
-        self.ends = array("q", [0])
-        self.tokens, self.trained = (self.folder / "tokens.bin").open("wb"), (self.folder / "trained.bin").open("wb")
-
-    def add(self, ids: list[int], trained: list[int], end_ids: set[int]) -> None:
-        array(self.typecode, ids).tofile(self.tokens)
-        self.ends.append(self.ends[-1] + len(ids))
-        if self.chat:
-            array("B", trained).tofile(self.trained)
-            self.num_trained += sum(trained)
-            self.num_ends_trained += any(flag and token in end_ids for token, flag in zip(ids, trained))
-
-    def close(self) -> dict:
-        self.tokens.close()
-        self.trained.close()
-        with (self.folder / "documents.bin").open("wb") as file:
-            self.ends.tofile(file)
-        return {"documents": len(self.ends) - 1, "tokens": self.ends[-1], "trained": self.num_trained}
-
-
-def tokenize(args: argparse.Namespace, ranks: Ranks, folder: Path) -> None:
+def tokenize(args: argparse.Namespace, folder: Path) -> None:
     """Write train/ and eval/ and meta.json. Raises UserError where training would be silently wrong."""
     from tqdm import tqdm
 
-    tokenizer = load_tokenizer(args, ranks)
+    tokenizer = load_tokenizer(args)
     typecode = "H" if len(tokenizer) <= 1 << 16 else "I"
-    writers = {name: TokenWriter(folder / name, typecode) for name in ("train", "eval")}
-    threshold = args.eval_fraction * 2**32
-    bar = tqdm(desc="tokenising", unit=" documents", disable=not sys.stderr.isatty())
-    if not args.streaming:
-        for number, ids, trained, chat in encoded_rows(args, args.dataset_split, tokenizer):
-            held_out = zlib.crc32(f"{args.seed} {number}".encode()) < threshold
-            writer = writers["eval" if held_out else "train"]
-            writer.chat = chat
-            writer.add(ids, trained, end_token_ids(tokenizer))
-            bar.update()
-    if args.eval_split:
-        for _, ids, trained, writers["eval"].chat in encoded_rows(args, args.eval_split, tokenizer):
-            writers["eval"].add(ids, trained, end_token_ids(tokenizer))
-            bar.update()
-    bar.close()
-    found = {name: writer.close() | {"chat": writer.chat} for name, writer in writers.items()}
-    meta = {"typecode": typecode, "vocab_size": len(tokenizer), **found}
-    check_tokens(args, meta, writers, tokenizer)
+    writers = {name: TokenWriter(folder / name, typecode, end_tokens(tokenizer)) for name in ("train", "eval")}
+    with tqdm(desc="tokenising", unit=" documents", disable=not sys.stderr.isatty()) as bar:
+        if not args.streaming:
+            for number, *document in encoded_rows(args, args.dataset_split, tokenizer):
+                held_out = zlib.crc32(f"{args.seed} {number}".encode()) < args.eval_fraction * 2**32
+                writers["eval" if held_out else "train"].add(*document)
+                bar.update()
+        if args.eval_split:
+            for _, *document in encoded_rows(args, args.eval_split, tokenizer):
+                writers["eval"].add(*document)
+                bar.update()
+    meta = {"typecode": typecode, "vocab_size": len(tokenizer)}
+    for name, split in (("train", args.dataset_split), ("eval", args.eval_split or "held out")):
+        meta[name] = writers[name].close()
+        if not args.streaming if name == "train" else args.eval_split or args.eval_fraction:
+            check_tokens(meta[name], f"--dataset {args.dataset} ({split})", tokenizer)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
 def encoded_rows(args: argparse.Namespace, split: str, tokenizer,
                  select: Callable[[int], bool] = lambda number: True) -> Iterator[tuple[int, list, list, bool]]:
-    """(number, token ids, trained flags, chat or not) of the selected rows, tokenised in groups."""
+    """(number, token ids, trained flags, chat or not) of the selected rows, tokenised in groups on all cores."""
     numbered = ((n, where, row) for n, (where, row) in enumerate(read_rows(args, split)) if select(n))
     is_chat = None
     while group := list(itertools.islice(numbered, 128)):
@@ -831,83 +697,104 @@ def encoded_rows(args: argparse.Namespace, split: str, tokenizer,
             yield number, ids, trained, is_chat
 
 
-@functools.lru_cache(maxsize=1)
-def end_token_ids(tokenizer) -> frozenset[int]:
+@dataclasses.dataclass
+class TokenWriter:
+    """One split on disk: tokens.bin (uint16 or uint32), trained.bin (uint8; chats only), documents.bin (int64)."""
+
+    folder: Path
+    typecode: str
+    end_tokens: set[int]
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True)
+        self.tokens, self.flags = (self.folder / "tokens.bin").open("wb"), (self.folder / "trained.bin").open("wb")
+        self.ends = array("q", [0])
+        self.counts = {"chat": False, "trained": 0, "ends_trained": 0}
+
+    def add(self, ids: list[int], trained: list[int], chat: bool) -> None:
+        array(self.typecode, ids).tofile(self.tokens)
+        self.ends.append(self.ends[-1] + len(ids))
+        if chat:
+            array("B", trained).tofile(self.flags)
+            self.counts["chat"] = True
+            self.counts["trained"] += sum(trained)
+            self.counts["ends_trained"] += any(flag and i in self.end_tokens for i, flag in zip(ids, trained))
+
+    def close(self) -> dict:
+        self.tokens.close()
+        self.flags.close()
+        with (self.folder / "documents.bin").open("wb") as file:
+            self.ends.tofile(file)
+        return {"documents": len(self.ends) - 1, "tokens": self.ends[-1], **self.counts}
+
+
+def end_tokens(tokenizer) -> set[int]:
     """Tokens that can end a turn: the end-of-text token and every special token that the vocabulary adds."""
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset({tokenizer.eos_token_id} | added - {tokenizer.bos_token_id})
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return {tokenizer.eos_token_id} | special - {tokenizer.bos_token_id}
 
 
-def check_tokens(args: argparse.Namespace, meta: dict, writers: dict, tokenizer) -> None:
-    for name, split in (("train", args.dataset_split), ("eval", args.eval_split or "held out")):
-        found, wanted = meta[name], name == "train" and not args.streaming or name == "eval" and (
-            args.eval_split or args.eval_fraction)
-        if not wanted:
-            continue
-        label = f"--dataset {args.dataset} ({split})"
-        if not found["tokens"]:
-            raise UserError(f"{label} is empty: no document{' was held out' if name == 'eval' else ''}")
-        if not found["chat"]:
-            continue
-        if not found["trained"]:
-            raise UserError(f"{label}: no token is trained: the chat template marks no assistant tokens "
-                            "(see them with tools/show_batch.py)")
-        if found["trained"] == found["tokens"]:
-            raise UserError(f"{label}: every token is trained, the prompts too: the chat template's generation tags "
-                            "enclose everything")
-        if not writers[name].num_ends_trained:
-            raise UserError(f"{label}: no end token is ever trained, so the model would never stop: the template must "
-                            f"end an assistant turn with {tokenizer.eos_token} or another special token")
+def check_tokens(found: dict, label: str, tokenizer) -> None:
+    if not found["tokens"]:
+        raise UserError(f"{label}: no document at all")
+    if not found["chat"]:
+        return
+    if not found["trained"]:
+        raise UserError(f"{label}: no token is trained: the chat template marks no assistant tokens (tools/show_batch.py "
+                        "shows them)")
+    if found["trained"] == found["tokens"]:
+        raise UserError(f"{label}: every token is trained, prompts too: the template's generation tags enclose all")
+    if not found["ends_trained"]:
+        raise UserError(f"{label}: no end token is ever trained, so the model would never stop: the chat template must "
+                        f"end an assistant turn with {tokenizer.eos_token} or another special token")
 
 
 class TokenDataset(torch.utils.data.Dataset):
     """Samples of a tokenised split: input_ids, labels (the next token or -100) and position_ids, each (T,) int64.
 
-    Plain text with packing is one stream cut every seq_len tokens. Chats, and --no-packing, are pieces: whole documents
-    of at most seq_len tokens, several to a sample (best fit) or one. With mask_documents, positions start again at
-    each document, which is how attention tells documents apart, and no label crosses from one into the next.
+    Plain text with packing is one stream cut every seq_len tokens. Chats, and --no-packing, are pieces: documents of
+    at most seq_len tokens, several to a sample (best fit) or one. Positions start again at each document of a
+    sample; with mask_documents that is how attention tells them apart. No label crosses from one piece to the next.
     """
 
     def __init__(self, folder: Path, split: str, seq_len: int, packing: bool, mask_documents: bool) -> None:
         meta = json.loads((folder / "meta.json").read_text())
         found = meta[split]
-        self.seq_len, self.mask_documents, self.chat = seq_len, mask_documents, found["chat"]
-        self.packing, self.num_tokens = packing, found["tokens"]
-
-        def mapped(name: str, size: int, dtype: torch.dtype) -> Tensor:
-            return torch.from_file(str(folder / split / name), shared=False, size=size, dtype=dtype)
-
-        self.ends = mapped("documents.bin", found["documents"] + 1, torch.int64)
-        self.tokens = mapped("tokens.bin", self.num_tokens, torch.uint16 if meta["typecode"] == "H" else torch.int32)
-        self.trained = mapped("trained.bin", self.num_tokens, torch.uint8) if self.chat else None
+        self.chat, self.num_tokens = found["chat"], found["tokens"]
+        self.seq_len, self.packing, self.mask_documents = seq_len, packing, mask_documents
+        mapped = functools.partial(torch.from_file, shared=False)
+        dtype = torch.uint16 if meta["typecode"] == "H" else torch.int32
+        self.tokens = mapped(str(folder / split / "tokens.bin"), size=self.num_tokens, dtype=dtype)
+        self.ends = mapped(str(folder / split / "documents.bin"), size=found["documents"] + 1, dtype=torch.int64)
+        self.trained = mapped(str(folder / split / "trained.bin"), size=self.num_tokens,
+                              dtype=torch.uint8) if self.chat else None
         self.stream = packing and not self.chat
         self.pieces, self.num_cut = ([], 0) if self.stream else self.cut_pieces()
         sizes = [length for _, length in self.pieces]
-        self.packs = pack_best_fit(sizes, seq_len) if packing and self.chat else [[i] for i in range(len(sizes))]
+        self.packs = pack_best_fit(sizes, seq_len) if packing else [[i] for i in range(len(sizes))]
 
     def __len__(self) -> int:
         return math.ceil((self.num_tokens - 1) / self.seq_len) if self.stream else len(self.packs)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         if not self.stream:
-            return join_pieces([self.piece(*self.pieces[p]) for p in self.packs[i]], self.seq_len if self.packing else 0)
+            return join_pieces([self.piece(*self.pieces[p]) for p in self.packs[i]], self.seq_len * self.packing)
         start = i * self.seq_len
         stop = min(start + self.seq_len, self.num_tokens - 1)
         if not self.mask_documents:
             return join_pieces([self.piece(start, stop - start, bounded=False)], self.seq_len)
         first, last = torch.searchsorted(self.ends, torch.tensor([start, stop]), right=True).tolist()
         cuts = [start, *self.ends[first:last].tolist(), stop]
-        pieces = [self.piece(a, b - a) for a, b in zip(cuts, cuts[1:]) if b > a]
-        return join_pieces(pieces, self.seq_len)
+        return join_pieces([self.piece(a, b - a) for a, b in zip(cuts, cuts[1:]) if b > a], self.seq_len)
 
     def cut_pieces(self) -> tuple[list[tuple[int, int]], int]:
-        """(start, length) of documents cut to seq_len (chats lose their tail, texts go on in a new piece), and the
-        number of documents that were cut."""
+        """(start, length) of documents cut to seq_len (chats lose their tail, texts go on in a new piece), and how
+        many documents were cut."""
         ends, pieces, num_cut = self.ends.tolist(), [], 0
         for start, end in zip(ends, ends[1:]):
             num_cut += end - start > self.seq_len
-            stops = [start] if self.chat else range(start, end, self.seq_len)
-            pieces += [(s, min(self.seq_len, end - s)) for s in stops if end - s > 1]
+            starts = [start] if self.chat else range(start, end, self.seq_len)
+            pieces += [(s, min(self.seq_len, end - s)) for s in starts if end - s > 1]
         return pieces, num_cut
 
     def piece(self, start: int, length: int, bounded: bool = True) -> tuple[Tensor, Tensor]:
@@ -924,9 +811,9 @@ class TokenDataset(torch.utils.data.Dataset):
 
 
 def join_pieces(pieces: list[tuple[Tensor, Tensor]], length: int) -> dict[str, Tensor]:
-    """Pieces side by side, padded on the right to `length` with untrained tokens (0 leaves them as long as they are)."""
-    short = max(0, length - sum(len(ids) for ids, _ in pieces))
+    """Pieces side by side, padded on the right to `length` with untrained tokens (0: as long as they are)."""
     lengths = [len(ids) for ids, _ in pieces]
+    short = max(0, length - sum(lengths))
     lengths[-1] += short  # padding follows the last document's positions: it is no document of its own
     return {
         "input_ids": F.pad(torch.cat([ids for ids, _ in pieces]), (0, short)),
@@ -946,41 +833,41 @@ def pack_best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
         fitting = free >> sizes[i]
         if fitting:
             room = sizes[i] + (fitting & -fitting).bit_length() - 1
-            bin_ = bins_by_room[room].pop()
+            tightest = bins_by_room[room].pop()
             free ^= 0 if bins_by_room[room] else 1 << room
         else:
-            room, bin_ = capacity, []
-            bins.append(bin_)
-        bin_.append(i)
+            room, tightest = capacity, []
+            bins.append(tightest)
+        tightest.append(i)
         room -= sizes[i]
         if room:
-            bins_by_room.setdefault(room, []).append(bin_)
+            bins_by_room.setdefault(room, []).append(tightest)
             free |= 1 << room
     return bins
 
 
 def collate(samples: list[dict[str, Tensor]], device: torch.device, mask_documents: bool) -> dict[str, Tensor]:
-    """(B, T) tensors on the device, padded on the right; position_ids only if documents in a pack must be told apart."""
+    """(B, T) tensors on the device, padded on the right; position_ids only where documents must be told apart."""
     T = max(len(sample["input_ids"]) for sample in samples)
     several = mask_documents and any((sample["position_ids"][1:] == 0).any() for sample in samples)
-    fill = {"input_ids": 0, "labels": IGNORE} | ({"position_ids": 0} if several else {})
+    fill_with = {"input_ids": 0, "labels": IGNORE} | ({"position_ids": 0} if several else {})
     batch = {key: torch.stack([F.pad(sample[key], (0, T - len(sample[key])), value=value) for sample in samples])
-             for key, value in fill.items()}
+             for key, value in fill_with.items()}
     if device.type == "cuda":
         return {key: value.pin_memory().to(device, non_blocking=True) for key, value in batch.items()}
     return batch
-
-
-def sample_at(position: int, num_samples: int, seed: int) -> int:
-    """The sample at a position of the endless global order, a function of seed and epoch only."""
-    epoch, index = divmod(position, num_samples)
-    return int(epoch_order(num_samples, seed, epoch)[index])
 
 
 @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
 def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {epoch}".encode()))
     return torch.randperm(num_samples, generator=generator)
+
+
+def sample_at(position: int, num_samples: int, seed: int) -> int:
+    """The sample at a position of the endless global order, a function of seed and epoch only."""
+    epoch, index = divmod(position, num_samples)
+    return int(epoch_order(num_samples, seed, epoch)[index])
 
 
 def ordered_batches(dataset: TokenDataset, args: argparse.Namespace, ranks: Ranks, start: int) -> Iterator[dict]:
@@ -995,14 +882,14 @@ def ordered_batches(dataset: TokenDataset, args: argparse.Namespace, ranks: Rank
 def streamed_batches(args: argparse.Namespace, ranks: Ranks, mask_documents: bool, state: dict) -> Iterator[dict]:
     """This rank's micro-batches of --streaming: every world_size-th row, in file order, epoch after epoch.
 
-    `state` (rows read, pieces waiting) is kept up to date, so that a checkpoint of it resumes exactly.
+    `state` (rows read, documents waiting) is kept up to date, so that a checkpoint of it resumes exactly.
     """
-    tokenizer = load_tokenizer(args, ranks)
-    waiting = [(torch.tensor(ids), torch.tensor(labels)) for ids, labels in state.setdefault("waiting", [])]
+    tokenizer, samples = load_tokenizer(args), []
+    waiting = [tuple(map(torch.tensor, piece)) for piece in state.setdefault("waiting", [])]
     state.setdefault("rows", 0)
-    samples = []
     while True:
-        found, mine = False, functools.partial(is_streamed_here, first=state["rows"], ranks=ranks)
+        found, first_row = False, state["rows"]
+        mine = lambda number: number >= first_row and number % ranks.world_size == ranks.rank  # noqa: E731
         for number, ids, trained, chat in encoded_rows(args, args.dataset_split, tokenizer, mine):
             found, state["rows"] = True, number + 1
             labels = [token if flag else IGNORE for token, flag in zip(ids[1:], trained[1:])] + [IGNORE]
@@ -1014,29 +901,21 @@ def streamed_batches(args: argparse.Namespace, ranks: Ranks, mask_documents: boo
                     state["waiting"] = [(ids.tolist(), labels.tolist()) for ids, labels in waiting]
                     yield collate(samples, ranks.device, mask_documents)
                     samples = []
-        if not found and not state["rows"]:
+        if not found and not first_row:
             raise UserError(f"--dataset {args.dataset}: no row for rank {ranks.rank} of {ranks.world_size}")
         state["rows"] = 0
 
 
-def is_streamed_here(number: int, first: int, ranks: Ranks) -> bool:
-    return number >= first and number % ranks.world_size == ranks.rank
-
-
 def take_pieces(waiting: list, room: int, whole: bool) -> tuple[list, list]:
-    """The pieces of one sample and those that wait for the next; whole: documents are cut only if longer than it."""
-    taken, capacity = [], room
+    """The pieces of one sample, and those left for the next; whole: only a document longer than a sample is cut."""
+    taken = []
     for i, (ids, labels) in enumerate(waiting):
-        if len(ids) <= room:
-            taken.append((ids, labels))
-            room -= len(ids)
-            continue
-        if whole and taken:
+        if not room or (whole and taken and len(ids) > room):
             return taken, waiting[i:]
-        rest = [] if whole or not room else [(ids[room:], labels[room:])]
-        if room:
-            taken.append((ids[:room], labels[:room]))
-        return taken, (rest if room else [(ids, labels)]) + waiting[i + 1:]
+        taken.append((ids[:room], labels[:room]))
+        if len(ids) > room:
+            return taken, ([] if whole else [(ids[room:], labels[room:])]) + waiting[i + 1:]
+        room -= len(ids)
     return taken, []
 
 
@@ -1194,7 +1073,7 @@ def build_model(args: argparse.Namespace, folder: Path | None, vocab_size: int) 
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"--hf-model {args.hf_model}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--hf-model {args.hf_model}: {first_line(error)}") from error
     limit = getattr(config, "max_position_embeddings", None)
     if limit and args.seq_len > limit:
         raise UserError(f"--seq-len {args.seq_len}: {args.hf_model} knows {limit} positions; use --seq-len {limit}")
@@ -1232,7 +1111,7 @@ def attach_chunked_loss(model: nn.Module, loss_chunk: int) -> None:
 def find_blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks, outermost first: the classes that the model must not split, else its longest list."""
     names = set(getattr(model, "_no_split_modules", None) or ["Block"])  # EDIT: the layer class to shard
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    blocks = [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") in names]
     if blocks:
         return blocks
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
@@ -1413,7 +1292,7 @@ def prove_filled(model: nn.Module, ties: dict[str, str]) -> None:
 
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         is_param = isinstance(tensor, nn.Parameter)
-        if tensor.is_meta or (tensor.is_floating_point() and torch.isnan(local_part(tensor)).any()):
+        if tensor.is_meta or (tensor.is_floating_point() and torch.isnan(local_part(tensor).sum())):  # no temporary
             raise UserError(f"the model's {'parameter' if is_param else 'buffer'} {name} was never written: "
                             "the weights on disk do not fit the model, or hold NaN")
         if is_param and not isinstance(tensor, DTensor):
@@ -1443,20 +1322,21 @@ def prove_loss(model: nn.Module, ranks: Ranks) -> None:
 
 def describe_model(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     """Lines for the start of a run: sizes, and bytes of parameters, gradients and optimizer states on this rank."""
-    params = list(model.parameters())
-    trainable = [p for p in params if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad]
     by_dtype: dict[str, int] = {}
-    for param in params:
+    for param in model.parameters():
         key = str(param.dtype).removeprefix("torch.")
         by_dtype[key] = by_dtype.get(key, 0) + local_part(param).nbytes
     sizes = ", ".join(f"{nbytes / 2**20:,.1f} MiB {key}" for key, nbytes in by_dtype.items())
-    gradients = sum(local_part(param).nbytes for param in trainable)
+    gradients = sum(local_part(param).nbytes for param in trainable) / 2**20
     blocks = find_blocks(model)
+    block_class = type(blocks[0]).__name__.removeprefix("FSDP")
     return [
-        f"model      {sum(p.numel() for p in params):,} parameters, {sum(p.numel() for p in trainable):,} trainable",
-        f"sharded    {len(blocks)} x {type(blocks[0]).__mro__[1].__name__} and the root, each on its own",
-        f"this rank  parameters {sizes}; gradients {gradients / 2**20:,.1f} MiB float32; "
-        f"{type(optimizer).__name__} states {2 * gradients / 2**20:,.1f} MiB float32",
+        f"model      {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{sum(p.numel() for p in trainable):,} trainable",
+        f"sharded    {len(blocks)} x {block_class}, and the root with what is left",
+        f"this rank  parameters {sizes}; gradients {gradients:,.1f} MiB float32; {type(optimizer).__name__} states "
+        f"{2 * gradients:,.1f} MiB float32",
     ]
 
 
@@ -1676,16 +1556,20 @@ def publish_if_done(saver: Checkpointer, ranks: Ranks) -> None:
         return
     final = saver.partial.with_suffix("")
     shutil.rmtree(final, ignore_errors=True)
-    for path in (saver.partial, final.parent):
-        if path == final.parent:
-            saver.partial.rename(final)
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    sync_folder(saver.partial)
+    saver.partial.rename(final)
+    sync_folder(final.parent)
     saver.partial = None
     kept = checkpoints_in(saver.folder)
     for old in kept[:-saver.keep] if saver.keep else []:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in a folder reach the disk (DCP has done so for the contents)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def finish_save(saver: Checkpointer, ranks: Ranks) -> None:
@@ -1696,11 +1580,11 @@ def finish_save(saver: Checkpointer, ranks: Ranks) -> None:
         wait_for_copy(saver)
         saver.saving.result()
     except Exception as error:
-        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+        reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), repr(error))
         kept = checkpoints_in(saver.folder)
-        raise UserError(f"could not save {saver.partial} ({reason.strip()}): is the disk full or read-only? "
-                        f"{f'The newest good checkpoint is {kept[-1]}' if kept else 'No checkpoint exists yet'}; "
-                        "make room and start the same command again") from error
+        raise UserError(f"could not save {saver.partial} ({reason}): is the disk full or read-only? The newest good "
+                        f"checkpoint is {kept[-1] if kept else 'none'}; make room, then start the same command "
+                        "again") from error
     publish_if_done(saver, ranks)
     saver.saving = None
 
@@ -1795,45 +1679,40 @@ def write_safetensors(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard
 
 
 def write_model_files(folder: Path, model: nn.Module, tokenizer, dtype: torch.dtype, source: Path | None) -> None:
-    """config.json, generation_config.json, tokenizer and chat template, and remote code if the model came with some."""
+    """Configuration, generation configuration, tokenizer with its chat template, and the code of a remote model.
+
+    `source` is the Hugging Face folder that training started from, None for the model of this file.
+    """
+    from transformers import GenerationConfig, LlamaConfig
+
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.model_max_length = getattr(model.config, "max_position_embeddings", None) or getattr(
-        model.config, "max_positions", int(1e30))
-    tokenizer.save_pretrained(folder)
+    c = model.config
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     if source is None:
-        c, name = model.config, str(dtype).removeprefix("torch.")
-        tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end_of_turn_ids(tokenizer)}
-        config = {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "dtype": name,
-            "hidden_size": c.hidden_size, "num_hidden_layers": c.num_layers, "num_attention_heads": c.num_heads,
-            "num_key_value_heads": c.num_kv_heads, "head_dim": c.head_size, "intermediate_size": c.ffn_size,
-            "vocab_size": c.vocab_size, "max_position_embeddings": c.max_positions, "rms_norm_eps": c.norm_eps,
-            "rope_theta": c.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-            "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "initializer_range": 0.02,
-            **tokens}
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
-        (folder / "generation_config.json").write_text(json.dumps(tokens, indent=2))
-        return
-    config = type(model.config).from_dict(model.config.to_dict() | {"dtype": dtype, "use_cache": True})
-    config.architectures = [next(c.__name__ for c in type(model).__mro__ if not c.__name__.startswith("FSDP"))]
-    config.save_pretrained(folder)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)
-    for code in source.glob("*.py"):
-        shutil.copy(code, folder)
-
-
-def end_of_turn_ids(tokenizer) -> int | list[int]:
-    """Where generation stops: the end-of-text token, and the end of a ChatML turn if the tokenizer has one."""
-    turn = tokenizer.get_added_vocab().get(IM_END)
-    return tokenizer.eos_token_id if turn in (None, tokenizer.eos_token_id) else [tokenizer.eos_token_id, turn]
+        config = LlamaConfig(
+            vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.ffn_size,
+            num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
+            max_position_embeddings=c.max_positions, rms_norm_eps=c.norm_eps, tie_word_embeddings=False,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, **ends)
+        config.architectures, generation = ["LlamaForCausalLM"], GenerationConfig(**ends)
+    else:
+        config, generation = type(c).from_dict(c.to_dict() | {"use_cache": True}), model.generation_config
+        config.architectures = [type(model).__name__.removeprefix("FSDP")]
+        for code in source.glob("*.py"):
+            shutil.copy(code, folder)
+    config.dtype = dtype
+    tokenizer.model_max_length = getattr(config, "max_position_embeddings", None) or int(1e30)
+    for part in filter(None, (config, generation, tokenizer)):
+        part.save_pretrained(folder)
 
 
 def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remote_code: bool) -> float | None:
     """Load the folder with transformers, on the CPU, and compare logits: the largest difference over the largest
     logit, or None where memory is short. Raises UserError beyond what the precision explains."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if nbytes * 1.2 > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         return None
@@ -2180,13 +2059,52 @@ def export_model(args: argparse.Namespace, model: nn.Module, ranks: Ranks, sourc
     shutil.rmtree(partial, ignore_errors=True)
     try:
         write_safetensors(partial, hf_tensors(model, tensors, dtype))
-        write_model_files(partial, model, load_tokenizer(args, ranks), dtype, source)
+        write_model_files(partial, model, load_tokenizer(args), dtype, source)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except OSError as error:
         raise UserError(f"could not write {folder}: {error.strerror}; the checkpoint is intact: make room, then run "
                         "the same command again, or tools/export_hf.py") from error
     return folder, input_ids, logits
+
+
+def indent(text: str) -> str:
+    return "\n".join("    " + line for line in text.splitlines())
+
+
+def write_summary(run_dir: Path, progress: dict, last_row: dict, seconds: float) -> None:
+    summary = progress | {key: value for key, value in last_row.items() if "/" in key} | {"seconds": round(seconds, 1)}
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def closing_lines(args: argparse.Namespace, run_dir: Path, error: float | None) -> list[str]:
+    """Where everything is, and what to run next."""
+    lines = [f"checkpoint {checkpoints_in(run_dir / 'checkpoints')[-1]}",
+             f"record     {run_dir / 'metrics.jsonl'}, {run_dir / 'summary.json'}"]
+    if args.export:
+        checked = f"reloaded: logits within {error:.0e}" if error is not None else "not reloaded: too little memory"
+        lines += [f"model      {run_dir / 'hf'} (Hugging Face format; {checked})",
+                  f"next       python train_llm.py --hf-model {run_dir / 'hf'} --dataset YOUR.jsonl --max-lr 2e-5 "
+                  "--checkpoint-dir runs/finetuned"]
+    return lines
+
+
+def run_and_report() -> None:
+    """main(), with what the user can mend shown as one line by one rank, and the exit code that says which it was."""
+    try:
+        main()
+        return
+    except UserError as error:
+        message, code = str(error), 1
+    except KeyboardInterrupt:
+        message, code = "interrupted; start the same command again to go on from the newest checkpoint", 130
+    except torch.OutOfMemoryError as error:
+        message, code = (f"out of GPU memory ({str(error).split('.')[0]}): lower --batch-size and raise "
+                         "--grad-accum-steps, or use --activation-checkpointing full, or more GPUs"), 1
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(3)  # most often rank 0 has the same to say, and this process is ended before it repeats it
+    print(f"\ntrain_llm.py: error: {message}", file=sys.stderr, flush=True)
+    os._exit(code)  # at once: other ranks may sit in a collective, and threads of a save must not hold the exit up
 
 
 def main() -> None:
@@ -2201,7 +2119,7 @@ def main() -> None:
     say = print if ranks.is_main else (lambda *line: None)
 
     resume_from = checkpoint_to_resume(args)
-    data_folder = prepare_data(args, ranks)  # takes as long as it needs: no process group exists yet
+    data_folder = prepare_data(args)  # takes as long as it needs: no process group exists yet
     train_set, eval_set, vocab_size = open_datasets(args, data_folder)
     total_steps, warmup_steps, steps_line = resolve_steps(args, train_set, ranks)
     if report_finished(args, ranks, resume_from, total_steps):
@@ -2211,7 +2129,7 @@ def main() -> None:
     dtype = compute_dtype(args.mixed_precision, ranks.device)
     if args.mixed_precision and dtype is torch.float32:
         say("precision  this device has no native bf16: computing in fp32")
-    hf_folder = fetch(args.hf_model, args, ranks) if args.hf_model else None
+    hf_folder = fetch(args.hf_model) if args.hf_model else None
     model = build_model(args, hf_folder, vocab_size)
     shard_model(model, args, mesh, dtype)
     ties = materialise(model, ranks.device, args.cpu_offload)
@@ -2343,7 +2261,7 @@ def main() -> None:
     bar.close()
     sample = exported = None
     if args.sample_tokens:
-        sample = write_sample(model, load_tokenizer(args, ranks), args.sample_prompt, args.sample_tokens, ranks)
+        sample = write_sample(model, load_tokenizer(args), args.sample_prompt, args.sample_tokens, ranks)
     if args.export:
         exported = export_model(args, model, ranks, hf_folder, dtype)
     torch.distributed.barrier()
@@ -2356,45 +2274,6 @@ def main() -> None:
     write_summary(run_dir, progress, row | evaluation, time.perf_counter() - started)
     for line in closing_lines(args, run_dir, error):
         print(line)
-
-
-def indent(text: str) -> str:
-    return "\n".join("    " + line for line in text.splitlines())
-
-
-def write_summary(run_dir: Path, progress: dict, last_row: dict, seconds: float) -> None:
-    summary = progress | {key: value for key, value in last_row.items() if "/" in key} | {"seconds": round(seconds, 1)}
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-
-
-def closing_lines(args: argparse.Namespace, run_dir: Path, error: float | None) -> list[str]:
-    """Where everything is, and what to run next."""
-    lines = [f"checkpoint {checkpoints_in(run_dir / 'checkpoints')[-1]}",
-             f"record     {run_dir / 'metrics.jsonl'}, {run_dir / 'summary.json'}"]
-    if args.export:
-        checked = f"reloaded: logits within {error:.0e}" if error is not None else "not reloaded: too little memory"
-        lines += [f"model      {run_dir / 'hf'} (Hugging Face format; {checked})",
-                  f"next       python train_llm.py --hf-model {run_dir / 'hf'} --dataset YOUR.jsonl --max-lr 2e-5 "
-                  "--checkpoint-dir runs/finetuned"]
-    return lines
-
-
-def run_and_report() -> None:
-    """main(), with what the user can mend shown as one line by one rank, and the exit code that says which it was."""
-    try:
-        main()
-        return
-    except UserError as error:
-        message, code = str(error), 1
-    except KeyboardInterrupt:
-        message, code = "interrupted; start the same command again to go on from the newest checkpoint", 130
-    except torch.OutOfMemoryError as error:
-        message, code = (f"out of GPU memory ({str(error).split('.')[0]}): lower --batch-size and raise "
-                         "--grad-accum-steps, or use --activation-checkpointing full, or more GPUs"), 1
-    if int(os.environ.get("RANK", 0)):
-        time.sleep(3)  # most often rank 0 has the same to say, and this process is ended before it repeats it
-    print(f"\ntrain_llm.py: error: {message}", file=sys.stderr, flush=True)
-    os._exit(code)  # at once: other ranks may sit in a collective, and threads of a save must not hold the exit up
 
 
 if __name__ == "__main__":
