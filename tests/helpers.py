@@ -61,6 +61,21 @@ def read_metrics(run_dir):
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
+def read_checkpoint(folder):
+    """{name: whole tensor} of a checkpoint, read in this process alone: model.*, optim.* and random.*."""
+    import warnings
+
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(found.size, dtype=found.properties.dtype) for name, found in saved.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is no process group: none is wanted
+        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    return tensors
+
+
 # ----------------------------------------------------------------------------------------------------
 # 2. Tokenizers and chat templates
 
