@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_throughput.py [--sizes 350M 1B 3B] [--steps 60] [-- further flags of train_llm.py]
 
-Each size trains on the standard library's sources for --steps steps; a figure is the median of the logged rows
-after the first third. A size that runs out of memory is a row too. Prints the README's table, with device,
-versions and commit.
+Each size trains on the standard library's sources for --steps steps; a figure is the median of the logged
+rows after the first third. A size that runs out of memory is a row too. Prints the README's table, with
+device, versions and commit.
 """
 
 import argparse
@@ -25,8 +25,8 @@ def measure(size: str, steps: int, further: list[str], folder: Path) -> str:
     """A row of the table."""
     run = folder / size
     command = [sys.executable, str(ROOT / "train_llm.py"), "--from-scratch", "--model-size", size,
-               "--batch-size", str(BATCH_SIZES.get(size, 1)), "--max-steps", str(steps), "--log-interval", "5",
-               "--no-export", "--checkpoint-interval", "1000000", "--checkpoint-dir", str(run), *further]
+               "--batch-size", str(BATCH_SIZES.get(size, 1)), "--max-steps", str(steps), "--log-interval",
+               "5", "--no-export", "--checkpoint-interval", "1000000", "--checkpoint-dir", str(run), *further]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         return f"| {size} | {done.stderr.strip().splitlines()[-1]} | | | |"

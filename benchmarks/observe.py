@@ -4,7 +4,8 @@
 
 A hook that PyTorch calls after every optimizer step notes wall time, CPU time of the process (all threads)
 and peak resident memory, so that scripts which know nothing of it are measured alike. Writes
-OUT_FOLDER/rankN.json with four lists, one entry a step: start_s (since the process started), wall_s, cpu_s, peak_mib.
+OUT_FOLDER/rankN.json with four lists, one entry a step: start_s (since the
+process started), wall_s, cpu_s, peak_mib.
 """
 
 import atexit
