@@ -1,18 +1,18 @@
-"""Train a causal language model with PyTorch FSDP2: from scratch, fine-tuning or supervised fine-tuning (SFT).
+"""Train a causal language model with PyTorch FSDP2: from scratch, fine-tuning, supervised fine-tuning (SFT).
 
-One file, no Trainer: it builds a model (written out below, or any causal LM of Hugging Face transformers), shards
-its blocks with `fully_shard`, runs the loop that you see in `main()`, keeps asynchronous checkpoints (DCP) that
-are published atomically, resumes exactly, and ends with a Hugging Face folder that any tool loads. Left out on
-purpose: tensor, pipeline and expert parallelism, LoRA, reinforcement learning.
+One file, no Trainer: it builds a model (written out below, or any causal LM of Hugging Face transformers),
+shards its blocks with `fully_shard`, runs the loop that you see in `main()`, writes asynchronous checkpoints
+(DCP), published atomically, resumes exactly, and ends with a Hugging Face folder that any tool loads. Left
+out on purpose: tensor, pipeline and expert parallelism, LoRA, reinforcement learning.
 
-    python train_llm.py --from-scratch --model-size test --max-steps 20         # CPU, or one GPU
-    python train_llm.py --nproc 2 --config configs/train_llm/quickstart.yaml    # two processes; all GPUs without --nproc
+    python train_llm.py --from-scratch --model-size test --max-steps 20         # one CPU process, or all GPUs
+    python train_llm.py --nproc 2 --config configs/train_llm/quickstart.yaml    # two processes
     torchrun --nproc_per_node 8 train_llm.py --hf-model meta-llama/Llama-2-7b-hf --dataset my_chats.jsonl
     srun --ntasks-per-node 8 python train_llm.py --from-scratch --model-size 7B --dataset my_texts
 
-Contents: 1 Arguments, 2 Distributed, 3 Data, 4 Model, 5 Optimizer and schedule, 6 Loss, 7 Checkpoints and export,
-8 Run record, 9 Evaluation, 10 Training. To change what a row of your data becomes, edit section 3; the architecture,
-section 4; the objective, section 6; the order of things, section 10. Lines that people change say `EDIT:`.
+Contents: 1 Arguments, 2 Distributed, 3 Data, 4 Model, 5 Optimizer and schedule, 6 Loss, 7 Checkpoints and
+export, 8 Run record, 9 Evaluation, 10 Training. What a row of your data becomes is decided in section 3, the
+architecture in 4, the objective in 6, the order of things in 10. `EDIT:` marks the lines that people change.
 """
 
 import argparse
@@ -33,6 +33,7 @@ import sys
 import sysconfig
 import time
 import zlib
+from argparse import Namespace
 from array import array
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -43,8 +44,8 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# FSDP, DCP, transformers, datasets, yaml and tqdm are imported inside the functions that use them: `--help` and a
-# wrong flag must not wait for them, and training from scratch never pays for a transformers model class.
+# FSDP, DCP, transformers, datasets, yaml and tqdm are imported inside the functions that use them: --help and
+# wrong flags must not wait for them, and training from scratch never pays for a transformers model class.
 
 IGNORE = -100  # the label of a token that is not trained, the value that torch and transformers use
 
@@ -56,13 +57,13 @@ class UserError(Exception):
 # ------------------------------------------------------------------------------------------------
 # 1. Arguments: the flags, a YAML or JSON file as a saved command line, and every check that needs no data
 
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train_llm.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-        formatter_class=functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=34, width=110))
+        formatter_class=functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=34,
+                                          width=110))
     parser.error = usage_error
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON of flags; the command line overrides it")
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON of flags; the command line wins")
     add_model_and_data_flags(parser.add_argument_group("model"), parser.add_argument_group("data"))
     add_training_flags(parser.add_argument_group("training"))
     add_system_flags(parser.add_argument_group("devices, sharding and memory"))
@@ -75,16 +76,15 @@ def add_model_and_data_flags(model: argparse._ArgumentGroup, data: argparse._Arg
     add("--hf-model", metavar="NAME_OR_FOLDER", help="train this Hugging Face causal LM")
     add("--from-scratch", action=onoff, default=False, help="train the model of this file")
     add("--model-size", choices=list(MODEL_SIZES), default="7B", help="for --from-scratch")
-    add("--vocab-size", type=int, help="for --from-scratch; if not given: the length of --tokenizer rounded up to "
-        "64, or 32000 where the tokenizer is trained here")
+    add("--vocab-size", type=int, help="for --from-scratch; if not given: the length of --tokenizer "
+        "rounded up to a multiple of 64, or 32000 where the tokenizer is trained here")
     add("--seq-len", type=int, default=2048, help="tokens in a training sequence")
-    add("--tokenizer", metavar="NAME_OR_FOLDER", help="if not given: the model's own; from scratch a byte-level BPE "
-        "is trained on the data set")
+    add("--tokenizer", metavar="NAME_OR_FOLDER", help="if not given: the model's, or one trained on the data")
     add("--chat-template", metavar="FILE", help="Jinja chat template in place of the tokenizer's")
     add("--trust-remote-code", action=onoff, default=False, help="run code that comes with the model")
     add = data.add_argument
-    add("--dataset", default="stdlib", help="hub name, folder, or .jsonl .parquet .txt .csv file; 'stdlib' is the "
-        "source of Python's own standard library")
+    add("--dataset", default="stdlib", help="hub name, folder, or .jsonl .parquet .txt .csv file; 'stdlib': "
+        "the source of Python's standard library")
     add("--dataset-config", metavar="NAME", help="configuration of a hub data set")
     add("--dataset-split", default="train", help="split to train on")
     add("--text-column", metavar="NAME", help="train on this column as plain text; if not given: messages, "
@@ -93,27 +93,26 @@ def add_model_and_data_flags(model: argparse._ArgumentGroup, data: argparse._Arg
     add("--eval-fraction", type=float, default=0.0, help="share of the documents that is held out")
     add("--data-cache", metavar="DIR", default="data_cache", help="tokenised data, kept by content")
     add("--packing", action=onoff, default=True, help="fill each sequence with several documents")
-    add("--mask-documents", action=onoff, help="documents in a pack do not see each other; if not given: on, except "
-        "for plain text from scratch")
-    add("--streaming", action=onoff, default=False, help="tokenise while training, in file order; exact resume "
-        "needs the same number of processes")
+    add("--mask-documents", action=onoff, help="documents in a pack do not see each other; if not given: on, "
+        "except for plain text from scratch")
+    add("--streaming", action=onoff, default=False, help="tokenise while training, in file order; exact "
+        "resume needs the same number of processes")
 
 
 def add_training_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--batch-size", type=int, default=4, help="sequences per process and micro-batch")
     add("--grad-accum-steps", type=int, default=1, help="micro-batches per optimizer step")
-    add("--max-steps", type=int, help="optimizer steps; if not given: --num-epochs times --steps-per-epoch, 100000 "
-        "at the most")
+    add("--max-steps", type=int, help="if not given: --num-epochs x --steps-per-epoch, 100000 at the most")
     add("--num-epochs", type=int, default=1, help="passes over the data")
-    add("--steps-per-epoch", type=int, help="if not given: one pass over the data, or 1000 where its length is "
-        "unknown (--streaming)")
+    add("--steps-per-epoch", type=int, help="if not given: one pass over the data; 1000 with --streaming")
     add("--max-lr", type=float, default=3e-4, help="learning rate after warm-up")
     add("--min-lr", type=float, default=3e-5, help="learning rate at the end of the cosine")
     add("--warmup-steps", type=int, help="if not given: 2000, a tenth of all steps at the most")
     add("--weight-decay", type=float, default=0.1, help="on matrices; not on norms, biases and embeddings")
     add("--grad-clip", type=float, default=1.0, help="largest global gradient norm; 0 is off")
-    add("--loss-chunk-tokens", type=int, default=512, metavar="N", help="rows of logits that exist at once")
+    add("--loss-chunk-tokens", type=int, metavar="N", help="rows of logits that exist at once; if not given: "
+        "512, on GPUs 2048")
     add("--max-bad-steps", type=int, default=10, help="stop after so many non-finite steps in a row")
     add("--seed", type=int, default=0, help="of initial weights, sample order, held-out share and dropout")
 
@@ -125,15 +124,15 @@ def add_system_flags(group: argparse._ArgumentGroup) -> None:
     add("--gpu-ranks", metavar="0,2,3", help="use these GPUs of the machine")
     add("--mixed-precision", action=onoff, default=True, help="bf16 compute, fp32 masters")
     add("--use-flash-attn", action=onoff, default=True, help="flash attention kernels")
-    add("--hsdp-shard-size", type=int, metavar="N", help="shard over N processes, replicate over the rest; if not "
-        "given: shard over all")
-    add("--reshard-after-forward", action=onoff, default=True, help="free gathered weights until the backward")
-    add("--activation-checkpointing", choices=["none", "full", "selective"], default="none", help="recompute blocks "
-        "in the backward, to save memory")
+    add("--hsdp-shard-size", type=int, metavar="N", help="shard over N processes, replicate over the rest; "
+        "if not given: shard over all")
+    add("--reshard-after-forward", action=onoff, default=True, help="free gathered weights until backward")
+    add("--activation-checkpointing", choices=["none", "full", "selective"], default="none",
+        help="recompute blocks in the backward, to save memory")
     add("--compile", action=onoff, help="torch.compile each block; if not given: on CUDA only")
     add("--cpu-offload", action=onoff, default=False, help="masters and optimizer in host memory")
-    add("--reduce-every-micro-batch", action=onoff, default=False, help="reduce gradients after each micro-batch, "
-        "not once a step: more traffic, less memory")
+    add("--reduce-every-micro-batch", action=onoff, default=False,
+        help="reduce gradients after each micro-batch, not once a step: more traffic, less memory")
 
 
 def add_record_flags(group: argparse._ArgumentGroup) -> None:
@@ -142,8 +141,7 @@ def add_record_flags(group: argparse._ArgumentGroup) -> None:
     add("--checkpoint-interval", type=int, default=1000, help="steps between checkpoints")
     add("--keep-checkpoints", type=int, default=3, help="newest checkpoints kept; 0 keeps all")
     add("--async-checkpoint", action=onoff, default=True, help="write while training goes on")
-    add("--resume", default="auto", metavar="{auto,none,FOLDER}", help="auto: the newest checkpoint of "
-        "--checkpoint-dir, if there is one")
+    add("--resume", default="auto", metavar="{auto,none,FOLDER}", help="auto: --checkpoint-dir's newest, if any")
     add("--export", action=onoff, default=True, help="end with a Hugging Face folder")
     add("--export-dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: as computed")
     add("--log-interval", type=int, default=10, help="steps between logged rows")
@@ -154,7 +152,7 @@ def add_record_flags(group: argparse._ArgumentGroup) -> None:
     add("--wandb", metavar="PROJECT", help="log to this Weights & Biases project (needs wandb)")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> Namespace:
     """Default < config file < command line. Exits with code 2 and one line for each problem."""
     argv = sys.argv[1:] if argv is None else argv
     parser, finder = build_parser(), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -163,8 +161,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     path = finder.parse_known_args(argv)[0].config
     args = parser.parse_args([*config_tokens(path, parser), *argv] if path else argv)
     del args.config
-    problems = list(find_problems(args))
-    if problems:
+    if problems := list(find_problems(args)):
         usage_error("\n".join(problems))
     return args
 
@@ -172,7 +169,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def config_tokens(path: str, parser: argparse.ArgumentParser) -> list[str]:
     """A config file as command-line tokens, so that one parser checks both and the real command line wins."""
     import yaml
-
     try:
         entries = yaml.safe_load(Path(path).read_text())  # JSON is YAML
     except OSError as error:
@@ -193,13 +189,13 @@ def config_tokens(path: str, parser: argparse.ArgumentParser) -> list[str]:
     return tokens
 
 
-def find_problems(args: argparse.Namespace) -> Iterator[str]:
+def find_problems(args: Namespace) -> Iterator[str]:
     """Every argument that cannot work, before anything is downloaded, tokenised or started."""
-    at_least = dict.fromkeys(("seq_len", "batch_size", "grad_accum_steps", "num_epochs", "loss_chunk_tokens",
-                              "max_bad_steps", "checkpoint_interval", "log_interval", "max_steps",
-                              "steps_per_epoch", "nproc", "hsdp_shard_size", "vocab_size"), 1)
-    at_least |= dict.fromkeys(("warmup_steps", "weight_decay", "grad_clip", "keep_checkpoints", "eval_interval",
-                               "sample_tokens", "min_lr", "max_lr"), 0)
+    positive = ("seq_len batch_size grad_accum_steps num_epochs loss_chunk_tokens max_bad_steps log_interval "
+                "checkpoint_interval max_steps steps_per_epoch nproc hsdp_shard_size vocab_size").split()
+    not_negative = ("warmup_steps weight_decay grad_clip keep_checkpoints eval_interval sample_tokens min_lr "
+                    "max_lr").split()
+    at_least = dict.fromkeys(positive, 1) | dict.fromkeys(not_negative, 0)
     for name, least in at_least.items():
         value = getattr(args, name)
         if value is not None and not value >= least:
@@ -222,12 +218,14 @@ def find_problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--gpu-ranks {args.gpu_ranks}: expected numbers with commas, such as 0,2,3"
     if args.chat_template and not Path(args.chat_template).is_file():
         yield f"--chat-template {args.chat_template}: no such file"
-    for flag, value in (("--dataset", args.dataset), ("--hf-model", args.hf_model), ("--tokenizer", args.tokenizer)):
+    for name in ("dataset", "hf_model", "tokenizer"):
+        value = getattr(args, name)
         if value and looks_like_path(value) and not Path(value).exists():
-            yield f"{flag} {value}: no such file or folder"
+            yield f"--{name.replace('_', '-')} {value}: no such file or folder"
     if args.eval_split and not Path(args.eval_split).is_file() and (
             looks_like_path(args.eval_split) or args.dataset == "stdlib" or Path(args.dataset).is_file()):
-        yield f"--eval-split {args.eval_split}: no such file, and {args.dataset} has no splits; --eval-fraction cuts one"
+        yield (f"--eval-split {args.eval_split}: no such file, and {args.dataset} has no splits; "
+               "--eval-fraction cuts one")
     if args.resume not in ("auto", "none") and not (Path(args.resume) / ".metadata").is_file():
         yield f"--resume {args.resume}: not a checkpoint (a folder such as RUN/checkpoints/step_001000)"
 
@@ -248,11 +246,9 @@ def usage_error(message: str) -> None:
 # ------------------------------------------------------------------------------------------------
 # 2. Distributed: who am I, which device, which mesh
 
-
 @dataclasses.dataclass
 class Ranks:
     """This process among the others; rank, local_rank and world_size mean what torchrun's variables mean."""
-
     rank: int
     local_rank: int
     world_size: int
@@ -263,8 +259,8 @@ class Ranks:
         return self.rank == 0
 
 
-def relaunch_under_torchrun(args: argparse.Namespace) -> None:
-    """Started plainly with several GPUs or --nproc N: run this same command under torchrun, then exit as it does."""
+def relaunch_under_torchrun(args: Namespace) -> None:
+    """Started plainly, with several GPUs or --nproc N: run this same command under torchrun, then exit."""
     if "RANK" in os.environ or "SLURM_STEP_ID" in os.environ:
         return
     select_gpus(args.gpu_ranks)
@@ -278,19 +274,19 @@ def relaunch_under_torchrun(args: argparse.Namespace) -> None:
 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
-
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the script's own line says more
+    # The failing rank has printed one line of its own that says more than the launcher's table.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         torchrun(["--standalone", f"--nproc-per-node={nproc}", "--", sys.argv[0], *sys.argv[1:]])
     except ChildFailedError as error:
-        # A rank that failed by itself exits with a positive code; torchrun's signal ended the others.
+        # A rank that failed by itself has a positive exit code; torchrun's signal ended the others.
         sys.exit(max((f.exitcode for f in error.failures.values() if f.exitcode > 0), default=1))
     sys.exit(0)
 
 
 def select_gpus(gpu_ranks: str | None) -> None:
-    """--gpu-ranks becomes CUDA_VISIBLE_DEVICES before CUDA starts; a different value there is a usage error."""
+    """--gpu-ranks becomes CUDA_VISIBLE_DEVICES before CUDA starts; another value there is a usage error."""
     if not gpu_ranks:
         return
     visible = os.environ.setdefault("CUDA_VISIBLE_DEVICES", gpu_ranks)
@@ -300,7 +296,7 @@ def select_gpus(gpu_ranks: str | None) -> None:
         usage_error(f"--gpu-ranks {gpu_ranks}: only {torch.cuda.device_count()} of these GPUs exist here")
 
 
-def read_ranks(args: argparse.Namespace) -> Ranks:
+def read_ranks(args: Namespace) -> Ranks:
     """From torchrun's or accelerate's variables, from srun's, or alone."""
     env = os.environ
     if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
@@ -308,12 +304,16 @@ def read_ranks(args: argparse.Namespace) -> Ranks:
         if re.search(r"[\[,]", host):  # a compressed list: n[01-04]
             host = subprocess.check_output(["scontrol", "show", "hostnames", host], text=True).split()[0]
         env.setdefault("MASTER_ADDR", host)
-        env.setdefault("MASTER_PORT", str(20000 + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 20000))
-        env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"])
-    rank, local_rank, world_size = (
-        int(env.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+        # Every task computes the same port, and two steps on one node rarely the same one.
+        port = 20000 + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 20000
+        env.setdefault("MASTER_PORT", str(port))
+        env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"],
+                   WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"])
+    rank, local_rank = int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0))
+    world_size = int(env.get("WORLD_SIZE", 1))
     if args.device == "cuda" and not torch.cuda.is_available():
-        usage_error("--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch")
+        usage_error("--device cuda: torch sees no GPU here; "
+                    "use --device cpu, or install a CUDA build of torch")
     if args.hsdp_shard_size and world_size % args.hsdp_shard_size:
         usage_error(f"--hsdp-shard-size {args.hsdp_shard_size} does not divide the {world_size} processes")
     use_cuda = args.device != "cpu" and torch.cuda.is_available()
@@ -322,11 +322,11 @@ def read_ranks(args: argparse.Namespace) -> Ranks:
     return Ranks(rank, local_rank, world_size, device)
 
 
-def init_distributed(args: argparse.Namespace, ranks: Ranks) -> torch.distributed.DeviceMesh:
-    """Start the process group (all ranks) and return the mesh: ("replicate", "shard"), or ("shard",) without HSDP."""
+def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceMesh:
+    """Start the process group (all ranks); returns the mesh: (replicate, shard), or (shard,) without HSDP."""
     from torch.distributed.device_mesh import init_device_mesh
-
     cuda = ranks.device.type == "cuda"
+    # gloo serves tensors in host memory: --cpu-offload keeps the parameters there, an export gathers them.
     options = {"backend": "cpu:gloo,cuda:nccl" if cuda else "gloo", "timeout": timedelta(minutes=20)}
     if cuda:
         torch.cuda.set_device(ranks.device)
@@ -334,7 +334,9 @@ def init_distributed(args: argparse.Namespace, ranks: Ranks) -> torch.distribute
     if "RANK" not in os.environ:  # alone: no port, no address
         options |= {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
     torch.distributed.init_process_group(**options)
-    torch.manual_seed(args.seed + ranks.rank)  # dropout differs by rank; weights and samples never depend on it
+    torch.manual_seed(args.seed + ranks.rank)  # for dropout: weights and samples have generators of their own
+    # `fully_shard` shards over the mesh's last dimension. A dimension before it makes this HSDP: every row of
+    # the mesh, neighbouring ranks, holds a whole model, and gradients are summed over the rows as well.
     shard = args.hsdp_shard_size or ranks.world_size
     if shard == ranks.world_size:
         return init_device_mesh(ranks.device.type, (shard,), mesh_dim_names=("shard",))
@@ -343,7 +345,7 @@ def init_distributed(args: argparse.Namespace, ranks: Ranks) -> torch.distribute
 
 
 def compute_dtype(mixed_precision: bool, device: torch.device) -> torch.dtype:
-    """bf16 where the device computes in it natively, else fp32 (emulated bf16 is 15 times slower than fp32)."""
+    """bf16 where the device computes in it natively, else fp32 (emulated bf16 is 15 times slower)."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -361,14 +363,14 @@ def all_sum(tensor: Tensor) -> Tensor:
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".csv")
 END = "<|endoftext|>"  # the special token of a tokenizer that is trained here
-# For tokenizers without a chat template (base models): contents joined by newlines, an end token after each answer.
+# For tokenizers without a chat template (base models): contents and newlines, an end token after each answer.
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}"
     "{% endgeneration %}{% else %}{{ m['content'] + '\n' }}{% endif %}{% endfor %}"
 )
 
 
-def read_rows(args: argparse.Namespace, split: str) -> Iterator[tuple[str, dict]]:
+def read_rows(args: Namespace, split: str) -> Iterator[tuple[str, dict]]:
     """(where it stands, row) of each document, in file order. Raises UserError for a malformed row."""
     paths = data_files(args, split)
     if not paths:
@@ -386,47 +388,48 @@ def read_rows(args: argparse.Namespace, split: str) -> Iterator[tuple[str, dict]
                 yield f"{path}:{number}", row
 
 
-def data_files(args: argparse.Namespace, split: str) -> list[Path]:
-    """The local files of a split; [] for what the datasets library opens: hub names and `save_to_disk` folders.
+def data_files(args: Namespace, split: str) -> list[Path]:
+    """The local files of a split; [] for what the datasets library opens: hub names, `save_to_disk` folders.
 
-    Of a folder, those whose path holds the split's name as a word ('train-00001.parquet'); where nothing is called
-    train, all that have no other split's name are.
-    """
+    Of a folder, those whose path holds the split's name as a word ('train-00001.parquet'); where nothing is
+    called train, all files without another split's name are."""
     if args.dataset == "stdlib" and not Path(split).is_file():
-        root = Path(sysconfig.get_paths()["stdlib"])  # without its tests some 10 MB of real code on every machine
+        root = Path(sysconfig.get_paths()["stdlib"])  # without its tests some 10 MB of real code, everywhere
         skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
         return sorted(path for path in root.rglob("*.py") if not skip & set(path.relative_to(root).parts))
     source = Path(split) if Path(split).is_file() else Path(args.dataset)
     if source.is_file():
         return [source]
-    if not source.exists() or any((source / name).exists() for name in ("dataset_dict.json", "dataset_info.json")):
+    saved_by_datasets = ("dataset_dict.json", "dataset_info.json")
+    if not source.exists() or any((source / name).exists() for name in saved_by_datasets):
         return []
     files = sorted(path for path in source.rglob("*") if path.suffix in DATA_SUFFIXES)
     words = {path: set(re.split(r"[^a-z0-9]+", str(path.relative_to(source)).lower())) for path in files}
     named = [path for path in files if split.lower() in words[path]]
     if not named and split == "train":
-        known = {"test", "validation", "valid", "val", "dev", "eval"}
-        named = [path for path in files if not words[path] & known]
+        others = {"test", "validation", "valid", "val", "dev", "eval"}
+        named = [path for path in files if not words[path] & others]
     if not named:
         raise UserError(f"{source}: no file of split '{split}' among its {len(files)} data files")
     return named
 
 
-def open_with_datasets(args: argparse.Namespace, split: str, path: Path | None = None):
+def open_with_datasets(args: Namespace, split: str, path: Path | None = None):
     """A .csv or .parquet file, a split of a hub data set, or of a folder that `save_to_disk` wrote."""
     import datasets
-
     streaming = args.streaming and split == args.dataset_split
     try:
         if path:
-            return datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train", streaming=streaming)
+            return datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train",
+                                         streaming=streaming)
         if Path(args.dataset).exists():
             found = datasets.load_from_disk(args.dataset)
             return found[split] if isinstance(found, dict) else found
         return datasets.load_dataset(args.dataset, args.dataset_config, split=split, streaming=streaming)
     except Exception as error:  # the library raises dozens of types; its first line says what is wrong
-        hint = "" if path else " (is the name right, the hub reachable, --dataset-config or --dataset-split needed?)"
-        raise UserError(f"--dataset {path or args.dataset} ({split}): {first_line(error)}{hint}") from error
+        hint = " (is the name right, the hub reachable, --dataset-config or --dataset-split needed?)"
+        raise UserError(f"--dataset {path or args.dataset} ({split}): {first_line(error)}"
+                        f"{'' if path else hint}") from error
 
 
 def first_line(error: BaseException) -> str:
@@ -439,7 +442,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
             try:
                 row = json.loads(line) if line.strip() else None
             except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not JSON ({error.msg}); expected one object a line") from None
+                problem = f"not JSON ({error.msg}); expected one object a line"
+                raise UserError(f"{path}:{number}: {problem}") from None
             if isinstance(row, dict):
                 yield f"{path}:{number}", row
             elif line.strip():
@@ -447,7 +451,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def read_txt(path: Path) -> Iterator[tuple[str, dict]]:
-    """One document a file, in pieces of whole lines, some 256 KB each; only the last piece ends the document."""
+    """One document a file, in pieces of whole lines, some 256 KB each; only the last piece ends it."""
     with path.open(encoding="utf-8", errors="replace") as file:
         piece, continued = file.readlines(1 << 18), False
         while piece:
@@ -464,8 +468,8 @@ def row_kind(row: dict, where: str, text_column: str | None) -> str:
     column = text_column or "text"
     if column not in row:
         shown = ", ".join(key for key in row if not key.startswith("_"))
-        raise UserError(f"{where}: no column '{column}'; the row has: {shown}. Name one with --text-column, or use "
-                        "messages, prompt+completion or question+answer")
+        raise UserError(f"{where}: no column '{column}'; the row has: {shown}. Name one with --text-column, "
+                        "or use messages, prompt+completion or question+answer")
     if not isinstance(row[column], str):
         raise UserError(f"{where}: column '{column}' holds {type(row[column]).__name__}, expected text")
     return column
@@ -500,17 +504,16 @@ def encode_texts(tokenizer, rows: list[dict], column: str) -> list[tuple[list[in
 
 
 def encode_chat(tokenizer, messages: list[dict], where: str) -> tuple[list[int], list[int]]:
-    """(token ids, 1 where trained): the assistant's tokens, with the token that ends each turn, and nothing else.
+    """(token ids, 1 where trained): the assistant's tokens, with the token that ends each turn, nothing else.
 
-    A template with {% generation %} tags says itself what the assistant writes. For any other, turn i is what the
-    rendering of messages[:i+1] adds to that of messages[:i] with the generation prompt.
-    """
+    A template with {% generation %} tags says itself what the assistant writes. For any other, turn i is what
+    the rendering of messages[:i+1] adds to that of messages[:i] with the generation prompt."""
     try:
         if re.search(r"{%-?\s*generation\b", tokenizer.chat_template):
             out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
             return list(out["input_ids"]), list(out["assistant_masks"])
         text, spans = assistant_spans(tokenizer, messages)
-    except Exception as error:  # jinja's raise_exception, for example on a role that the template does not know
+    except Exception as error:  # jinja's raise_exception, for example on a role unknown to the template
         raise UserError(f"{where}: the chat template refuses this row: {first_line(error)}") from error
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     trained = [int(start < stop and any(begin <= start and stop <= end for begin, end in spans))
@@ -526,17 +529,16 @@ def assistant_spans(tokenizer, messages: list[dict]) -> tuple[str, list[tuple[in
         before = render(messages[:i], add_generation_prompt=True) if i else ""
         after = render(messages[:i + 1])
         if not (after.startswith(before) and text.startswith(after)):
-            raise ValueError(f"turn {i + 1} renders differently within the whole conversation; give the template "
-                             "{% generation %} tags, or pass another with --chat-template")
+            raise ValueError(f"turn {i + 1} renders differently within the whole conversation; give the "
+                             "template {% generation %} tags, or pass another with --chat-template")
         # The white space after the token that ends the turn is the template's.
         spans.append((len(before), max(len(before), len(after.rstrip()))))
     return text, spans
 
 
-def load_tokenizer(args: argparse.Namespace):
+def load_tokenizer(args: Namespace):
     """--tokenizer, the model's own, or a byte-level BPE trained on the data set (cached by its content)."""
     from transformers import AutoTokenizer
-
     name = args.tokenizer or args.hf_model
     if name:
         folder = fetch(name)
@@ -551,17 +553,18 @@ def load_tokenizer(args: argparse.Namespace):
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {folder} has no end-of-text token (eos_token): set one in its "
                         "tokenizer_config.json, or the model could never learn to stop")
-    if args.chat_template or tokenizer.chat_template is None:
-        tokenizer.chat_template = Path(args.chat_template).read_text() if args.chat_template else PLAIN_TEMPLATE
+    if args.chat_template:
+        tokenizer.chat_template = Path(args.chat_template).read_text()
+    elif tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
     tokenizer.model_max_length = int(1e30)  # long documents are cut here, not by the tokenizer
     return tokenizer
 
 
-def train_tokenizer(args: argparse.Namespace, vocab_size: int, folder: Path) -> None:
+def train_tokenizer(args: Namespace, vocab_size: int, folder: Path) -> None:
     """Byte-level BPE on some 20 MB of the data set's text, saved as a Hugging Face tokenizer folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
-
     def texts(budget: int = 20_000_000) -> Iterator[str]:
         for where, row in read_rows(args, args.dataset_split):
             kind = row_kind(row, where, args.text_column)
@@ -581,28 +584,28 @@ def train_tokenizer(args: argparse.Namespace, vocab_size: int, folder: Path) -> 
 
 
 def fetch(name: str) -> Path:
-    """The local folder of a model or tokenizer. A hub name is downloaded once per node: the hub's library locks each
-    file, so that the ranks beside the first wait and then find it."""
+    """The local folder of a model or tokenizer. A hub name is downloaded once per node: the hub's library
+    locks each file, so that the ranks beside the first wait and then find it."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
     page = f"https://huggingface.co/{name}"
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model",
-                                                            "*.py"]))
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except GatedRepoError:
         raise UserError(f"{name} is gated: accept its licence at {page}, then run: hf auth login") from None
     except RepositoryNotFoundError:
-        raise UserError(f"{name}: no folder here, no repository at {page} (private? then: hf auth login)") from None
+        raise UserError(f"{name}: no folder here, no repository at {page} "
+                        "(private? then: hf auth login)") from None
     except Exception as error:  # offline, no space, a proxy's answer: the hub's library has dozens of types
-        raise UserError(f"{name}: no such folder, and {page} could not be fetched ({first_line(error)}); give a local "
-                        "folder, or see: hf auth login") from None
+        raise UserError(f"{name}: no such folder, and {page} could not be fetched ({first_line(error)}); "
+                        "give a local folder, or see: hf auth login") from None
 
 
 def build_once(target: Path, build: Callable[[Path], object]) -> None:
-    """The first process to get the lock builds the folder and renames it into place; the others wait at the lock.
+    """The first process to get the lock builds the folder and renames it into place; the others wait there.
 
     No process group exists yet, so tokenising for hours meets no timeout. A builder that dies frees the lock.
     """
@@ -629,35 +632,35 @@ def file_identity(path: Path) -> object:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def data_identity(args: argparse.Namespace, split: str) -> object:
+def data_identity(args: Namespace, split: str) -> object:
     """What decides the rows of a split: its files, or the fingerprint that the datasets library keeps."""
     paths = data_files(args, split)
     return [file_identity(path) for path in paths] if paths else open_with_datasets(args, split)._fingerprint
 
 
-def prepare_data(args: argparse.Namespace) -> Path:
-    """The folder of the tokenised data set, made if --data-cache has none for these rows, tokenizer and template."""
+def prepare_data(args: Namespace) -> Path:
+    """The folder of the tokenised data set; made if --data-cache has none for these rows and tokenizer."""
     splits = [split for split in (None if args.streaming else args.dataset_split, args.eval_split) if split]
     name = args.tokenizer or args.hf_model
-    files = ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", "vocab.json"]
+    files = "tokenizer.json tokenizer_config.json tokenizer.model chat_template.jinja vocab.json".split()
     tokenizer = [file_identity(fetch(name) / f) for f in files if (fetch(name) / f).is_file()] if name else (
         args.vocab_size or 32000, PLAIN_TEMPLATE)
     template = args.chat_template and file_identity(Path(args.chat_template))
     held_out = (args.eval_fraction, args.seed) if args.eval_fraction else None
-    key = digest([data_identity(args, split) for split in splits], tokenizer, template, splits, args.text_column,
-                 held_out)
+    rows = [data_identity(args, split) for split in splits]
+    key = digest(rows, tokenizer, template, splits, args.text_column, held_out)
     folder = Path(args.data_cache) / f"tokens-{key}"
     build_once(folder, lambda target: tokenize(args, target))
     return folder
 
 
-def tokenize(args: argparse.Namespace, folder: Path) -> None:
+def tokenize(args: Namespace, folder: Path) -> None:
     """Write train/ and eval/ and meta.json. Raises UserError where training would be silently wrong."""
     from tqdm import tqdm
-
     tokenizer = load_tokenizer(args)
     typecode = "H" if len(tokenizer) <= 1 << 16 else "I"
-    writers = {name: TokenWriter(folder / name, typecode, end_tokens(tokenizer)) for name in ("train", "eval")}
+    ends = end_tokens(tokenizer)
+    writers = {name: TokenWriter(folder / name, typecode, ends) for name in ("train", "eval")}
     with tqdm(desc="tokenising", unit=" documents", disable=not sys.stderr.isatty()) as bar:
         if not args.streaming:
             for number, *document in encoded_rows(args, args.dataset_split, tokenizer):
@@ -676,9 +679,9 @@ def tokenize(args: argparse.Namespace, folder: Path) -> None:
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
-def encoded_rows(args: argparse.Namespace, split: str, tokenizer,
-                 select: Callable[[int], bool] = lambda number: True) -> Iterator[tuple[int, list, list, bool]]:
-    """(number, token ids, trained flags, chat or not) of the selected rows, tokenised in groups on all cores."""
+def encoded_rows(args: Namespace, split: str, tokenizer,
+                 select: Callable[[int], bool] = lambda n: True) -> Iterator[tuple[int, list, list, bool]]:
+    """(number, token ids, trained flags, chat or not) of the selected rows, tokenised on all cores."""
     numbered = ((n, where, row) for n, (where, row) in enumerate(read_rows(args, split)) if select(n))
     is_chat = None
     while group := list(itertools.islice(numbered, 128)):
@@ -686,28 +689,29 @@ def encoded_rows(args: argparse.Namespace, split: str, tokenizer,
         is_chat = kinds[0] == "chat" if is_chat is None else is_chat
         for kind, (_, where, _) in zip(kinds, group):
             if (kind == "chat") != is_chat:
-                raise UserError(f"{where}: chats and plain texts in one data set; split them, or give --text-column")
+                raise UserError(f"{where}: chats and plain texts in one data set; "
+                                "split them, or give --text-column")
         if is_chat:
             encoded = [encode_chat(tokenizer, to_messages(row, where), where) for _, where, row in group]
         else:
             encoded = encode_texts(tokenizer, [row for _, _, row in group], kinds[0])
         for (number, where, _), (ids, trained) in zip(group, encoded):
             if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
-                raise UserError(f"{where}: two beginning-of-text tokens: the template or the text repeats bos_token")
+                raise UserError(f"{where}: two beginning-of-text tokens: "
+                                "the template or the text repeats bos_token")
             yield number, ids, trained, is_chat
 
 
 @dataclasses.dataclass
 class TokenWriter:
-    """One split on disk: tokens.bin (uint16 or uint32), trained.bin (uint8; chats only), documents.bin (int64)."""
-
+    """A split on disk: tokens.bin (uint16 or uint32), trained.bin (uint8; chats), documents.bin (int64)."""
     folder: Path
     typecode: str
     end_tokens: set[int]
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True)
-        self.tokens, self.flags = (self.folder / "tokens.bin").open("wb"), (self.folder / "trained.bin").open("wb")
+        self.tokens, self.flags = (open(self.folder / name, "wb") for name in ("tokens.bin", "trained.bin"))
         self.ends = array("q", [0])
         self.counts = {"chat": False, "trained": 0, "ends_trained": 0}
 
@@ -740,34 +744,37 @@ def check_tokens(found: dict, label: str, tokenizer) -> None:
     if not found["chat"]:
         return
     if not found["trained"]:
-        raise UserError(f"{label}: no token is trained: the chat template marks no assistant tokens (tools/show_batch.py "
-                        "shows them)")
+        raise UserError(f"{label}: no token is trained: the chat template marks no assistant tokens "
+                        "(tools/show_batch.py shows them)")
     if found["trained"] == found["tokens"]:
-        raise UserError(f"{label}: every token is trained, prompts too: the template's generation tags enclose all")
+        raise UserError(f"{label}: every token is trained, prompts too: "
+                        "the template's generation tags enclose all")
     if not found["ends_trained"]:
-        raise UserError(f"{label}: no end token is ever trained, so the model would never stop: the chat template must "
-                        f"end an assistant turn with {tokenizer.eos_token} or another special token")
+        raise UserError(
+            f"{label}: no end token is ever trained, so the model would never stop: the chat template must end "
+            f"an assistant turn with {tokenizer.eos_token} or another special token")
 
 
 class TokenDataset(torch.utils.data.Dataset):
-    """Samples of a tokenised split: input_ids, labels (the next token or -100) and position_ids, each (T,) int64.
+    """Samples of a tokenised split: input_ids, labels (next token or -100) and position_ids, each (T,) int64.
 
-    Plain text with packing is one stream cut every seq_len tokens. Chats, and --no-packing, are pieces: documents of
-    at most seq_len tokens, several to a sample (best fit) or one. Positions start again at each document of a
-    sample; with mask_documents that is how attention tells them apart. No label crosses from one piece to the next.
-    """
+    Plain text with packing is one stream cut every seq_len tokens. Chats, and --no-packing, are pieces:
+    documents of at most seq_len tokens, several to a sample (best fit) or one. Positions start again at each
+    document of a sample; with mask_documents attention tells them apart by that. No label crosses pieces."""
 
     def __init__(self, folder: Path, split: str, seq_len: int, packing: bool, mask_documents: bool) -> None:
         meta = json.loads((folder / "meta.json").read_text())
         found = meta[split]
         self.chat, self.num_tokens = found["chat"], found["tokens"]
         self.seq_len, self.packing, self.mask_documents = seq_len, packing, mask_documents
-        mapped = functools.partial(torch.from_file, shared=False)
+
+        def mapped(name: str, size: int, dtype: torch.dtype) -> Tensor:
+            return torch.from_file(str(folder / split / name), shared=False, size=size, dtype=dtype)
+
         dtype = torch.uint16 if meta["typecode"] == "H" else torch.int32
-        self.tokens = mapped(str(folder / split / "tokens.bin"), size=self.num_tokens, dtype=dtype)
-        self.ends = mapped(str(folder / split / "documents.bin"), size=found["documents"] + 1, dtype=torch.int64)
-        self.trained = mapped(str(folder / split / "trained.bin"), size=self.num_tokens,
-                              dtype=torch.uint8) if self.chat else None
+        self.tokens = mapped("tokens.bin", self.num_tokens, dtype)
+        self.ends = mapped("documents.bin", found["documents"] + 1, torch.int64)
+        self.trained = mapped("trained.bin", self.num_tokens, torch.uint8) if self.chat else None
         self.stream = packing and not self.chat
         self.pieces, self.num_cut = ([], 0) if self.stream else self.cut_pieces()
         sizes = [length for _, length in self.pieces]
@@ -778,7 +785,8 @@ class TokenDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         if not self.stream:
-            return join_pieces([self.piece(*self.pieces[p]) for p in self.packs[i]], self.seq_len * self.packing)
+            pieces = [self.piece(*self.pieces[p]) for p in self.packs[i]]
+            return join_pieces(pieces, self.seq_len if self.packing else 0)
         start = i * self.seq_len
         stop = min(start + self.seq_len, self.num_tokens - 1)
         if not self.mask_documents:
@@ -788,17 +796,22 @@ class TokenDataset(torch.utils.data.Dataset):
         return join_pieces([self.piece(a, b - a) for a, b in zip(cuts, cuts[1:]) if b > a], self.seq_len)
 
     def cut_pieces(self) -> tuple[list[tuple[int, int]], int]:
-        """(start, length) of documents cut to seq_len (chats lose their tail, texts go on in a new piece), and how
-        many documents were cut."""
+        """(start, length) of each piece (chats lose their tail, texts go on in a new one), and how many
+        documents were cut."""
         ends, pieces, num_cut = self.ends.tolist(), [], 0
         for start, end in zip(ends, ends[1:]):
-            num_cut += end - start > self.seq_len
+            is_cut = end - start > self.seq_len
+            num_cut += is_cut
             starts = [start] if self.chat else range(start, end, self.seq_len)
+            if self.chat and is_cut and not self.trained[start + 1:start + self.seq_len].any():
+                continue  # the prompt alone fills the sample
             pieces += [(s, min(self.seq_len, end - s)) for s in starts if end - s > 1]
+        if not pieces:
+            raise UserError(f"--seq-len {self.seq_len} cuts every chat before its answer: raise it")
         return pieces, num_cut
 
     def piece(self, start: int, length: int, bounded: bool = True) -> tuple[Tensor, Tensor]:
-        """(input_ids, labels) of tokens[start : start + length]; bounded: no label beyond the document's end."""
+        """(input_ids, labels) of tokens[start:start + length]; bounded: no label beyond the document."""
         ids = self.tokens[start:start + length + 1].long()
         labels = ids[1:].clone()
         if self.trained is not None:
@@ -846,12 +859,13 @@ def pack_best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def collate(samples: list[dict[str, Tensor]], device: torch.device, mask_documents: bool) -> dict[str, Tensor]:
-    """(B, T) tensors on the device, padded on the right; position_ids only where documents must be told apart."""
+def collate(samples: list[dict[str, Tensor]], device: torch.device, mask_documents: bool
+            ) -> dict[str, Tensor]:
+    """(B, T) on the device, padded on the right; position_ids only where documents must be told apart."""
     T = max(len(sample["input_ids"]) for sample in samples)
     several = mask_documents and any((sample["position_ids"][1:] == 0).any() for sample in samples)
     fill_with = {"input_ids": 0, "labels": IGNORE} | ({"position_ids": 0} if several else {})
-    batch = {key: torch.stack([F.pad(sample[key], (0, T - len(sample[key])), value=value) for sample in samples])
+    batch = {key: torch.stack([F.pad(s[key], (0, T - len(s[key])), value=value) for s in samples])
              for key, value in fill_with.items()}
     if device.type == "cuda":
         return {key: value.pin_memory().to(device, non_blocking=True) for key, value in batch.items()}
@@ -860,18 +874,22 @@ def collate(samples: list[dict[str, Tensor]], device: torch.device, mask_documen
 
 @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
 def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
+    # crc32, not hash(): Python salts the hashes of texts in each process anew.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {epoch}".encode()))
     return torch.randperm(num_samples, generator=generator)
 
 
 def sample_at(position: int, num_samples: int, seed: int) -> int:
-    """The sample at a position of the endless global order, a function of seed and epoch only."""
+    """The sample at a position of the endless global order, a function of seed and epoch only.
+
+    Ranks and batch size do not enter: all that a resume must know, on any number of ranks, is the position.
+    """
     epoch, index = divmod(position, num_samples)
     return int(epoch_order(num_samples, seed, epoch)[index])
 
 
-def ordered_batches(dataset: TokenDataset, args: argparse.Namespace, ranks: Ranks, start: int) -> Iterator[dict]:
-    """This rank's micro-batches from global position `start` on: the ranks take turns of --batch-size samples."""
+def ordered_batches(dataset: TokenDataset, args: Namespace, ranks: Ranks, start: int) -> Iterator[dict]:
+    """This rank's micro-batches from global position `start` on: ranks take turns of --batch-size samples."""
     B, position = args.batch_size, start + ranks.rank * args.batch_size
     while True:
         ids = [sample_at(p, len(dataset), args.seed) for p in range(position, position + B)]
@@ -879,11 +897,10 @@ def ordered_batches(dataset: TokenDataset, args: argparse.Namespace, ranks: Rank
         position += B * ranks.world_size
 
 
-def streamed_batches(args: argparse.Namespace, ranks: Ranks, mask_documents: bool, state: dict) -> Iterator[dict]:
+def streamed_batches(args: Namespace, ranks: Ranks, mask_documents: bool, state: dict) -> Iterator[dict]:
     """This rank's micro-batches of --streaming: every world_size-th row, in file order, epoch after epoch.
 
-    `state` (rows read, documents waiting) is kept up to date, so that a checkpoint of it resumes exactly.
-    """
+    `state` (rows read, documents waiting) is kept up to date, so that a checkpoint of it resumes exactly."""
     tokenizer, samples = load_tokenizer(args), []
     waiting = [tuple(map(torch.tensor, piece)) for piece in state.setdefault("waiting", [])]
     state.setdefault("rows", 0)
@@ -907,7 +924,7 @@ def streamed_batches(args: argparse.Namespace, ranks: Ranks, mask_documents: boo
 
 
 def take_pieces(waiting: list, room: int, whole: bool) -> tuple[list, list]:
-    """The pieces of one sample, and those left for the next; whole: only a document longer than a sample is cut."""
+    """The pieces of one sample, and those left; whole: only a document longer than a sample is cut."""
     taken = []
     for i, (ids, labels) in enumerate(waiting):
         if not room or (whole and taken and len(ids) > room):
@@ -921,7 +938,6 @@ def take_pieces(waiting: list, room: int, whole: bool) -> tuple[list, list]:
 
 # ------------------------------------------------------------------------------------------------
 # 4. Model: the decoder of this file, or any causal LM of transformers; shard, materialise, fill, prove
-
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -940,8 +956,8 @@ class ModelConfig:
         return self.hidden_size // self.num_heads
 
 
-# Layers, hidden size and heads are given; key-value heads and feed-forward width are chosen so that each name is true
-# within 2 % with the default vocabulary of 32,000 (input and output embeddings are separate).
+# Layers, hidden size and heads are given; key-value heads and feed-forward width are chosen so that each name
+# is true within 2 % with the default vocabulary of 32,000 (input and output embeddings are separate).
 MODEL_SIZES = {
     "test": ModelConfig(2, 64, 4, 2, 192),
     "quickstart": ModelConfig(4, 192, 6, 3, 512),
@@ -956,9 +972,7 @@ MODEL_SIZES = {
 }
 
 
-class Attention(nn.Module):
-    """Grouped-query attention with rotary positions."""
-
+class Attention(nn.Module):  # grouped-query, with rotary positions
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.head_size = c.head_size
@@ -976,9 +990,7 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
-class MLP(nn.Module):
-    """SwiGLU."""
-
+class MLP(nn.Module):  # SwiGLU
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(c.hidden_size, c.ffn_size, bias=False)
@@ -1030,7 +1042,8 @@ class CausalLM(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.head_loss = head_loss  # `shard_model` may put its compiled form here
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None
+                ) -> Tensor:
         """Logits (B, T, V), or with labels (B, T) the sum of the tokens' losses, in fp32."""
         hidden = self.model(input_ids, position_ids)
         if labels is None:
@@ -1038,10 +1051,11 @@ class CausalLM(nn.Module):
         return chunked_cross_entropy(hidden, labels, self.lm_head, self.head_loss, self.loss_chunk)
 
 
-def rotary_table(position_ids: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos, sin (B, 1, T, head_size), computed in fp32. Su et al. 2021, arXiv:2104.09864, in the half-split layout."""
-    inverse = theta ** -(torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32) / head_size)
-    angle = position_ids[:, None, :, None].float() * inverse
+def rotary_table(position_ids: Tensor, head_size: int, theta: float, dtype: torch.dtype
+                 ) -> tuple[Tensor, Tensor]:
+    """cos, sin (B, 1, T, head_size), in fp32 until the end. Su et al. 2021, arXiv:2104.09864, half-split."""
+    even = torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32)
+    angle = position_ids[:, None, :, None].float() * theta ** -(even / head_size)
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
@@ -1052,32 +1066,33 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def document_mask(position_ids: Tensor) -> Tensor:
-    """(B, 1, T, T) bool, true where a token may look: at earlier tokens of its own document (one starts at each 0)."""
+    """(B, 1, T, T) bool: a token looks at earlier tokens of its own document (one starts at each 0)."""
     document = (position_ids == 0).cumsum(dim=1)
     T = position_ids.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=position_ids.device).tril()
     return ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
 
 
-def build_model(args: argparse.Namespace, folder: Path | None, vocab_size: int) -> nn.Module:
-    """The model on the meta device: shapes, no memory. `folder` holds the Hugging Face model, if it is one."""
+def build_model(args: Namespace, folder: Path | None, vocab_size: int) -> nn.Module:
+    """The model on the meta device: shapes, no memory. `folder` holds the Hugging Face model, if any."""
     if folder is None:
         if args.vocab_size and args.vocab_size < vocab_size:
             raise UserError(f"--vocab-size {args.vocab_size}: the tokenizer has {vocab_size} tokens")
         size = args.vocab_size or (math.ceil(vocab_size / 64) * 64 if args.tokenizer else 32000)
-        config = dataclasses.replace(MODEL_SIZES[args.model_size], vocab_size=size, max_positions=args.seq_len)
+        sizes = MODEL_SIZES[args.model_size]
+        config = dataclasses.replace(sizes, vocab_size=size, max_positions=args.seq_len)
         with torch.device("meta"):
             return CausalLM(config, args.loss_chunk_tokens)
     import transformers
-
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"--hf-model {args.hf_model}: {first_line(error)}") from error
     limit = getattr(config, "max_position_embeddings", None)
     if limit and args.seq_len > limit:
-        raise UserError(f"--seq-len {args.seq_len}: {args.hf_model} knows {limit} positions; use --seq-len {limit}")
-    config.use_cache = False
+        raise UserError(f"--seq-len {args.seq_len}: {args.hf_model} knows {limit} positions; "
+                        f"use --seq-len {limit}")
+    config.use_cache = False  # keys and values are kept for generation only
     flash2 = args.use_flash_attn and torch.cuda.is_available() and importlib.util.find_spec("flash_attn")
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
@@ -1085,7 +1100,8 @@ def build_model(args: argparse.Namespace, folder: Path | None, vocab_size: int) 
             trust_remote_code=args.trust_remote_code)
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < vocab_size:
-        raise UserError(f"{args.hf_model} embeds {rows} tokens, the tokenizer has {vocab_size}: use its own tokenizer")
+        raise UserError(f"{args.hf_model} embeds {rows} tokens, the tokenizer has {vocab_size}: "
+                        "use its own tokenizer")
     attach_chunked_loss(model, args.loss_chunk_tokens)
     return model
 
@@ -1097,7 +1113,9 @@ def attach_chunked_loss(model: nn.Module, loss_chunk: int) -> None:
     cap = getattr(config, "final_logit_softcapping", None) or 0.0
     model.whole_logits, model.head_loss = head is None, functools.partial(head_loss, scale=scale, cap=cap)
 
-    def forward(input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
+    # As an attribute, not as a wrapping module: parameter names stay those of the files on disk.
+    def forward(input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None
+                ) -> Tensor:
         call = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
         if labels is None or model.whole_logits:
             logits = full_forward(**call).logits
@@ -1109,7 +1127,7 @@ def attach_chunked_loss(model: nn.Module, loss_chunk: int) -> None:
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks, outermost first: the classes that the model must not split, else its longest list."""
+    """The transformer blocks, outermost first: of the classes not to be split, else the longest list."""
     names = set(getattr(model, "_no_split_modules", None) or ["Block"])  # EDIT: the layer class to shard
     blocks = [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") in names]
     if blocks:
@@ -1120,17 +1138,21 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=len))
 
 
-def shard_model(model: nn.Module, args: argparse.Namespace, mesh: torch.distributed.DeviceMesh,
+def shard_model(model: nn.Module, args: Namespace, mesh: torch.distributed.DeviceMesh,
                 dtype: torch.dtype) -> None:
-    """Recompute, compile and shard each block, then the root: in this order, or compile sees neither (all ranks)."""
-    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    """Recompute, compile and shard each block, then the root, in this order (all ranks).
 
+    The order lets compile see the recomputation and keeps FSDP's hooks out of its graphs. A sharded block is
+    gathered and freed as one unit; the root takes what is left: embeddings, norm, head."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
+    from torch.distributed.fsdp import fully_shard
     torch.backends.cuda.enable_flash_sdp(args.use_flash_attn)
-    use_compile = args.compile if args.compile is not None else mesh.device_type == "cuda"
+    cuda = mesh.device_type == "cuda"
+    use_compile = cuda if args.compile is None else args.compile
     options = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy() if args.cpu_offload else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=cuda) if args.cpu_offload else OffloadPolicy(),
     }
     for block in find_blocks(model):
         if args.activation_checkpointing != "none":
@@ -1139,11 +1161,13 @@ def shard_model(model: nn.Module, args: argparse.Namespace, mesh: torch.distribu
             block.compile()
         fully_shard(block, reshard_after_forward=args.reshard_after_forward, **options)
     if use_compile:
-        model.head_loss = torch.compile(model.head_loss)
-    fully_shard(model, **options)
+        scale_and_cap = getattr(model.head_loss, "keywords", {})
+        model.head_loss = functools.partial(torch.compile(head_loss), **scale_and_cap)
+    fully_shard(model, **options)  # never resharded after forward: the backward begins with the head
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # A plain sum over ranks: the loss is divided once, by the global number of trained tokens. Without the
+            # FSDP divides by the number of ranks by default. Here gradients are plain sums, divided once, by
+            # the global number of trained tokens, which is known after the last micro-batch. Without the
             # forced sum FSDP asks for a pre-multiplied one, which gloo does not have.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
@@ -1152,7 +1176,6 @@ def shard_model(model: nn.Module, args: argparse.Namespace, mesh: torch.distribu
 def recompute_in_backward(block: nn.Module, selective: bool) -> None:
     """Activation checkpointing by replacing the block's forward, so that no parameter changes its name."""
     from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-
     options = {"use_reentrant": False}
     if selective:
         options["context_fn"] = lambda: create_selective_checkpoint_contexts(save_expensive())
@@ -1160,13 +1183,11 @@ def recompute_in_backward(block: nn.Module, selective: bool) -> None:
 
 
 def save_expensive() -> Callable:
-    """Selective policy: keep the attention's and every second matmul's output, recompute the rest (as torchtitan)."""
+    """Selective policy, as torchtitan's: keep the attention's and every second matmul's output."""
     from torch.utils.checkpoint import CheckpointPolicy
-
-    aten, num_matmuls = torch.ops.aten, {True: 0, False: 0}
-    attention = {aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
-                 aten._scaled_dot_product_cudnn_attention.default,
-                 aten._scaled_dot_product_flash_attention_for_cpu.default}
+    aten, num_matmuls = torch.ops.aten, {True: 0, False: 0}  # recomputing or not: both count alike
+    kinds = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+    attention = {getattr(aten, f"_scaled_dot_product_{kind}").default for kind in kinds}
 
     def policy(context, op, *args, **kwargs) -> CheckpointPolicy:
         num_matmuls[context.is_recompute] += op is aten.mm.default
@@ -1177,10 +1198,10 @@ def save_expensive() -> Callable:
 
 
 def materialise(model: nn.Module, device: torch.device, cpu_offload: bool) -> dict[str, str]:
-    """Give the sharded meta model memory, filled with NaN so that `prove_filled` can tell what was never written.
+    """Give the sharded meta model memory, filled with NaN: `prove_filled` then finds what was never written.
 
-    Returns the tied parameters as {name: name of the one it shares}. `to_empty` tears these apart; they are tied again.
-    """
+    `to_empty` makes a new tensor for each module's parameter, so that tied ones come apart; they are tied
+    again, and returned as {name: name of the one it shares}."""
     first_name, ties = {}, {}
     for name, param in model.named_parameters(remove_duplicate=False):
         if first_name.setdefault(id(param), name) != name:
@@ -1194,7 +1215,7 @@ def materialise(model: nn.Module, device: torch.device, cpu_offload: bool) -> di
             if tensor.is_floating_point():
                 local_part(tensor).fill_(math.nan)
     for module in model.modules() if cpu_offload else ():  # only parameters are offloaded
-        module._buffers = {name: buffer.to(device) for name, buffer in module._buffers.items() if buffer is not None}
+        module._buffers = {name: b.to(device) for name, b in module._buffers.items() if b is not None}
     return ties
 
 
@@ -1205,25 +1226,24 @@ def local_part(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill(param: Tensor, value: Tensor) -> None:
-    """Write this rank's slice of a full tensor, which every rank holds, into a sharded parameter: no communication."""
+    """Write this rank's slice of a full tensor, which every rank holds, into a sharded parameter."""
     from torch.distributed.tensor import distribute_tensor
-
     value = value.to(local_part(param).device, param.dtype)
     if hasattr(param, "placements"):
+        # src_data_rank=None: each rank slices its own copy, nothing is sent.
         value = distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
     local_part(param).copy_(local_part(value))
 
 
 def init_from_scratch(model: CausalLM, seed: int, device: torch.device) -> None:
-    """Normal(0, 0.02), output projections divided by sqrt(2 layers) (GPT-2); the same on any number of ranks, since
-    each full parameter is drawn from a seed of its own."""
+    """Normal(0, 0.02), output projections divided by sqrt(2 layers) (GPT-2); the same on any number of ranks,
+    since each full parameter is drawn from a seed of its own."""
     for name, param in model.named_parameters():
         if param.dim() == 1:
             fill(param, torch.ones(param.shape, device=device))
             continue
-        std = 0.02
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            std /= math.sqrt(2 * model.config.num_layers)
+        is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
+        std = 0.02 / math.sqrt(2 * model.config.num_layers) if is_output else 0.02
         generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         fill(param, torch.empty(param.shape, device=device).normal_(std=std, generator=generator))
 
@@ -1235,10 +1255,9 @@ def fill_buffers(model: nn.Module) -> None:
     model.initialize_weights()
 
 
-def load_hf_weights(model: nn.Module, folder: Path, args: argparse.Namespace, ranks: Ranks) -> None:
-    """Each rank reads its own slices of the safetensors files; else rank 0 loads all and broadcasts (all ranks)."""
+def load_hf_weights(model: nn.Module, folder: Path, args: Namespace, ranks: Ranks) -> None:
+    """Each rank reads its slices of the safetensors files, or rank 0 loads and broadcasts (all ranks)."""
     import torch.distributed.checkpoint as dcp
-
     names = {}
     if any(folder.glob("*.safetensors")):
         reader = dcp.HuggingFaceStorageReader(str(folder))
@@ -1247,14 +1266,16 @@ def load_hf_weights(model: nn.Module, folder: Path, args: argparse.Namespace, ra
         dcp.load(names, storage_reader=reader)
         return
     if ranks.is_main:
-        print(f"{args.hf_model}: names on disk differ from names in memory; rank 0 loads the model and broadcasts it")
+        print(f"{args.hf_model}: names on disk differ from names in memory; "
+              "rank 0 loads the model and broadcasts it")
     broadcast_hf_weights(model, folder, args, ranks)
 
 
 def match_names(model: nn.Module, on_disk: dict) -> dict[str, Tensor]:
-    """{name on disk: tensor to fill} for every parameter and persistent buffer, tied ones once; {} if one has none."""
+    """{name on disk: tensor to fill}, for every parameter and persistent buffer, tied ones once, or {}."""
     prefix = getattr(model, "base_model_prefix", "") + "."
     persistent, groups, found = set(model.state_dict()), {}, {}
+    # Tied parameters are one tensor under several names: a file may hold any of them, and mostly just one.
     tensors = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers())
     for name, tensor in tensors:
         if name in persistent:
@@ -1269,30 +1290,29 @@ def match_names(model: nn.Module, on_disk: dict) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def broadcast_hf_weights(model: nn.Module, folder: Path, args: argparse.Namespace, ranks: Ranks) -> None:
-    """The fallback for families that transformers renames or fuses while loading (Mixtral's experts), for .bin files
-    and remote code: the whole model in rank 0's host memory, then one tensor at a time to everybody (all ranks)."""
+def broadcast_hf_weights(model: nn.Module, folder: Path, args: Namespace, ranks: Ranks) -> None:
+    """For families that transformers renames or fuses while loading (Mixtral's experts), .bin files, remote
+    code: the whole model in rank 0's host memory, then one tensor at a time to everybody (all ranks)."""
     source = {}
     if ranks.is_main:
         from transformers import AutoModelForCausalLM
-
-        full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
-                                                    trust_remote_code=args.trust_remote_code)
+        load = AutoModelForCausalLM.from_pretrained
+        full = load(folder, dtype=torch.float32, trust_remote_code=args.trust_remote_code)
         source = dict(itertools.chain(full.named_parameters(), full.named_buffers()))
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        value = source[name].to(ranks.device) if ranks.is_main else torch.empty(tensor.shape, dtype=tensor.dtype,
-                                                                               device=ranks.device)
+        value = (source[name].to(ranks.device) if ranks.is_main
+                 else torch.empty(tensor.shape, dtype=tensor.dtype, device=ranks.device))
         torch.distributed.broadcast(value, src=0)
         fill(tensor, value)
 
 
 def prove_filled(model: nn.Module, ties: dict[str, str]) -> None:
-    """Every parameter is a DTensor, everything was written, ties hold; else training would start from garbage."""
+    """Every parameter is a DTensor, all was written, ties hold; else training would start from garbage."""
     from torch.distributed.tensor import DTensor
-
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         is_param = isinstance(tensor, nn.Parameter)
-        if tensor.is_meta or (tensor.is_floating_point() and torch.isnan(local_part(tensor).sum())):  # no temporary
+        # The sum is NaN if any element is, and needs no second tensor of the parameter's size.
+        if tensor.is_meta or (tensor.is_floating_point() and torch.isnan(local_part(tensor).sum())):
             raise UserError(f"the model's {'parameter' if is_param else 'buffer'} {name} was never written: "
                             "the weights on disk do not fit the model, or hold NaN")
         if is_param and not isinstance(tensor, DTensor):
@@ -1304,8 +1324,8 @@ def prove_filled(model: nn.Module, ties: dict[str, str]) -> None:
 
 @torch.no_grad()
 def prove_loss(model: nn.Module, ranks: Ranks) -> None:
-    """Compare the chunked loss with the model's own logits on 16 tokens; a model that does more to its logits than
-    `attach_chunked_loss` knows keeps whole logits, and a line says so (all ranks)."""
+    """Compare the chunked loss with the model's own logits on 16 tokens; a model that does more to its logits
+    than `attach_chunked_loss` knows keeps whole logits, and a line says so (all ranks)."""
     ids = torch.arange(16, device=ranks.device)[None]
     model.eval()
     with torch.compiler.set_stance("force_eager"):
@@ -1317,73 +1337,74 @@ def prove_loss(model: nn.Module, ranks: Ranks) -> None:
     if abs(chunked - expected) > 1e-2 * abs(expected):
         model.whole_logits = True
         if ranks.is_main:
-            print("this model transforms its logits in a way of its own: the loss uses whole logits (more memory)")
+            print("this model transforms its logits in a way of its own: "
+                  "the loss uses whole logits (more memory)")
 
 
 def describe_model(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Lines for the start of a run: sizes, and bytes of parameters, gradients and optimizer states on this rank."""
+    """Lines for the start of a run: sizes, and this rank's parameters, gradients and optimizer states."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     by_dtype: dict[str, int] = {}
     for param in model.parameters():
         key = str(param.dtype).removeprefix("torch.")
         by_dtype[key] = by_dtype.get(key, 0) + local_part(param).nbytes
     sizes = ", ".join(f"{nbytes / 2**20:,.1f} MiB {key}" for key, nbytes in by_dtype.items())
-    gradients = sum(local_part(param).nbytes for param in trainable) / 2**20
-    blocks = find_blocks(model)
+    gradients, blocks = sum(local_part(param).nbytes for param in trainable) / 2**20, find_blocks(model)
     block_class = type(blocks[0]).__name__.removeprefix("FSDP")
     return [
         f"model      {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{sum(p.numel() for p in trainable):,} trainable",
         f"sharded    {len(blocks)} x {block_class}, and the root with what is left",
-        f"this rank  parameters {sizes}; gradients {gradients:,.1f} MiB float32; {type(optimizer).__name__} states "
-        f"{2 * gradients:,.1f} MiB float32",
+        f"this rank  parameters {sizes}; gradients {gradients:,.1f} MiB float32; "
+        f"{type(optimizer).__name__} states {2 * gradients:,.1f} MiB float32",
     ]
 
 
 # ------------------------------------------------------------------------------------------------
 # 5. Optimizer and schedule
 
-
-def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, args: Namespace) -> torch.optim.AdamW:
     """Fused AdamW on fp32 masters; weight decay on matrices only, not on norms, biases and embeddings."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed = [p for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings]
     others = [p for p in model.parameters() if p.dim() <= 1 or id(p) in embeddings]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=args.max_lr, betas=(0.9, 0.95),
-                             eps=1e-8, fused=True)  # EDIT: another optimizer (see `clip_and_step` on fused)
+    groups = [group for group in groups if group["params"]]
+    # EDIT: another optimizer (`clip_and_step` relies on fused)
+    return torch.optim.AdamW(groups, lr=args.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
 def learning_rate(step: int, total_steps: int, warmup_steps: int, max_lr: float, min_lr: float) -> float:
-    """For the update that follows `step` updates: linear warm-up to max_lr, then a cosine that ends at min_lr."""
+    """For the update after `step` updates: linear warm-up to max_lr, then a cosine that ends at min_lr."""
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
     return min_lr + 0.5 * (max_lr - min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def resolve_steps(args: argparse.Namespace, dataset: TokenDataset | None, ranks: Ranks) -> tuple[int, int, str]:
+def resolve_steps(args: Namespace, dataset: TokenDataset | None, ranks: Ranks) -> tuple[int, int, str]:
     """(total steps, warm-up steps, a line that says why)."""
     samples_per_step = args.batch_size * args.grad_accum_steps * ranks.world_size
     one_pass = math.ceil(len(dataset) / samples_per_step) if dataset else 1000
-    per_epoch = args.steps_per_epoch or one_pass
-    total = args.max_steps or min(args.num_epochs * per_epoch, 100_000)
+    total = args.max_steps or min(args.num_epochs * (args.steps_per_epoch or one_pass), 100_000)
     warmup = args.warmup_steps if args.warmup_steps is not None else min(2000, total // 10)
     if warmup > total:
         raise UserError(f"--warmup-steps {warmup} is more than the run's {total} steps")
-    known = f"one pass over {len(dataset):,} sequences is {one_pass:,}" if dataset else "the data's length is unknown"
+    known = "the data's length is unknown"
+    if dataset:
+        known = f"one pass over {len(dataset):,} sequences is {one_pass:,}"
     line = (f"steps      {total:,} ({known}), {warmup:,} of warm-up; {samples_per_step:,} sequences, "
             f"{samples_per_step * args.seq_len:,} tokens a step")
     return total, warmup, line
 
 
 @torch.no_grad()
-def reduce_stats(model: nn.Module, loss_sum: Tensor, token_count: Tensor, num_replicas: int) -> tuple[Tensor, ...]:
-    """(loss a token, trained tokens, gradient norm of that loss) over all ranks and micro-batches: one collective.
+def reduce_stats(model: nn.Module, loss_sum: Tensor, token_count: Tensor, num_replicas: int
+                 ) -> tuple[Tensor, ...]:
+    """(loss a token, trained tokens, gradient norm) over all ranks and micro-batches, by one collective.
 
     Gradients here are those of the summed loss, so that their norm is divided by the token count. Under HSDP
-    each replica holds the whole reduced gradient, hence the division by `num_replicas`.
-    """
+    each replica holds the whole reduced gradient, hence the division by `num_replicas`."""
     grads = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
     norms = torch._foreach_norm([g for g in grads if g.numel()]) or [torch.zeros(())]
     square = torch.stack(norms).square().sum().to(loss_sum.device)
@@ -1392,16 +1413,17 @@ def reduce_stats(model: nn.Module, loss_sum: Tensor, token_count: Tensor, num_re
 
 
 @torch.no_grad()
-def clip_and_step(optimizer: torch.optim.AdamW, grad_norm: Tensor, token_count: Tensor, grad_clip: float) -> Tensor:
+def clip_and_step(optimizer: torch.optim.AdamW, grad_norm: Tensor, token_count: Tensor, grad_clip: float
+                  ) -> Tensor:
     """One update, or none where the gradient is not finite: decided on the device, the same on all ranks.
 
-    The fused kernel divides gradients by `grad_scale` and does nothing if `found_inf` is 1 (the two attributes are
-    GradScaler's protocol), so that dividing by the token count, clipping and skipping cost no pass over the gradients
-    and no host-device synchronisation. Returns `found_inf`.
-    """
+    The fused kernel divides gradients by `grad_scale` and does nothing if `found_inf` is 1 (GradScaler's
+    protocol): dividing by the token count, clipping and skipping cost no pass over the gradients and no
+    host-device synchronisation. Returns `found_inf`."""
     found_inf = (~torch.isfinite(grad_norm)).float()
     over = torch.clamp(grad_norm / grad_clip, min=1.0) if grad_clip else torch.ones_like(grad_norm)
-    optimizer.grad_scale, optimizer.found_inf = token_count * over, found_inf
+    where = local_part(optimizer.param_groups[0]["params"][0]).device  # the host with --cpu-offload
+    optimizer.grad_scale, optimizer.found_inf = (token_count * over).to(where), found_inf.to(where)
     optimizer.step()
     return found_inf
 
@@ -1409,10 +1431,10 @@ def clip_and_step(optimizer: torch.optim.AdamW, grad_norm: Tensor, token_count: 
 # ------------------------------------------------------------------------------------------------
 # 6. Loss: summed cross-entropy, in chunks, so that whole logits never exist
 
-
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum over tokens with a label of -log p(label), in fp32. (N, V), (N,) -> ()."""
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")  # EDIT: the objective
+    # EDIT: the objective
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
 
 
 def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float = 1.0,
@@ -1429,15 +1451,16 @@ def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tenso
 class ChunkedHeadLoss(torch.autograd.Function):
     """`loss_fn` (see `head_loss`) over rows in chunks, gradients taken chunk by chunk in the forward.
 
-    Logits, their softmax and their gradient exist for one chunk only, and nothing is computed twice, unlike with
-    checkpointing (the idea of Hsu et al. 2024, Liger Kernel, arXiv:2410.10989, without kernels of its own).
-    """
+    Logits, their softmax and their gradient exist for one chunk only, and nothing is computed twice, unlike
+    with checkpointing (the idea of Hsu et al. 2024, Liger Kernel, arXiv:2410.10989, without its kernels). The
+    loss being one number, all that backward has left to do is to multiply what the forward stored."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, loss_fn, chunk):
         needs_grad = any(ctx.needs_input_grad)
         loss_sum = hidden.new_zeros((), dtype=torch.float32)
         params = [weight] if bias is None else [weight, bias]
+        # fp32: over hundreds of chunks a bf16 sum would lose the small addends.
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in params] if needs_grad else []
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         for start in range(0, len(hidden), chunk):
@@ -1460,40 +1483,43 @@ class ChunkedHeadLoss(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias[0] if grad_bias else None, None, None, None
 
 
-def chunked_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Linear, loss_fn: Callable, chunk: int) -> Tensor:
+def chunked_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Linear, loss_fn: Callable, chunk: int
+                          ) -> Tensor:
     """Summed loss of (B, T, D) hidden states under an output head, as a differentiable fp32 scalar."""
     bias = getattr(head, "bias", None)
     return ChunkedHeadLoss.apply(hidden.flatten(0, 1), head.weight, bias, labels.flatten(), loss_fn, chunk)
 
 
 # ------------------------------------------------------------------------------------------------
-# 7. Checkpoints and export: asynchronous, published by a rename, resumed exactly; a Hugging Face folder at the end
-
+# 7. Checkpoints and export: asynchronous, published by a rename, resumed exactly; a Hugging Face folder
 
 @dataclasses.dataclass
 class Checkpointer:
-    """The run's folder of checkpoints and the save that is under way. A checkpoint is RUN/checkpoints/step_000100:
-    DCP's files (model, optimizer, each rank's random state), progress.json, config.yaml and the script's source."""
-
+    """The run's checkpoints and the save under way. RUN/checkpoints/step_000100 holds DCP's files (model,
+    optimizer, each rank's random state), progress.json, config.yaml and the script's source."""
     folder: Path
     keep: int
-    group: torch.distributed.ProcessGroup  # gloo, of its own: an asynchronous save must not meet training's collectives
+    group: torch.distributed.ProcessGroup  # gloo, of its own: a save must not meet training's collectives
     stager: object
     saving: object = None  # future of the files
     staging: object = None  # future of the copy that frees the parameters for the next update
     partial: Path | None = None
 
 
-def open_checkpoints(args: argparse.Namespace, ranks: Ranks) -> Checkpointer:
+def open_checkpoints(args: Namespace, ranks: Ranks) -> Checkpointer:
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-
     cuda = ranks.device.type == "cuda"
     folder = Path(args.checkpoint_dir) / "checkpoints"
     if ranks.is_main:
         for stale in folder.glob("*.partial"):  # a save that a kill interrupted
             shutil.rmtree(stale, ignore_errors=True)
-    stager = DefaultStager(StagingOptions(use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=True,
-                                          use_non_blocking_copy=cuda))
+    # Two stages, both in threads. Staging copies the tensors to host memory (pinned, or a GPU's copy would
+    # block); the upload then writes that copy to files while training changes the parameters.
+    stager = DefaultStager(StagingOptions(use_pinned_memory=cuda, use_shared_memory=False,
+                                          use_async_staging=True, use_non_blocking_copy=cuda))
+    # HACK(torch 2.11): its stager closes this part after every copy, so that the next save fails. Remove when
+    # 2.12 is the oldest supported; never closing it costs nothing, the process ends with it.
+    stager._state_dict_stager.close = lambda: None
     group = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=1))
     return Checkpointer(folder, args.keep_checkpoints, group, stager)
 
@@ -1508,12 +1534,12 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     """{parameter name: {step, exp_avg, exp_avg_sq}}, made of zeros where no update has happened yet."""
     states = {}
-    for name, param in model.named_parameters():
-        if param.requires_grad and not optimizer.state[param]:
-            optimizer.state[param] = {"step": torch.zeros((), dtype=torch.float32, device=local_part(param).device),
-                                      "exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
-        if param.requires_grad:
-            states[name] = optimizer.state[param]
+    for name, param in ((n, p) for n, p in model.named_parameters() if p.requires_grad):
+        if not optimizer.state[param]:
+            step = torch.zeros((), dtype=torch.float32, device=local_part(param).device)
+            optimizer.state[param] = {"step": step, "exp_avg": torch.zeros_like(param),
+                                      "exp_avg_sq": torch.zeros_like(param)}
+        states[name] = optimizer.state[param]
     return states
 
 
@@ -1524,17 +1550,17 @@ def random_states(ranks: Ranks) -> dict[str, Tensor]:
     return states
 
 
-def start_save(saver: Checkpointer, tensors: dict, progress: dict, files: dict[str, str], ranks: Ranks) -> None:
-    """Begin a save (all ranks). The tensors are copied while the next forward runs: call `wait_for_copy` before the
-    next update. `files` are texts that go beside the tensors."""
+def start_save(saver: Checkpointer, tensors: dict, progress: dict, files: dict[str, str], ranks: Ranks
+               ) -> None:
+    """Begin a save (all ranks). Tensors are copied while the next forward runs: `wait_for_copy` comes before
+    the next update. `files` are this rank's texts that go beside the tensors."""
     import torch.distributed.checkpoint as dcp
-
     finish_save(saver, ranks)
     saver.partial = saver.folder / f"step_{progress['step']:06d}.partial"
     saver.partial.mkdir(parents=True, exist_ok=True)
-    if ranks.is_main:
-        for name, text in {"progress.json": json.dumps(progress), **files}.items():
-            (saver.partial / name).write_text(text)
+    own = files | {"progress.json": json.dumps(progress)} if ranks.is_main else files
+    for name, text in own.items():
+        (saver.partial / name).write_text(text)
     if ranks.device.type == "cuda":
         torch.cuda.synchronize()  # sync point: the copy runs on a stream of its own
     response = dcp.async_save(tensors, checkpoint_id=saver.partial, process_group=saver.group,
@@ -1544,13 +1570,13 @@ def start_save(saver: Checkpointer, tensors: dict, progress: dict, files: dict[s
 
 def wait_for_copy(saver: Checkpointer) -> None:
     if saver.staging is not None:
-        saver.staging.result()
+        saver.staging.exception()  # waits; what went wrong is raised by `finish_save`, on all ranks
         saver.staging = None
 
 
 def publish_if_done(saver: Checkpointer, ranks: Ranks) -> None:
-    """Rank 0: rename a finished save into place and drop the oldest. Its future ends only when all ranks' files are
-    written, since it takes part in DCP's last collective."""
+    """Rank 0: rename a finished save into place and drop the oldest. Its future ends only when all ranks'
+    files are written, since it takes part in DCP's last collective."""
     done = ranks.is_main and saver.saving is not None and saver.saving.done() and not saver.saving.exception()
     if not done or saver.partial is None:
         return
@@ -1580,52 +1606,53 @@ def finish_save(saver: Checkpointer, ranks: Ranks) -> None:
         wait_for_copy(saver)
         saver.saving.result()
     except Exception as error:
-        reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), repr(error))
+        # DCP's message holds the traceback of the rank that failed: a line such as "OSError: …" says why.
+        reasons = [f"{type(error).__name__}: {first_line(error)}", *re.findall(r"\w*Error: .+", str(error))]
         kept = checkpoints_in(saver.folder)
-        raise UserError(f"could not save {saver.partial} ({reason}): is the disk full or read-only? The newest good "
-                        f"checkpoint is {kept[-1] if kept else 'none'}; make room, then start the same command "
-                        "again") from error
+        raise UserError(f"could not save {saver.partial} ({reasons[-1]}): is the disk full or read-only? The "
+                        f"newest good checkpoint is {kept[-1] if kept else 'none'}; make room, then start "
+                        "the same command again") from error
     publish_if_done(saver, ranks)
     saver.saving = None
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Published checkpoints, oldest first."""
-    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
-    return sorted((path for path in found if (path / ".metadata").is_file()), key=lambda path: int(path.name[5:]))
+    found = [path for path in folder.glob("step_*")
+             if re.fullmatch(r"step_\d+", path.name) and (path / ".metadata").is_file()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def checkpoint_to_resume(args: argparse.Namespace) -> Path | None:
+def checkpoint_to_resume(args: Namespace) -> Path | None:
     """What --resume names. Refuses to mix a new run into a folder that holds an old one."""
     if args.resume not in ("auto", "none"):
         return Path(args.resume)
     found = checkpoints_in(Path(args.checkpoint_dir) / "checkpoints")
     if args.resume == "none" and found:
-        raise UserError(f"--resume none: {args.checkpoint_dir} already holds {found[-1].name}; give this run another "
-                        "--checkpoint-dir, or delete the old one")
+        raise UserError(f"--resume none: {args.checkpoint_dir} already holds {found[-1].name}; give this run "
+                        "another --checkpoint-dir, or delete the old one")
     return found[-1] if found else None
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
-    """Fill model, optimizer and this rank's random state, on any number of ranks; returns the progress (all ranks)."""
+    """Fill model, optimizer and random state, on any number of ranks; returns the progress (all ranks)."""
     import torch.distributed.checkpoint as dcp
-
     saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     tensors = {"model": model_tensors(model), "optim": optimizer_tensors(model, optimizer)}
     for name, tensor in tensors["model"].items():
         found = saved.get(f"model.{name}")
         if found is None or found.size != tensor.shape:
             shape = "nothing" if found is None else tuple(found.size)
-            raise UserError(f"{path} is a checkpoint of another model: {name} is {tuple(tensor.shape)} here and "
-                            f"{shape} there; give this run another --checkpoint-dir")
-    extra = {name for name in saved if name.startswith("model.")} - {f"model.{name}" for name in tensors["model"]}
+            raise UserError(f"{path} is a checkpoint of another model: {name} is {tuple(tensor.shape)} here "
+                            f"and {shape} there; give this run another --checkpoint-dir")
+    extra = {name for name in saved if name.startswith("model.") and name[6:] not in tensors["model"]}
     if extra:
-        raise UserError(f"{path} is a checkpoint of another model: it also holds {sorted(extra)[0]}; give this run "
+        raise UserError(f"{path} is a checkpoint of another model: it also holds {min(extra)}; give this run "
                         "another --checkpoint-dir")
     here = {name: state for name, state in random_states(ranks).items() if f"random.{name}" in saved}
     dcp.load(tensors | ({"random": here} if here else {}), checkpoint_id=path)
     for name, state in here.items():
-        torch.set_rng_state(state) if name.startswith("cpu") else torch.cuda.set_rng_state(state, ranks.device)
+        torch.set_rng_state(state) if name[:3] == "cpu" else torch.cuda.set_rng_state(state, ranks.device)
     return json.loads((path / "progress.json").read_text())
 
 
@@ -1641,7 +1668,7 @@ def hf_tensors(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], dtype: t
 
 
 def gathered_tensors(model: nn.Module, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
-    """One full tensor at a time, in host memory, for rank 0; every rank takes part in each gather (all ranks)."""
+    """One full tensor at a time, in host memory, for rank 0; each gather needs every rank (all ranks)."""
     for name, tensor in model_tensors(model).items():
         full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         if ranks.is_main:
@@ -1649,9 +1676,8 @@ def gathered_tensors(model: nn.Module, ranks: Ranks) -> Iterator[tuple[str, Tens
 
 
 def write_safetensors(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_gib: float = 5.0) -> None:
-    """model-00001-of-0000N.safetensors and their index, as `save_pretrained` writes them, one shard in memory."""
+    """model-00001-of-0000N.safetensors and their index, as `save_pretrained` does; one shard in memory."""
     from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     shards, shard, size, total = [], {}, 0, 0
 
@@ -1670,7 +1696,8 @@ def write_safetensors(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard
     flush()
     weight_map = {}
     for number, (path, names) in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        numbers = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file = f"model{numbers}.safetensors"
         path.rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
@@ -1678,21 +1705,21 @@ def write_safetensors(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def write_model_files(folder: Path, model: nn.Module, tokenizer, dtype: torch.dtype, source: Path | None) -> None:
-    """Configuration, generation configuration, tokenizer with its chat template, and the code of a remote model.
+def write_model_files(folder: Path, model: nn.Module, tokenizer, dtype: torch.dtype, source: Path | None
+                      ) -> None:
+    """Configuration, generation configuration, tokenizer with its chat template, the code of a remote model.
 
-    `source` is the Hugging Face folder that training started from, None for the model of this file.
-    """
+    `source` is the Hugging Face folder that training started from, None for the model of this file."""
     from transformers import GenerationConfig, LlamaConfig
-
     folder.mkdir(parents=True, exist_ok=True)
     c = model.config
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     if source is None:
         config = LlamaConfig(
             vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.ffn_size,
-            num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
-            max_position_embeddings=c.max_positions, rms_norm_eps=c.norm_eps, tie_word_embeddings=False,
+            num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads,
+            num_key_value_heads=c.num_kv_heads, max_position_embeddings=c.max_positions,
+            rms_norm_eps=c.norm_eps, tie_word_embeddings=False,
             rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, **ends)
         config.architectures, generation = ["LlamaForCausalLM"], GenerationConfig(**ends)
     else:
@@ -1707,16 +1734,14 @@ def write_model_files(folder: Path, model: nn.Module, tokenizer, dtype: torch.dt
 
 
 def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remote_code: bool) -> float | None:
-    """Load the folder with transformers, on the CPU, and compare logits: the largest difference over the largest
-    logit, or None where memory is short. Raises UserError beyond what the precision explains."""
+    """Load the folder with transformers, on the CPU, and compare logits: the largest difference over the
+    largest logit, or None where memory is short. Raises UserError beyond what the precision explains."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
-
     logging.disable_progress_bar()
     nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if nbytes * 1.2 > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         return None
-
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code).eval()
     with torch.no_grad():
         logits = model(input_ids.cpu(), use_cache=False).logits.float()
@@ -1724,16 +1749,17 @@ def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remot
     error = float((logits - expected).abs().max() / expected.abs().max())
     bound = 1e-4 if model.dtype == torch.float32 else 5e-2
     if not error <= bound:
-        raise UserError(f"{folder}: the exported model's logits differ from the trained model's by {error:.1e} of the "
-                        f"largest (bound {bound:.0e}); the checkpoint is intact, please report this")
+        raise UserError(
+            f"{folder}: the exported model's logits differ from the trained model's by {error:.1e} of the "
+            f"largest (bound {bound:.0e}); the checkpoint is intact, please report this")
     return error
 
 
 # ------------------------------------------------------------------------------------------------
 # 8. Run record: metrics, console, timing
 #
-# Rows of metrics.jsonl, one per --log-interval, evaluation or checkpoint; a step that was repeated after a resume
-# stands there twice, and the later row counts.
+# Rows of metrics.jsonl, one per --log-interval, evaluation or checkpoint; a step that was repeated after a
+# resume stands there twice, and the later row counts.
 METRICS = {
     "step": "optimizer steps completed",
     "samples": "sequences seen, the position in the global order",
@@ -1743,10 +1769,11 @@ METRICS = {
     "train/grad_norm": "global L2 norm of the gradient before clipping",
     "train/skipped_steps": "steps since the start whose gradient was not finite: no update was made",
     "train/tokens": "trained tokens (tokens with a label) since the start",
-    "perf/tokens_per_s": "input tokens a second over all ranks, since the row before; evaluation and waiting count",
+    "perf/tokens_per_s": "input tokens a second over all ranks since the last row, evaluation and waits too",
     "perf/tokens_per_s_per_gpu": "the same for one rank",
-    "perf/mfu": "model FLOPs utilisation: FLOPs a token times tokens/s over the GPU's dense bf16 peak, without "
-                "recomputation; FLOPs a token = 6 x matmul parameters + 6 x layers x hidden size x sequence length",
+    "perf/mfu": "model FLOPs utilisation: FLOPs a token times tokens/s over the GPU's dense bf16 peak, "
+                "recomputation left out; a token's FLOPs = 6 x matmul parameters + 6 x layers x hidden size "
+                "x sequence length",
     "perf/peak_mem_gib": "rank 0's largest allocated GPU memory (on CPU: largest resident memory)",
     "time/step_s": "seconds a step since the row before",
     "time/data_s": "of which waiting for batches (host time, as the following)",
@@ -1759,18 +1786,20 @@ METRICS = {
     "eval/time_s": "seconds that the evaluation took",
 }
 PEAK_TFLOPS = {  # dense bf16, the vendors' data sheets
-    "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "B200": 2250, "B100": 1750, "A100": 312,
-    "A800": 312, "L40S": 362, "L4": 121, "A40": 150, "A10": 125, "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307,
+    "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "B200": 2250, "B100": 1750,
+    "A100": 312, "A800": 312, "L40S": 362, "L4": 121, "A40": 150, "A10": 125, "RTX 4090": 165, "RTX 3090": 71,
+    "MI300X": 1307,
 }
 
 
 def flops_per_token(model: nn.Module, seq_len: int) -> float | None:
-    """Forward and backward, by the convention of `perf/mfu`; None for mixtures of experts, which use only a part."""
+    """Forward and backward, as `perf/mfu` says; None for mixtures of experts, which use only a part."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     if any(hasattr(config, name) for name in ("num_local_experts", "num_experts", "n_routed_experts")):
         return None
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model.model.embed_tokens
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else model.lm_head
+    is_hf = hasattr(model, "get_input_embeddings")
+    embedding = model.get_input_embeddings() if is_hf else model.model.embed_tokens
+    head = model.get_output_embeddings() if is_hf else model.lm_head
     matmul = sum(p.numel() for p in model.parameters() if p.dim() > 1)
     if head is None or head.weight is not embedding.weight:
         matmul -= embedding.weight.numel()
@@ -1778,9 +1807,7 @@ def flops_per_token(model: nn.Module, seq_len: int) -> float | None:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if key in name), None)
 
 
@@ -1788,7 +1815,6 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -1809,13 +1835,13 @@ def write_once(path: Path, text: str) -> None:
             return
 
 
-def write_record(folder: Path, args: argparse.Namespace, ranks: Ranks) -> dict[str, str]:
-    """Configuration, command, source and environment in the run's folder; returns the files that every checkpoint
-    carries too. `--config` takes config.yaml back."""
+def write_record(folder: Path, args: Namespace, ranks: Ranks) -> dict[str, str]:
+    """Configuration, command, source and environment in the run's folder; returns the files that every
+    checkpoint carries too. --config takes config.yaml back."""
     import yaml
-
     source = Path(__file__).read_text()
-    config = yaml.safe_dump({key: value for key, value in vars(args).items() if value is not None}, sort_keys=False)
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    config = yaml.safe_dump(given, sort_keys=False)
     if ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         git = ["git", "-C", str(Path(__file__).resolve().parent)]
@@ -1835,28 +1861,25 @@ def write_record(folder: Path, args: argparse.Namespace, ranks: Ranks) -> dict[s
     return {"config.yaml": config, Path(__file__).name: source}
 
 
-def open_trackers(args: argparse.Namespace, ranks: Ranks) -> list[Callable[[dict], None]]:
-    """Rank 0: functions that take a row of metrics: the file, and TensorBoard or Weights & Biases if asked for."""
+def open_trackers(args: Namespace, ranks: Ranks) -> list[Callable[[dict], None]]:
+    """Rank 0: functions that take a row of metrics: the file's, and TensorBoard's or W&B's if asked for."""
     if not ranks.is_main:
         return []
     file = (Path(args.checkpoint_dir) / "metrics.jsonl").open("a", buffering=1)
     trackers = [lambda row: file.write(json.dumps(row) + "\n")]
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
-
         board = SummaryWriter(Path(args.checkpoint_dir) / "tensorboard")
         trackers.append(lambda row: [board.add_scalar(key, value, row["step"]) for key, value in row.items()])
     if args.wandb:
         import wandb
-
         wandb.init(project=args.wandb, name=Path(args.checkpoint_dir).name, config=vars(args))
         trackers.append(lambda row: wandb.log(row, step=row["step"]))
     return trackers
 
 
-def check_trackers(args: argparse.Namespace) -> None:
-    needed = [(args.tensorboard, "tensorboard"), (bool(args.wandb), "wandb")]
-    for asked, package in needed:
+def check_trackers(args: Namespace) -> None:
+    for asked, package in ((args.tensorboard, "tensorboard"), (args.wandb, "wandb")):
         if asked and not importlib.util.find_spec(package):
             raise UserError(f"--{package} needs the {package} package: pip install {package}")
 
@@ -1873,36 +1896,35 @@ def check_writable(folder: Path) -> None:
 
 def format_row(row: dict, total_steps: int) -> str:
     """One fixed-width line a logged step, for logs that are files."""
-    line = (f"step {row['step']:>7,}/{total_steps:,}  loss {row['train/loss']:8.4f}  lr {row['train/lr']:.2e}  "
-            f"norm {row['train/grad_norm']:8.3f}  {row['perf/tokens_per_s']:>11,.0f} tokens/s  "
-            f"{row['time/step_s'] * 1000:9.1f} ms  {row['perf/peak_mem_gib']:6.2f} GiB")
+    line = (f"step {row['step']:>7,}/{total_steps:,}  loss {row['train/loss']:8.4f}  "
+            f"lr {row['train/lr']:.2e}  norm {row['train/grad_norm']:8.3f}  "
+            f"{row['perf/tokens_per_s']:>11,.0f} tokens/s  {row['time/step_s'] * 1000:9.1f} ms  "
+            f"{row['perf/peak_mem_gib']:6.2f} GiB")
     return line + (f"  MFU {row['perf/mfu']:6.1%}" if "perf/mfu" in row else "")
 
 
 # ------------------------------------------------------------------------------------------------
 # 9. Evaluation: the whole held-out split, and a sample of what the model writes
 
-
 @torch.no_grad()
 def evaluate(model: nn.Module, dataset: TokenDataset, batch_size: int, ranks: Ranks) -> dict[str, float]:
     """Loss per trained token over every sample once, the same on any number of ranks (all ranks).
 
-    Ranks take turns of single batches; one that has none left repeats a sample without labels, because every rank
-    must take part in each forward's gathers.
-    """
+    Ranks take turns of single batches; one that has none left repeats a sample without labels, because every
+    rank must take part in each forward's gathers."""
     from tqdm import tqdm
-
     started = time.perf_counter()
     loss_sum, token_count = torch.zeros((), device=ranks.device, dtype=torch.float64), 0
     per_round = batch_size * ranks.world_size
     model.eval()
     for first in tqdm(range(0, len(dataset), per_round), desc="evaluating", leave=False,
                       disable=not (ranks.is_main and sys.stderr.isatty())):
-        mine = range(first + ranks.rank * batch_size, min(first + (ranks.rank + 1) * batch_size, len(dataset)))
+        start = first + ranks.rank * batch_size
+        mine = range(start, min(start + batch_size, len(dataset)))
         batch = collate([dataset[i] for i in mine or [0]], ranks.device, dataset.mask_documents)
         if not mine:
             batch["labels"].fill_(IGNORE)
-        loss_sum += model(**batch).double()
+        loss_sum += model(**batch).double()  # an fp32 sum over millions of tokens rounds
         token_count += (batch["labels"] != IGNORE).sum()
     model.train()
     total = all_sum(torch.stack([loss_sum, token_count.double()])).tolist()  # sync point
@@ -1913,8 +1935,8 @@ def evaluate(model: nn.Module, dataset: TokenDataset, batch_size: int, ranks: Ra
 
 @torch.no_grad()
 def write_sample(model: nn.Module, tokenizer, prompt: str, num_tokens: int, ranks: Ranks) -> str:
-    """`num_tokens` more tokens at temperature 0.8, by full forwards without a cache: for a look, not for serving
-    (all ranks step together; rank 0 draws)."""
+    """`num_tokens` more tokens at temperature 0.8, by full forwards without a cache: for a look, not for
+    serving (all ranks step together; rank 0 draws)."""
     ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
     tokens = torch.tensor([ids], device=ranks.device)
     generator = torch.Generator(ranks.device).manual_seed(0)
@@ -1932,36 +1954,34 @@ def write_sample(model: nn.Module, tokenizer, prompt: str, num_tokens: int, rank
 # ------------------------------------------------------------------------------------------------
 # 10. Training
 
-
-def open_datasets(args: argparse.Namespace, folder: Path) -> tuple[TokenDataset | None, TokenDataset | None, int]:
+def open_datasets(args: Namespace, folder: Path) -> tuple[TokenDataset | None, TokenDataset | None, int]:
     """(train or None with --streaming, held out or None, tokenizer's length)."""
-    masked = args.mask_documents
+    meta, masked = json.loads((folder / "meta.json").read_text()), args.mask_documents
     if masked is None:
-        meta = json.loads((folder / "meta.json").read_text())
         masked = bool(args.hf_model) or meta["train"]["chat"]
-    make = functools.partial(TokenDataset, folder, seq_len=args.seq_len, packing=args.packing, mask_documents=masked)
+    make = functools.partial(TokenDataset, folder, seq_len=args.seq_len, packing=args.packing,
+                             mask_documents=masked)
     train_set = None if args.streaming else make("train")
     eval_set = make("eval") if args.eval_split or args.eval_fraction else None
-    return train_set, eval_set, json.loads((folder / "meta.json").read_text())["vocab_size"]
+    return train_set, eval_set, meta["vocab_size"]
 
 
-def open_stream(args: argparse.Namespace, ranks: Ranks, resume_from: Path | None) -> tuple[Iterator[dict], dict]:
+def open_stream(args: Namespace, ranks: Ranks, resume_from: Path | None) -> tuple[Iterator[dict], dict]:
     """(batches, their state) of --streaming, where this rank's checkpoint says."""
-    state = {}
     saved = sorted(resume_from.glob("stream_rank_*.json")) if resume_from else []
-    states = [json.loads(path.read_text()) for path in saved]
+    states, state = [json.loads(path.read_text()) for path in saved], {}
     if len(states) == ranks.world_size:
         state = states[ranks.rank]
     elif states:
         state = {"rows": max(s["rows"] for s in states), "waiting": []}
         if ranks.is_main:
-            print(f"streaming: saved by {len(states)} processes, resumed by {ranks.world_size}: goes on at row "
-                  f"{state['rows']}; a few rows around it may be seen twice or not at all")
+            print(f"streaming: saved by {len(states)} processes, resumed by {ranks.world_size}: goes on at "
+                  f"row {state['rows']}; a few rows around it may be seen twice or not at all")
     masked = args.mask_documents if args.mask_documents is not None else bool(args.hf_model)
     return streamed_batches(args, ranks, masked, state), state
 
 
-def report_finished(args: argparse.Namespace, ranks: Ranks, resume_from: Path | None, total_steps: int) -> bool:
+def report_finished(args: Namespace, ranks: Ranks, resume_from: Path | None, total_steps: int) -> bool:
     """True, and a line on rank 0, if the newest checkpoint is the run's last and the export stands."""
     if resume_from is None or json.loads((resume_from / "progress.json").read_text())["step"] < total_steps:
         return False
@@ -1969,9 +1989,9 @@ def report_finished(args: argparse.Namespace, ranks: Ranks, resume_from: Path | 
     if args.export and not exported.is_dir():
         return False
     if ranks.is_main:
-        print(f"this run is finished: {resume_from} holds all {total_steps} steps"
-              f"{f', {exported} the model' if args.export else ''}. A larger --max-steps goes on from there; another "
-              "--checkpoint-dir starts anew")
+        model = f", {exported} the model" if args.export else ""
+        print(f"this run is finished: {resume_from} holds all {total_steps} steps{model}. A larger "
+              "--max-steps goes on from there; another --checkpoint-dir starts anew")
     return True
 
 
@@ -1982,14 +2002,13 @@ def note_bad_steps(flags: list[float], progress: dict, sample_ids: Callable[[int
         progress["bad_in_a_row"] = progress["bad_in_a_row"] + 1 if bad else 0
         if bad:
             progress["skipped_steps"] += 1
-            steps_ago = progress["step"] - step
-            records.append({"step": step, "samples": sample_ids(steps_ago)})
+            records.append({"step": step, "samples": sample_ids(progress["step"] - step)})
     return records
 
 
 def samples_of_step(dataset: TokenDataset | None, seed: int, end: int, samples_per_step: int,
                     steps_ago: int) -> list[int]:
-    """Which samples an earlier step trained on, when `end` sequences have been seen by now; [] with --streaming."""
+    """The samples of an earlier step, when `end` sequences have been seen by now; [] with --streaming."""
     stop = end - steps_ago * samples_per_step
     return [sample_at(p, len(dataset), seed) for p in range(stop - samples_per_step, stop)] if dataset else []
 
@@ -2010,9 +2029,8 @@ def describe_data(train_set: TokenDataset | None, eval_set: TokenDataset | None)
 def open_bar(total_steps: int, step: int, ranks: Ranks):
     """A progress bar where rank 0 writes to a terminal, else a silent one."""
     from tqdm import tqdm
-
-    return tqdm(total=total_steps, initial=step, desc="training", unit="step", dynamic_ncols=True, smoothing=0.05,
-                disable=not (ranks.is_main and sys.stderr.isatty()))
+    return tqdm(total=total_steps, initial=step, desc="training", unit="step", dynamic_ncols=True,
+                smoothing=0.05, disable=not (ranks.is_main and sys.stderr.isatty()))
 
 
 def show_row(bar, row: dict, total_steps: int, ranks: Ranks) -> None:
@@ -2035,14 +2053,15 @@ def checkpoint_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ranks
 
 def explain_bad_steps(streak: int, run_dir: Path) -> str:
     kept = checkpoints_in(run_dir / "checkpoints")
-    return (f"{streak} steps in a row had a gradient that is not finite; none of them changed the weights. Their samples "
-            f"are in {run_dir / 'bad_steps.jsonl'}; the newest checkpoint is {kept[-1] if kept else 'none'}. Lower "
-            "--max-lr, or look at the data")
+    return (f"{streak} steps in a row had a gradient that is not finite; none of them changed the weights. "
+            f"Their samples are in {run_dir / 'bad_steps.jsonl'}; the newest checkpoint is "
+            f"{kept[-1] if kept else 'none'}. Lower --max-lr, or look at the data (a step without a single "
+            "trained token counts too)")
 
 
-def export_model(args: argparse.Namespace, model: nn.Module, ranks: Ranks, source: Path | None,
+def export_model(args: Namespace, model: nn.Module, ranks: Ranks, source: Path | None,
                  dtype: torch.dtype) -> tuple[Path, Tensor, Tensor]:
-    """Write RUN/hf (all ranks; rank 0 writes). Returns the folder, 32 tokens and the live model's logits for them."""
+    """Write RUN/hf (all ranks; rank 0 writes). Returns the folder, 32 tokens and their logits."""
     input_ids = torch.arange(32, device=ranks.device)[None]
     model.eval()
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -2053,8 +2072,7 @@ def export_model(args: argparse.Namespace, model: nn.Module, ranks: Ranks, sourc
         dtype = getattr(torch, args.export_dtype)
     tensors = gathered_tensors(model, ranks)
     if not ranks.is_main:
-        for _ in tensors:
-            pass
+        list(tensors)  # yields nothing here, but takes part in every gather
         return folder, input_ids, logits
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -2063,8 +2081,8 @@ def export_model(args: argparse.Namespace, model: nn.Module, ranks: Ranks, sourc
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except OSError as error:
-        raise UserError(f"could not write {folder}: {error.strerror}; the checkpoint is intact: make room, then run "
-                        "the same command again, or tools/export_hf.py") from error
+        raise UserError(f"could not write {folder}: {error.strerror}; the checkpoint is intact: make room, "
+                        "then run the same command again, or tools/export_hf.py") from error
     return folder, input_ids, logits
 
 
@@ -2073,27 +2091,27 @@ def indent(text: str) -> str:
 
 
 def write_summary(run_dir: Path, progress: dict, last_row: dict, seconds: float) -> None:
-    summary = progress | {key: value for key, value in last_row.items() if "/" in key} | {"seconds": round(seconds, 1)}
+    measured = {key: value for key, value in last_row.items() if "/" in key}
+    summary = progress | measured | {"seconds": round(seconds, 1)}
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
-def closing_lines(args: argparse.Namespace, run_dir: Path, error: float | None) -> list[str]:
+def closing_lines(args: Namespace, run_dir: Path, error: float | None) -> list[str]:
     """Where everything is, and what to run next."""
     lines = [f"checkpoint {checkpoints_in(run_dir / 'checkpoints')[-1]}",
              f"record     {run_dir / 'metrics.jsonl'}, {run_dir / 'summary.json'}"]
     if args.export:
-        checked = f"reloaded: logits within {error:.0e}" if error is not None else "not reloaded: too little memory"
-        lines += [f"model      {run_dir / 'hf'} (Hugging Face format; {checked})",
-                  f"next       python train_llm.py --hf-model {run_dir / 'hf'} --dataset YOUR.jsonl --max-lr 2e-5 "
-                  "--checkpoint-dir runs/finetuned"]
+        check = "not reloaded: too little memory" if error is None else f"reloaded: logits within {error:.0e}"
+        lines += [f"model      {run_dir / 'hf'} (Hugging Face format; {check})",
+                  f"next       python train_llm.py --hf-model {run_dir / 'hf'} --dataset YOUR.jsonl "
+                  "--max-lr 2e-5 --checkpoint-dir runs/finetuned"]
     return lines
 
 
 def run_and_report() -> None:
-    """main(), with what the user can mend shown as one line by one rank, and the exit code that says which it was."""
+    """main(), with what the user can mend shown as one line, and an exit code that says what it was."""
     try:
-        main()
-        return
+        return main()
     except UserError as error:
         message, code = str(error), 1
     except KeyboardInterrupt:
@@ -2104,7 +2122,7 @@ def run_and_report() -> None:
     if int(os.environ.get("RANK", 0)):
         time.sleep(3)  # most often rank 0 has the same to say, and this process is ended before it repeats it
     print(f"\ntrain_llm.py: error: {message}", file=sys.stderr, flush=True)
-    os._exit(code)  # at once: other ranks may sit in a collective, and threads of a save must not hold the exit up
+    os._exit(code)  # at once: other ranks may sit in a collective, and a save's threads must not hold this up
 
 
 def main() -> None:
@@ -2112,6 +2130,7 @@ def main() -> None:
     args = parse_args()
     relaunch_under_torchrun(args)
     ranks = read_ranks(args)
+    args.loss_chunk_tokens = args.loss_chunk_tokens or (2048 if ranks.device.type == "cuda" else 512)
     check_trackers(args)
     run_dir = Path(args.checkpoint_dir)
     check_writable(run_dir)
@@ -2130,13 +2149,15 @@ def main() -> None:
     if args.mixed_precision and dtype is torch.float32:
         say("precision  this device has no native bf16: computing in fp32")
     hf_folder = fetch(args.hf_model) if args.hf_model else None
+    # Shapes, then shards, then memory, then weights: no device needs room for more than its part.
     model = build_model(args, hf_folder, vocab_size)
     shard_model(model, args, mesh, dtype)
     ties = materialise(model, ranks.device, args.cpu_offload)
-    optimizer = build_optimizer(model, args)
+    optimizer = build_optimizer(model, args)  # after sharding, which replaces the parameters
     if hf_folder:
         fill_buffers(model)
-    progress = {"step": 0, "samples": 0, "tokens": 0, "skipped_steps": 0, "bad_in_a_row": 0, "best_eval_loss": None}
+    progress = {"step": 0, "samples": 0, "tokens": 0, "skipped_steps": 0, "bad_in_a_row": 0,
+                "best_eval_loss": None}
     if resume_from:
         progress = load_checkpoint(resume_from, model, optimizer, ranks)
     elif hf_folder:
@@ -2160,7 +2181,7 @@ def main() -> None:
         say(f"resumed    {resume_from}: step {progress['step']:,}, {progress['samples']:,} sequences seen")
 
     samples_per_step = args.batch_size * args.grad_accum_steps * ranks.world_size
-    num_replicas = ranks.world_size // mesh.size(-1)
+    num_replicas = ranks.world_size // mesh.size(-1)  # 1 without HSDP
     token_flops, device_flops = flops_per_token(model, args.seq_len), peak_flops(ranks.device)
     loss_sum, token_count = torch.zeros(2, device=ranks.device)
     num_trained = torch.zeros((), dtype=torch.float64, device=ranks.device)
@@ -2171,23 +2192,24 @@ def main() -> None:
 
     # Loop ------------------------------------------------------------------------------------
     while progress["step"] < total_steps:
-        # Forward and backward over the micro-batches: the gradient of the summed loss, reduced with the last (all ranks)
+        # Forward and backward: gradients of the summed loss, reduced with the last micro-batch (all ranks)
         loss_sum.zero_()
         token_count.zero_()
         for micro in range(args.grad_accum_steps):
             with timed(times, "data"):
                 batch = next(batches)
             with timed(times, "forward_backward"):
-                model.set_requires_gradient_sync(args.reduce_every_micro_batch or micro == args.grad_accum_steps - 1)
+                is_reduced = args.reduce_every_micro_batch or micro == args.grad_accum_steps - 1
+                model.set_requires_gradient_sync(is_reduced)  # else whole gradients add up on each rank
                 loss = model(**batch)
                 loss.backward()
-                loss_sum += loss.detach()
+                loss_sum += loss.detach()  # read at the sync point only
                 token_count += (batch["labels"] != IGNORE).sum()
             num_input_tokens += batch["input_ids"].numel() * ranks.world_size
 
         # Clip and step (all ranks)
         with timed(times, "checkpoint"):
-            wait_for_copy(saver)
+            wait_for_copy(saver)  # the update would change what is being copied
         with timed(times, "optimizer"):
             lr = learning_rate(progress["step"], total_steps, warmup_steps, args.max_lr, args.min_lr)
             for group in optimizer.param_groups:
@@ -2206,7 +2228,7 @@ def main() -> None:
 
         # Log
         if progress["step"] % args.log_interval == 0 or is_save or progress["step"] == 1:
-            values = torch.stack([step_loss.double(), grad_norm.double(), num_trained, *map(Tensor.double, bad_flags)])
+            values = torch.stack([x.double() for x in (step_loss, grad_norm, num_trained, *bad_flags)])
             loss_value, norm_value, trained, *flags = values.tolist()  # sync point
             progress["tokens"] += int(trained)
             num_trained.zero_()
@@ -2219,9 +2241,9 @@ def main() -> None:
             seconds, num_steps = time.perf_counter() - row_started, progress["step"] - row_step
             row = {
                 "step": progress["step"], "samples": progress["samples"], "train/loss": loss_value,
-                "train/perplexity": math.exp(min(loss_value, 700.0)), "train/lr": lr, "train/grad_norm": norm_value,
-                "train/skipped_steps": progress["skipped_steps"], "train/tokens": progress["tokens"],
-                "perf/tokens_per_s": num_input_tokens / seconds,
+                "train/perplexity": math.exp(min(loss_value, 700.0)), "train/lr": lr,
+                "train/grad_norm": norm_value, "train/skipped_steps": progress["skipped_steps"],
+                "train/tokens": progress["tokens"], "perf/tokens_per_s": num_input_tokens / seconds,
                 "perf/tokens_per_s_per_gpu": num_input_tokens / seconds / ranks.world_size,
                 "perf/peak_mem_gib": peak_memory_gib(ranks.device), "time/step_s": seconds / num_steps,
                 **{f"time/{key}_s": value / num_steps for key, value in times.items()},
@@ -2240,9 +2262,9 @@ def main() -> None:
         # Save (all ranks): before the evaluation, which may run out of memory
         if is_save:
             with timed(times, "checkpoint"):
-                own = files if ranks.is_main else {}
+                own = dict(files) if ranks.is_main else {}
                 if stream is not None:
-                    own = own | {f"stream_rank_{ranks.rank:05d}.json": json.dumps(stream)}
+                    own[f"stream_rank_{ranks.rank:05d}.json"] = json.dumps(stream)
                 start_save(saver, checkpoint_tensors(model, optimizer, ranks), progress, own, ranks)
                 if is_last or not args.async_checkpoint:
                     finish_save(saver, ranks)
@@ -2265,7 +2287,7 @@ def main() -> None:
     if args.export:
         exported = export_model(args, model, ranks, hf_folder, dtype)
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()  # before rank 0 works alone: the others need not wait, nor time out
+    torch.distributed.destroy_process_group()  # rank 0 works alone from here: the others must not time out
     if not ranks.is_main:
         return
     if sample is not None:

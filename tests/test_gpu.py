@@ -17,8 +17,8 @@ def place(tmp_path_factory):
     data = write_gsm8k_like(folder / "data.jsonl", 2000)
     return folder, ["--from-scratch", "--model-size", "125M", "--vocab-size", 2048, "--tokenizer", tokenizer,
                     "--dataset", data, "--text-column", "answer", "--seq-len", 512, "--batch-size", 4,
-                    "--max-steps", 20, "--log-interval", 1, "--warmup-steps", 2, "--device", "cuda", "--no-export",
-                    "--data-cache", folder / "cache"]
+                    "--max-steps", 20, "--log-interval", 1, "--warmup-steps", 2, "--device", "cuda",
+                    "--no-export", "--data-cache", folder / "cache"]
 
 
 def train(place, name, *flags):
