@@ -124,8 +124,7 @@ def add_system_flags(group: argparse._ArgumentGroup) -> None:
     add("--gpu-ranks", metavar="0,2,3", help="use these GPUs of the machine")
     add("--mixed-precision", action=onoff, default=True, help="bf16 compute, fp32 masters")
     add("--use-flash-attn", action=onoff, default=True, help="flash attention kernels")
-    add("--hsdp-shard-size", type=int, metavar="N", help="shard over N processes, replicate over the rest; "
-        "if not given: shard over all")
+    add("--hsdp-shard-size", type=int, metavar="N", help="shard over N processes, replicate over the rest")
     add("--reshard-after-forward", action=onoff, default=True, help="free gathered weights until backward")
     add("--activation-checkpointing", choices=["none", "full", "selective"], default="none",
         help="recompute blocks in the backward, to save memory")
@@ -141,7 +140,7 @@ def add_record_flags(group: argparse._ArgumentGroup) -> None:
     add("--checkpoint-interval", type=int, default=1000, help="steps between checkpoints")
     add("--keep-checkpoints", type=int, default=3, help="newest checkpoints kept; 0 keeps all")
     add("--async-checkpoint", action=onoff, default=True, help="write while training goes on")
-    add("--resume", default="auto", metavar="{auto,none,FOLDER}", help="auto: --checkpoint-dir's newest, if any")
+    add("--resume", default="auto", metavar="{auto,none,FOLDER}", help="auto: --checkpoint-dir's newest")
     add("--export", action=onoff, default=True, help="end with a Hugging Face folder")
     add("--export-dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: as computed")
     add("--log-interval", type=int, default=10, help="steps between logged rows")
@@ -438,16 +437,15 @@ def first_line(error: BaseException) -> str:
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
     with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
+        for n, line in enumerate(lines, 1):
             try:
                 row = json.loads(line) if line.strip() else None
             except json.JSONDecodeError as error:
-                problem = f"not JSON ({error.msg}); expected one object a line"
-                raise UserError(f"{path}:{number}: {problem}") from None
+                raise UserError(f"{path}:{n}: not JSON ({error.msg}); expected one object a line") from None
             if isinstance(row, dict):
-                yield f"{path}:{number}", row
+                yield f"{path}:{n}", row
             elif line.strip():
-                raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+                raise UserError(f"{path}:{n}: expected a JSON object, found {type(row).__name__}")
 
 
 def read_txt(path: Path) -> Iterator[tuple[str, dict]]:
@@ -593,7 +591,9 @@ def fetch(name: str) -> Path:
     page = f"https://huggingface.co/{name}"
     wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        get = functools.partial(snapshot_download, name, ignore_patterns=["original/*", "consolidated*"])
+        folder = Path(get(allow_patterns=wanted))
+        return folder if any(folder.glob("*.safetensors")) else Path(get(allow_patterns=[*wanted, "*.bin"]))
     except GatedRepoError:
         raise UserError(f"{name} is gated: accept its licence at {page}, then run: hf auth login") from None
     except RepositoryNotFoundError:
@@ -607,8 +607,7 @@ def fetch(name: str) -> Path:
 def build_once(target: Path, build: Callable[[Path], object]) -> None:
     """The first process to get the lock builds the folder and renames it into place; the others wait there.
 
-    No process group exists yet, so tokenising for hours meets no timeout. A builder that dies frees the lock.
-    """
+    No process group exists yet: hours of tokenising meet no timeout. A builder that dies frees the lock."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.with_name(target.name + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -751,8 +750,8 @@ def check_tokens(found: dict, label: str, tokenizer) -> None:
                         "the template's generation tags enclose all")
     if not found["ends_trained"]:
         raise UserError(
-            f"{label}: no end token is ever trained, so the model would never stop: the chat template must end "
-            f"an assistant turn with {tokenizer.eos_token} or another special token")
+            f"{label}: no end token is ever trained, so the model would never stop: the chat template must "
+            f"end an assistant turn with {tokenizer.eos_token} or another special token")
 
 
 class TokenDataset(torch.utils.data.Dataset):
@@ -767,14 +766,12 @@ class TokenDataset(torch.utils.data.Dataset):
         found = meta[split]
         self.chat, self.num_tokens = found["chat"], found["tokens"]
         self.seq_len, self.packing, self.mask_documents = seq_len, packing, mask_documents
-
-        def mapped(name: str, size: int, dtype: torch.dtype) -> Tensor:
-            return torch.from_file(str(folder / split / name), shared=False, size=size, dtype=dtype)
-
+        folder, mapped = folder / split, functools.partial(torch.from_file, shared=False)
         dtype = torch.uint16 if meta["typecode"] == "H" else torch.int32
-        self.tokens = mapped("tokens.bin", self.num_tokens, dtype)
-        self.ends = mapped("documents.bin", found["documents"] + 1, torch.int64)
-        self.trained = mapped("trained.bin", self.num_tokens, torch.uint8) if self.chat else None
+        self.tokens = mapped(str(folder / "tokens.bin"), size=self.num_tokens, dtype=dtype)
+        self.ends = mapped(str(folder / "documents.bin"), size=found["documents"] + 1, dtype=torch.int64)
+        self.trained = (mapped(str(folder / "trained.bin"), size=self.num_tokens, dtype=torch.uint8)
+                        if self.chat else None)
         self.stream = packing and not self.chat
         self.pieces, self.num_cut = ([], 0) if self.stream else self.cut_pieces()
         sizes = [length for _, length in self.pieces]
@@ -838,8 +835,7 @@ def join_pieces(pieces: list[tuple[Tensor, Tensor]], length: int) -> dict[str, T
 def pack_best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
     """Best-fit decreasing bin packing: bins of indices whose sizes sum to at most `capacity`.
 
-    `free` is a bit set of the room left in open bins, so that the tightest bin that fits is one shift away.
-    """
+    `free` is a bit set of the room left in open bins: the tightest bin that fits is one shift away."""
     bins_by_room: dict[int, list[list[int]]] = {}
     bins, free = [], 0
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -882,8 +878,7 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
 def sample_at(position: int, num_samples: int, seed: int) -> int:
     """The sample at a position of the endless global order, a function of seed and epoch only.
 
-    Ranks and batch size do not enter: all that a resume must know, on any number of ranks, is the position.
-    """
+    Ranks and batch size do not enter: all a resume must know, on any number of ranks, is the position."""
     epoch, index = divmod(position, num_samples)
     return int(epoch_order(num_samples, seed, epoch)[index])
 
@@ -897,7 +892,7 @@ def ordered_batches(dataset: TokenDataset, args: Namespace, ranks: Ranks, start:
         position += B * ranks.world_size
 
 
-def streamed_batches(args: Namespace, ranks: Ranks, mask_documents: bool, state: dict) -> Iterator[dict]:
+def streamed_batches(args: Namespace, ranks: Ranks, state: dict) -> Iterator[dict]:
     """This rank's micro-batches of --streaming: every world_size-th row, in file order, epoch after epoch.
 
     `state` (rows read, documents waiting) is kept up to date, so that a checkpoint of it resumes exactly."""
@@ -916,7 +911,7 @@ def streamed_batches(args: Namespace, ranks: Ranks, mask_documents: bool, state:
                 samples.append(join_pieces(pieces, args.seq_len))
                 if len(samples) == args.batch_size:
                     state["waiting"] = [(ids.tolist(), labels.tolist()) for ids, labels in waiting]
-                    yield collate(samples, ranks.device, mask_documents)
+                    yield collate(samples, ranks.device, args.mask_documents)
                     samples = []
         if not found and not first_row:
             raise UserError(f"--dataset {args.dataset}: no row for rank {ranks.rank} of {ranks.world_size}")
@@ -1096,7 +1091,7 @@ def build_model(args: Namespace, folder: Path | None, vocab_size: int) -> nn.Mod
     flash2 = args.use_flash_attn and torch.cuda.is_available() and importlib.util.find_spec("flash_attn")
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation="flash_attention_2" if flash2 else "sdpa",
+            config, dtype=torch.float32, attn_implementation="flash_attention_2" if flash2 else None,
             trust_remote_code=args.trust_remote_code)
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < vocab_size:
@@ -1112,11 +1107,16 @@ def attach_chunked_loss(model: nn.Module, loss_chunk: int) -> None:
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     cap = getattr(config, "final_logit_softcapping", None) or 0.0
     model.whole_logits, model.head_loss = head is None, functools.partial(head_loss, scale=scale, cap=cap)
+    model.needs_mask = False  # see `prove_packing`
 
     # As an attribute, not as a wrapping module: parameter names stay those of the files on disk.
     def forward(input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None
                 ) -> Tensor:
         call = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        if position_ids is not None and model.needs_mask:
+            seen = document_mask(position_ids)
+            call["attention_mask"] = torch.zeros_like(seen, dtype=head.weight.dtype).masked_fill(
+                ~seen, torch.finfo(head.weight.dtype).min)
         if labels is None or model.whole_logits:
             logits = full_forward(**call).logits
             return logits if labels is None else cross_entropy_sum(logits.flatten(0, 1), labels.flatten())
@@ -1296,8 +1296,14 @@ def broadcast_hf_weights(model: nn.Module, folder: Path, args: Namespace, ranks:
     source = {}
     if ranks.is_main:
         from transformers import AutoModelForCausalLM
-        load = AutoModelForCausalLM.from_pretrained
-        full = load(folder, dtype=torch.float32, trust_remote_code=args.trust_remote_code)
+        from transformers.utils import logging
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()  # its report on missing tensors: the error below says it
+        full, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=args.trust_remote_code, output_loading_info=True)
+        lacking = sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]})
+        if lacking:
+            raise UserError(f"{folder} lacks {len(lacking)} of the model's tensors, {lacking[0]} for one")
         source = dict(itertools.chain(full.named_parameters(), full.named_buffers()))
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         value = (source[name].to(ranks.device) if ranks.is_main
@@ -1329,16 +1335,36 @@ def prove_loss(model: nn.Module, ranks: Ranks) -> None:
     ids = torch.arange(16, device=ranks.device)[None]
     model.eval()
     with torch.compiler.set_stance("force_eager"):
-        expected = cross_entropy_sum(model(ids).flatten(0, 1), ids.flatten())
-        chunked = model(ids, labels=ids)
+        logits = model(ids)
+        expected, chunked = cross_entropy_sum(logits.flatten(0, 1), ids.flatten()), model(ids, labels=ids)
     model.train()
     if not torch.isfinite(expected):
         raise UserError("the model's logits are not finite on a plain input: its weights are broken")
-    if abs(chunked - expected) > 1e-2 * abs(expected):
+    if abs(chunked - expected) > (1e-4 if logits.dtype == torch.float32 else 1e-2) * abs(expected):
         model.whole_logits = True
         if ranks.is_main:
             print("this model transforms its logits in a way of its own: "
                   "the loss uses whole logits (more memory)")
+
+
+@torch.no_grad()
+def prove_packing(model: nn.Module, ranks: Ranks) -> None:
+    """Compare two documents in a pack with each alone. Most families tell documents apart by positions that
+    start again; one that does not (Falcon) gets a mask, unless that would undo its window (all ranks)."""
+    ids = torch.arange(16, device=ranks.device)[None]
+    has_window = getattr(model.config.get_text_config(), "sliding_window", None)
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):
+        alone = torch.cat([model(ids[:, :8]), model(ids[:, 8:])], dim=1)
+        for model.needs_mask in (False,) if has_window else (False, True):
+            packed = model(ids, position_ids=torch.arange(16, device=ranks.device)[None] % 8)
+            bound = (1e-3 if packed.dtype == torch.float32 else 5e-2) * alone.abs().max()
+            if (packed - alone).abs().max() <= bound:
+                break
+        else:
+            raise UserError("documents in a pack see each other in this model: use --no-packing, or let them "
+                            "with --no-mask-documents")
+    model.train()
 
 
 def describe_model(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
@@ -1586,8 +1612,7 @@ def publish_if_done(saver: Checkpointer, ranks: Ranks) -> None:
     saver.partial.rename(final)
     sync_folder(final.parent)
     saver.partial = None
-    kept = checkpoints_in(saver.folder)
-    for old in kept[:-saver.keep] if saver.keep else []:
+    for old in checkpoints_in(saver.folder)[:-saver.keep] if saver.keep else []:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -1954,16 +1979,23 @@ def write_sample(model: nn.Module, tokenizer, prompt: str, num_tokens: int, rank
 # ------------------------------------------------------------------------------------------------
 # 10. Training
 
+def masks_documents(args: Namespace, folder: Path) -> bool:
+    """--mask-documents; if not given: yes, except for plain text from scratch."""
+    if args.mask_documents is not None or args.hf_model:
+        return args.mask_documents is not False
+    if args.streaming:
+        where, row = next(read_rows(args, args.dataset_split))
+        return row_kind(row, where, args.text_column) == "chat"
+    return json.loads((folder / "meta.json").read_text())["train"]["chat"]
+
+
 def open_datasets(args: Namespace, folder: Path) -> tuple[TokenDataset | None, TokenDataset | None, int]:
     """(train or None with --streaming, held out or None, tokenizer's length)."""
-    meta, masked = json.loads((folder / "meta.json").read_text()), args.mask_documents
-    if masked is None:
-        masked = bool(args.hf_model) or meta["train"]["chat"]
     make = functools.partial(TokenDataset, folder, seq_len=args.seq_len, packing=args.packing,
-                             mask_documents=masked)
+                             mask_documents=args.mask_documents)
     train_set = None if args.streaming else make("train")
     eval_set = make("eval") if args.eval_split or args.eval_fraction else None
-    return train_set, eval_set, meta["vocab_size"]
+    return train_set, eval_set, json.loads((folder / "meta.json").read_text())["vocab_size"]
 
 
 def open_stream(args: Namespace, ranks: Ranks, resume_from: Path | None) -> tuple[Iterator[dict], dict]:
@@ -1977,8 +2009,7 @@ def open_stream(args: Namespace, ranks: Ranks, resume_from: Path | None) -> tupl
         if ranks.is_main:
             print(f"streaming: saved by {len(states)} processes, resumed by {ranks.world_size}: goes on at "
                   f"row {state['rows']}; a few rows around it may be seen twice or not at all")
-    masked = args.mask_documents if args.mask_documents is not None else bool(args.hf_model)
-    return streamed_batches(args, ranks, masked, state), state
+    return streamed_batches(args, ranks, state), state
 
 
 def report_finished(args: Namespace, ranks: Ranks, resume_from: Path | None, total_steps: int) -> bool:
@@ -2139,6 +2170,7 @@ def main() -> None:
 
     resume_from = checkpoint_to_resume(args)
     data_folder = prepare_data(args)  # takes as long as it needs: no process group exists yet
+    args.mask_documents = masks_documents(args, data_folder)
     train_set, eval_set, vocab_size = open_datasets(args, data_folder)
     total_steps, warmup_steps, steps_line = resolve_steps(args, train_set, ranks)
     if report_finished(args, ranks, resume_from, total_steps):
@@ -2167,6 +2199,8 @@ def main() -> None:
     prove_filled(model, ties)
     if hf_folder:
         prove_loss(model, ranks)
+    if hf_folder and args.mask_documents and args.packing:
+        prove_packing(model, ranks)
     if train_set:
         batches, stream = ordered_batches(train_set, args, ranks, progress["samples"]), None
     else:

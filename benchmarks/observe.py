@@ -26,6 +26,9 @@ def process_start() -> float:
 
 
 def main() -> None:
+    if len(sys.argv) < 3 or sys.argv[1].startswith("-"):
+        print(__doc__)
+        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
     folder, script = Path(sys.argv[1]), sys.argv[2]
     started = process_start()
     record = {"start_s": [], "wall_s": [], "cpu_s": [], "peak_mib": []}

@@ -43,6 +43,7 @@ def load(folder, args, mesh, ranks):
         train_llm.load_hf_weights(model, folder, args, ranks)
         train_llm.prove_filled(model, ties)
         train_llm.prove_loss(model, ranks)
+        train_llm.prove_packing(model, ranks)
     return model, optimizer, ties, said.getvalue()
 
 
