@@ -60,14 +60,17 @@ class UserError(Exception):
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train_llm.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-        formatter_class=functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=34,
-                                          width=110))
+        usage="%(prog)s [--config FILE] (--hf-model NAME_OR_FOLDER | --from-scratch) [other flags]",
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=34, width=110))
     parser.error = usage_error
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON of flags; the command line wins")
     add_model_and_data_flags(parser.add_argument_group("model"), parser.add_argument_group("data"))
     add_training_flags(parser.add_argument_group("training"))
     add_system_flags(parser.add_argument_group("devices, sharding and memory"))
     add_record_flags(parser.add_argument_group("checkpoints, evaluation and logging"))
+    for action in parser._actions:
+        if action.default not in (None, "", argparse.SUPPRESS) and "%(default)s" not in action.help:
+            action.help += " (default: %(default)s)"
     return parser
 
 
@@ -124,7 +127,8 @@ def add_system_flags(group: argparse._ArgumentGroup) -> None:
     add("--gpu-ranks", metavar="0,2,3", help="use these GPUs of the machine")
     add("--mixed-precision", action=onoff, default=True, help="bf16 compute, fp32 masters")
     add("--use-flash-attn", action=onoff, default=True, help="flash attention kernels")
-    add("--hsdp-shard-size", type=int, metavar="N", help="shard over N processes, replicate over the rest")
+    add("--hsdp-shard-size", type=int, metavar="N", help="shard over N processes, replicate over the "
+        "rest; if not given: shard over all")
     add("--reshard-after-forward", action=onoff, default=True, help="free gathered weights until backward")
     add("--activation-checkpointing", choices=["none", "full", "selective"], default="none",
         help="recompute blocks in the backward, to save memory")
@@ -261,6 +265,8 @@ class Ranks:
 def relaunch_under_torchrun(args: Namespace) -> None:
     """Started plainly, with several GPUs or --nproc N: run this same command under torchrun, then exit."""
     if "RANK" in os.environ or "SLURM_STEP_ID" in os.environ:
+        if args.gpu_ranks and os.environ.get("CUDA_VISIBLE_DEVICES") != args.gpu_ranks:
+            usage_error("--gpu-ranks comes too late under torchrun or srun: set CUDA_VISIBLE_DEVICES")
         return
     select_gpus(args.gpu_ranks)
     num_gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
@@ -1340,7 +1346,7 @@ def prove_loss(model: nn.Module, ranks: Ranks) -> None:
     model.train()
     if not torch.isfinite(expected):
         raise UserError("the model's logits are not finite on a plain input: its weights are broken")
-    if abs(chunked - expected) > (1e-4 if logits.dtype == torch.float32 else 1e-2) * abs(expected):
+    if not abs(chunked - expected) <= (1e-4 if logits.dtype == torch.float32 else 1e-2) * expected:
         model.whole_logits = True
         if ranks.is_main:
             print("this model transforms its logits in a way of its own: "
@@ -1650,9 +1656,13 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 def checkpoint_to_resume(args: Namespace) -> Path | None:
     """What --resume names. Refuses to mix a new run into a folder that holds an old one."""
-    if args.resume not in ("auto", "none"):
-        return Path(args.resume)
     found = checkpoints_in(Path(args.checkpoint_dir) / "checkpoints")
+    if args.resume not in ("auto", "none"):
+        step = json.loads((Path(args.resume) / "progress.json").read_text())["step"]
+        if found and int(found[-1].name[5:]) > step:
+            raise UserError(f"--resume {args.resume}: {args.checkpoint_dir} holds {found[-1].name}, which is "
+                            "newer; give this run another --checkpoint-dir")
+        return Path(args.resume)
     if args.resume == "none" and found:
         raise UserError(f"--resume none: {args.checkpoint_dir} already holds {found[-1].name}; give this run "
                         "another --checkpoint-dir, or delete the old one")
@@ -2315,6 +2325,8 @@ def main() -> None:
 
     # End -------------------------------------------------------------------------------------
     bar.close()
+    if eval_set and not evaluation:  # resumed behind the last step: a kill came before its evaluation
+        evaluation = evaluate(model, eval_set, args.batch_size, ranks)
     sample = exported = None
     if args.sample_tokens:
         sample = write_sample(model, load_tokenizer(args), args.sample_prompt, args.sample_tokens, ranks)
