@@ -1,0 +1,655 @@
+"""Data: every format gives the same tokens, once; samples, packs and the global order; held-out loss."""
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import threading
+import time
+from collections import Counter
+
+import pytest
+import torch
+import train_llm
+from helpers import EOS, make_hf_model, make_tokenizer, read_metrics, write_gsm8k_like
+from quick_runs import quick_ranks, quick_run
+
+IGNORE = train_llm.IGNORE
+SEQ_LEN = 64
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tokenizer; caches and data sets of single tests go beside it."""
+    folder = tmp_path_factory.mktemp("data")
+    make_tokenizer(folder / "tokenizer")
+    make_tokenizer(folder / "chat_tokenizer", chat_template="chatml_generation")
+    return folder
+
+
+def sentences(n, seed=0, longest=40):
+    """n different texts of 1 to `longest` words."""
+    rng = random.Random(seed)
+    words = "seven small pencils cost three dollars each and Tom gives away what is left of them".split()
+    return [f"{i}: " + " ".join(rng.choices(words, k=rng.randint(1, longest))) for i in range(n)]
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def texts_file(path, texts, column="text"):
+    return write_jsonl(path, [{column: text} for text in texts])
+
+
+def chat(question, answer):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def make_args(place, dataset, *flags, tokenizer="tokenizer", cache="cache"):
+    return train_llm.parse_args([str(token) for token in (
+        "--from-scratch", "--model-size", "test", "--tokenizer", place / tokenizer, "--dataset", dataset,
+        "--data-cache", place / cache, "--seq-len", SEQ_LEN, "--device", "cpu", *flags)])
+
+
+def open_data(args):
+    """(train, held out) as the training opens them."""
+    folder = train_llm.prepare_data(args)
+    args.mask_documents = train_llm.masks_documents(args, folder)
+    return train_llm.open_datasets(args, folder)[:2]
+
+
+def documents_of(dataset):
+    """The token ids of each document of a split."""
+    ends = dataset.ends.tolist()
+    return [dataset.tokens[start:end].tolist() for start, end in zip(ends, ends[1:])]
+
+
+def expected_documents(place, texts):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(place / "tokenizer")
+    end = tokenizer.convert_tokens_to_ids(EOS)
+    return [[*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in texts]
+
+
+# ----------------------------------------------------------------------------------------------------
+# 1. Formats
+
+def write_format(kind, folder, texts, column):
+    """The same texts as a data set of some kind; returns what --dataset takes."""
+    import datasets
+
+    folder.mkdir()
+    rows = [{"id": i, column: text} for i, text in enumerate(texts)]
+    table, half = datasets.Dataset.from_list(rows), len(rows) // 2
+    if kind == "jsonl":
+        return write_jsonl(folder / "rows.jsonl", rows)
+    if kind == "jsonl_with_blank_lines":
+        path = folder / "rows.jsonl"
+        path.write_text("\n" + "\n\n".join(json.dumps(row) for row in rows))
+        return path
+    if kind == "parquet":
+        table.to_parquet(folder / "rows.parquet")
+        return folder / "rows.parquet"
+    if kind == "csv":
+        table.to_csv(folder / "rows.csv", index=False)
+        return folder / "rows.csv"
+    if kind == "folder_of_txt":
+        for i, text in enumerate(texts):
+            (folder / f"{i:04d}.txt").write_text(text)
+        return folder
+    if kind == "folder_of_parquet_shards":
+        for number, part in enumerate((rows[:half], rows[half:])):
+            name = f"train-{number:05d}-of-00002.parquet"
+            datasets.Dataset.from_list(part).to_parquet(folder / name)
+        return folder
+    if kind == "saved_dataset":
+        table.save_to_disk(folder / "saved")
+        return folder / "saved"
+    if kind == "saved_dataset_dict":
+        datasets.DatasetDict({"train": table, "test": table.select([0])}).save_to_disk(folder / "saved")
+        return folder / "saved"
+    raise ValueError(kind)
+
+
+KINDS = ["jsonl", "jsonl_with_blank_lines", "parquet", "csv", "folder_of_txt", "folder_of_parquet_shards",
+         "saved_dataset", "saved_dataset_dict"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_format_gives_the_same_tokens(place, tmp_path, kind):
+    texts = ["Tom has 15 apples.\nHe gives 4 away, \"all\" of them, at once.", "ünïcödé, ☃ and a\ttab",
+             *sentences(20)]
+    expected = expected_documents(place, texts)
+    columns = [("text", [])]
+    if kind != "folder_of_txt":
+        columns.append(("body", ["--text-column", "body"]))
+    for column, flags in columns:
+        dataset = write_format(kind, tmp_path / column, texts, column)
+        train_set, held_out = open_data(make_args(place, dataset, *flags))
+        assert documents_of(train_set) == expected
+        assert held_out is None and not train_set.chat
+
+
+def test_text_column_wins_over_a_conversation(place, tmp_path):
+    rows = [{"question": f"How many? {i}", "answer": f"{i} of them."} for i in range(8)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    train_set, _ = open_data(make_args(place, path, "--text-column", "answer"))
+    assert documents_of(train_set) == expected_documents(place, [row["answer"] for row in rows])
+
+
+def test_folder_with_splits(place, tmp_path):
+    train, test = sentences(12), sentences(7, seed=1)
+    texts_file(tmp_path / "my data" / "train.jsonl", train)
+    texts_file(tmp_path / "my data" / "test.jsonl", test)
+    folder = tmp_path / "my data"
+    train_set, held_out = open_data(make_args(place, folder, "--eval-split", "test"))
+    assert documents_of(train_set) == expected_documents(place, train)
+    assert documents_of(held_out) == expected_documents(place, test)
+    train_set, held_out = open_data(make_args(place, folder, "--dataset-split", "test"))
+    assert documents_of(train_set) == expected_documents(place, test) and held_out is None
+    with pytest.raises(train_llm.UserError, match=r"no file of split 'validation' among its 2 data files"):
+        open_data(make_args(place, folder, "--eval-split", "validation"))
+
+
+def test_eval_split_of_a_saved_dataset_and_of_a_file(place, tmp_path):
+    import datasets
+
+    train, test = sentences(9), sentences(5, seed=1)
+    tables = {name: datasets.Dataset.from_dict({"text": texts})
+              for name, texts in (("train", train), ("test", test))}
+    datasets.DatasetDict(tables).save_to_disk(tmp_path / "saved")
+    held_out_file = texts_file(tmp_path / "other.jsonl", test)
+    for flags in ((tmp_path / "saved", "--eval-split", "test"),
+                  (texts_file(tmp_path / "rows.jsonl", train), "--eval-split", held_out_file)):
+        train_set, held_out = open_data(make_args(place, *flags))
+        assert documents_of(train_set) == expected_documents(place, train)
+        assert documents_of(held_out) == expected_documents(place, test)
+
+
+def test_a_long_text_file_is_one_document(place, tmp_path):
+    text = "\n".join(sentences(18_000, longest=12))  # longer than two of the pieces that it is read in
+    assert len(text) > 600_000
+    path = tmp_path / "book.txt"
+    path.write_text(text)
+    train_set, _ = open_data(make_args(place, path))
+    tokens = train_set.tokens.tolist()
+    end = expected_documents(place, [""])[0][0]
+    assert tokens.count(end) == 1 and tokens[-1] == end
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(place / "tokenizer").decode(tokens[:-1]) == text
+
+
+def test_a_vocabulary_beyond_16_bits(place, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(place / "tokenizer")
+    tokenizer.add_tokens([f"<{i}>" for i in range(66_000)])
+    tokenizer.save_pretrained(tmp_path / "large")
+    path = texts_file(tmp_path / "rows.jsonl", ["<65999> and <3>", "<65000>"])
+    train_set, _ = open_data(make_args(tmp_path, path, tokenizer="large"))
+    ids = [tokenizer.convert_tokens_to_ids(f"<{i}>") for i in (65999, 3, 65000)]
+    flat = train_set.tokens.tolist()
+    assert max(ids) > 1 << 16 and [token for token in flat if token in ids] == ids
+    assert train_set[0]["input_ids"].tolist()[:len(flat) - 1] == flat[:-1]
+
+
+def test_eval_fraction_holds_out_documents_for_good(place, tmp_path):
+    texts = sentences(400)
+    path = texts_file(tmp_path / "rows.jsonl", texts)
+    parts = {}
+    for seed in (0, 1):
+        sets = open_data(make_args(place, path, "--eval-fraction", "0.2", "--seed", seed))
+        train, held_out = ([tuple(ids) for ids in documents_of(part)] for part in sets)
+        assert not set(train) & set(held_out)
+        assert sorted(train + held_out) == sorted(map(tuple, expected_documents(place, texts)))
+        # Drawn document by document: 80 of 400, with a standard deviation of 8.
+        assert 48 < len(held_out) < 112
+        parts[seed] = set(held_out)
+    assert parts[0] != parts[1]
+
+
+# ----------------------------------------------------------------------------------------------------
+# 2. Tokenised once
+
+def token_folders(cache):
+    return sorted(path for path in cache.glob("tokens-*") if path.is_dir())
+
+
+def test_cache_follows_content(place, tmp_path):
+    texts = sentences(10)
+    path = texts_file(tmp_path / "rows.jsonl", texts)
+    cache = tmp_path / "cache"
+
+    def prepare(*flags, dataset=path, **options):
+        return train_llm.prepare_data(make_args(place, dataset, *flags, cache=cache, **options))
+
+    first = prepare()
+    written = (first / "train/tokens.bin").stat()
+    os.utime(path, (1e9, 1e9))
+    again = prepare("--seq-len", 64, "--batch-size", 3, "--max-lr", 1e-2, "--no-packing", "--seed", 5)
+    assert again == first and token_folders(cache) == [first]
+    kept = (first / "train/tokens.bin").stat()
+    assert (kept.st_ino, kept.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)  # not tokenised again
+    # The same bytes under another name are the same data, too.
+    assert prepare(dataset=shutil.copy(path, tmp_path / "copy.jsonl")) == first
+
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}")
+    folders = [first, prepare("--chat-template", template)]
+    template.write_text("{% for m in messages %}{{ m['content'] + ' ' + eos_token }}{% endfor %}")
+    folders.append(prepare("--chat-template", template))
+    folders.append(prepare("--eval-fraction", 0.5))
+    folders.append(prepare("--eval-fraction", 0.5, "--seed", 1))
+    folders.append(prepare(tokenizer="chat_tokenizer"))
+    texts[3] += "!"
+    folders.append(prepare(dataset=texts_file(path, texts)))
+    assert len(set(folders)) == len(folders) and token_folders(cache) == sorted(folders)
+    assert not list(cache.glob("*.partial"))
+
+
+def test_an_interrupted_tokenisation_is_done_again(place, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "one"}, {"other": 1}])
+    args = make_args(place, path, cache=tmp_path / "cache")
+    with pytest.raises(train_llm.UserError, match="rows.jsonl:2: no column 'text'"):
+        train_llm.prepare_data(args)
+    assert not token_folders(tmp_path / "cache") or all(
+        folder.name.endswith(".partial") for folder in token_folders(tmp_path / "cache"))
+    texts_file(path, ["one", "two"])
+    train_set, _ = open_data(args)
+    assert len(documents_of(train_set)) == 2
+
+
+def test_processes_that_start_together_tokenise_once(place, tmp_path, monkeypatch):
+    path = texts_file(tmp_path / "rows.jsonl", sentences(300))
+    args = make_args(place, path, cache=tmp_path / "cache")
+    calls, tokenize = [], train_llm.tokenize
+
+    def counted(*arguments):
+        calls.append(arguments)
+        time.sleep(0.5)  # long enough for the others to come to the lock
+        tokenize(*arguments)
+
+    monkeypatch.setattr(train_llm, "tokenize", counted)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(train_llm.prepare_data(args))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1 and len(found) == 4 and len(set(found)) == 1
+    assert len(documents_of(train_llm.open_datasets(args, found[0])[0])) == 300
+
+
+# ----------------------------------------------------------------------------------------------------
+# 3. Samples
+
+@pytest.fixture(scope="module")
+def texts_path(place):
+    return texts_file(place / "texts.jsonl", sentences(61))
+
+
+@pytest.fixture(scope="module")
+def chats_path(place):
+    """Chats of all lengths; some are longer than SEQ_LEN, and one has its answer beyond it."""
+    texts = sentences(80, longest=9)
+    rows = [chat(texts[i], texts[i + 1]) for i in range(0, 78, 2)]
+    return write_jsonl(place / "chats.jsonl", [*rows, chat("why? " * 40, "Because."), *(
+        chat(f"{i}?", "Because it is so. " * i) for i in range(8, 12))])
+
+
+def test_stream_every_token_is_a_target_once(place, texts_path):
+    train_set, _ = open_data(make_args(place, texts_path, "--no-mask-documents"))
+    stream = [token for document in expected_documents(place, sentences(61)) for token in document]
+    samples = [train_set[i] for i in range(len(train_set))]
+    assert all(len(sample[key]) == SEQ_LEN for sample in samples for key in sample)
+    inputs = [token for sample in samples for token in sample["input_ids"].tolist()]
+    labels = [token for sample in samples for token in sample["labels"].tolist()]
+    padding = len(samples) * SEQ_LEN - (len(stream) - 1)
+    assert 0 <= padding < SEQ_LEN
+    assert inputs == stream[:-1] + [0] * padding
+    assert labels == stream[1:] + [IGNORE] * padding
+    assert all(sample["position_ids"].tolist() == list(range(SEQ_LEN)) for sample in samples)
+
+
+def test_stream_with_masked_documents(place, texts_path):
+    train_set, _ = open_data(make_args(place, texts_path, "--mask-documents"))
+    documents = expected_documents(place, sentences(61))
+    stream = [(d, p, token) for d, document in enumerate(documents) for p, token in enumerate(document)]
+    num_targets = 0
+    for i in range(len(train_set)):
+        sample = {key: value.tolist() for key, value in train_set[i].items()}
+        for t in range(SEQ_LEN):
+            at = i * SEQ_LEN + t
+            if at >= len(stream) - 1:
+                assert (sample["input_ids"][t], sample["labels"][t]) == (0, IGNORE)
+                continue
+            document, place_in_document, token = stream[at]
+            assert sample["input_ids"][t] == token
+            # Positions start again where a document does, and at the sample's beginning.
+            assert sample["position_ids"][t] == min(place_in_document, t)
+            follows = stream[at + 1][0] == document
+            assert sample["labels"][t] == (stream[at + 1][2] if follows else IGNORE)
+            num_targets += follows
+    assert num_targets == len(stream) - len(documents)
+
+
+def test_pieces_of_texts_without_packing(place, texts_path):
+    train_set, _ = open_data(make_args(place, texts_path, "--no-packing"))
+    expected = []
+    for ids in expected_documents(place, sentences(61)):
+        targets = [*ids[1:], IGNORE]
+        starts = [start for start in range(0, len(ids), SEQ_LEN) if len(ids) - start > 1]
+        expected += [(ids[start:start + SEQ_LEN], targets[start:start + SEQ_LEN]) for start in starts]
+    samples = [{key: value.tolist() for key, value in train_set[i].items()} for i in range(len(train_set))]
+    assert [(sample["input_ids"], sample["labels"]) for sample in samples] == expected
+    assert all(sample["position_ids"] == list(range(len(sample["input_ids"]))) for sample in samples)
+    batch = train_llm.collate([train_set[i] for i in range(3)], torch.device("cpu"), False)
+    longest = max(len(expected[i][0]) for i in range(3))
+    for i in range(3):
+        ids, labels = expected[i]
+        short = longest - len(ids)
+        assert batch["input_ids"][i].tolist() == ids + [0] * short
+        assert batch["labels"][i].tolist() == labels + [IGNORE] * short
+
+
+def chat_pieces(place, path, length=SEQ_LEN):
+    """[(ids, labels)] of each chat, cut to `length`, from the template written out."""
+    from transformers import AutoTokenizer
+
+    tokenizer, pieces = AutoTokenizer.from_pretrained(place / "chat_tokenizer"), []
+    for line in path.read_text().splitlines():
+        question, answer = (message["content"] for message in json.loads(line)["messages"])
+        parts = [(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", 0),
+                 (f"{answer}<|im_end|>", 1),
+                 ("\n", 0)]
+        encoded = [(tokenizer(text, add_special_tokens=False)["input_ids"], flag) for text, flag in parts]
+        ids = [token for tokens, _ in encoded for token in tokens]
+        flags = [flag for tokens, flag in encoded for _ in tokens]
+        labels = [token if flag else IGNORE for token, flag in zip(ids[1:], flags[1:])] + [IGNORE]
+        pieces.append((tuple(ids[:length]), tuple(labels[:length])))
+    return pieces
+
+
+def split_at_positions(sample):
+    """[(ids, labels)] of a sample, cut where its positions start again."""
+    ids, labels, positions = (sample[key].tolist() for key in ("input_ids", "labels", "position_ids"))
+    starts = [t for t, position in enumerate(positions) if position == 0]
+    return [(tuple(ids[a:b]), tuple(labels[a:b])) for a, b in zip(starts, [*starts[1:], len(ids)])]
+
+
+def test_packed_chats(place, chats_path):
+    pieces = chat_pieces(place, chats_path)
+    # A chat whose prompt alone fills a sample has nothing to train and is left out.
+    expected = Counter(piece for piece in pieces if set(piece[1]) != {IGNORE})
+    assert sum(expected.values()) == len(pieces) - 1
+    num_cut = sum(len(ids) > SEQ_LEN for ids, _ in chat_pieces(place, chats_path, 1000))
+    assert 2 < num_cut < 20
+    for flags in ((), ("--no-packing",)):
+        train_set, _ = open_data(make_args(place, chats_path, *flags, tokenizer="chat_tokenizer"))
+        assert train_set.chat and train_set.mask_documents
+        found = Counter()
+        for i in range(len(train_set)):
+            sample = train_set[i]
+            *whole, (ids, labels) = split_at_positions(sample)
+            found.update(whole)
+            if flags:
+                assert not whole
+                found[ids, labels] += 1
+                continue
+            assert len(sample["input_ids"]) == SEQ_LEN
+            # What follows the last document of a pack is padding.
+            [piece] = [p for p in expected if (ids[:len(p[0])], labels[:len(p[1])]) == p
+                       and set(ids[len(p[0]):]) <= {0} and set(labels[len(p[1]):]) <= {IGNORE}]
+            found[piece] += 1
+        assert found == expected
+        assert train_set.num_cut == num_cut
+        assert (len(train_set) < 36) == (not flags)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 4. Packs
+
+def reference_best_fit(sizes, capacity):
+    """Best-fit decreasing, the slow and plain way: how much room each bin has left."""
+    rooms = []
+    for size in sorted(sizes, reverse=True):
+        fitting = [b for b, room in enumerate(rooms) if room >= size]
+        if fitting:
+            rooms[min(fitting, key=lambda b: rooms[b])] -= size
+        else:
+            rooms.append(capacity - size)
+    return rooms
+
+
+@pytest.mark.parametrize("capacity, low, high, excess", [
+    (2048, 1, 700, 0.002), (2048, 1, 2048, 0.01), (64, 2, 20, 0.005), (100, 100, 100, 0.0), (10, 1, 1, 0.0),
+])
+def test_pack_best_fit(capacity, low, high, excess):
+    rng = random.Random(0)
+    sizes = [rng.randint(low, high) for _ in range(1500)]
+    packs = train_llm.pack_best_fit(sizes, capacity)
+    assert sorted(i for pack in packs for i in pack) == list(range(len(sizes)))
+    rooms = [capacity - sum(sizes[i] for i in pack) for pack in packs]
+    assert min(rooms) >= 0
+    assert sorted(rooms) == sorted(reference_best_fit(sizes, capacity))
+    lower_bound = max(math.ceil(sum(sizes) / capacity), sum(size > capacity / 2 for size in sizes))
+    assert len(packs) - lower_bound <= max(1, excess * lower_bound)
+
+
+def test_pack_best_fit_of_nothing_and_of_many():
+    assert train_llm.pack_best_fit([], 8) == []
+    rng = random.Random(0)
+    sizes = [rng.randint(1, 1000) for _ in range(100_000)]
+    started = time.perf_counter()
+    packs = train_llm.pack_best_fit(sizes, 2048)
+    assert time.perf_counter() - started < 20  # some tenths of a second; quadratic time would be an hour
+    assert len(packs) <= 1.001 * math.ceil(sum(sizes) / 2048)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 5. The global order
+
+def one_rank(rank=0, world_size=1):
+    return train_llm.Ranks(rank, rank, world_size, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("flags", [["--no-mask-documents"], ["--mask-documents"], ["--no-packing"]],
+                         ids=" ".join)
+def test_global_order_is_the_same_for_any_number_of_ranks(place, texts_path, flags):
+    """Batches of B samples that w ranks take in turns are, put together again, one and the same sequence."""
+    sequences = {}
+    for world_size, batch_size in ((1, 1), (1, 4), (2, 2), (4, 1), (3, 4)):
+        args = make_args(place, texts_path, *flags, "--batch-size", batch_size, "--seed", 3)
+        train_set, _ = open_data(args)
+        num_samples, per_round = len(train_set), batch_size * world_size
+        for start in (0, 24):
+            readers = [train_llm.ordered_batches(train_set, args, one_rank(rank, world_size), start)
+                       for rank in range(world_size)]
+            rows = []
+            while len(rows) < 2 * num_samples + per_round:  # over the border of two epochs
+                for reader in readers:
+                    batch = next(reader)
+                    assert len(batch["labels"]) == batch_size
+                    rows += [tuple(label for label in row if label != IGNORE)
+                             for row in batch["labels"].tolist()]
+            order = [train_llm.sample_at(start + i, num_samples, 3) for i in range(len(rows))]
+            targets = [tuple(label for label in train_set[i]["labels"].tolist() if label != IGNORE)
+                       for i in order]
+            assert rows == targets
+            sequences.setdefault(start, []).append(rows[:2 * num_samples])
+    for found in sequences.values():
+        assert all(rows == found[0] for rows in found)
+
+
+def test_each_epoch_is_another_permutation():
+    epochs = [[train_llm.sample_at(p, 50, seed) for p in range(epoch * 50, epoch * 50 + 50)]
+              for seed in (0, 1) for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == len(epochs) and list(range(50)) not in epochs
+
+
+def streamed_documents(args, rank, world_size, num_batches, state=None):
+    """What a rank's first batches hold: [(ids, labels)], cut where positions start again."""
+    args.mask_documents = True  # so that positions show the borders
+    batches = train_llm.streamed_batches(args, one_rank(rank, world_size), {} if state is None else state)
+    found = []
+    for _ in range(num_batches):
+        batch = next(batches)
+        positions = batch.get("position_ids", torch.arange(args.seq_len).expand(args.batch_size, -1))
+        assert batch["input_ids"].shape == (args.batch_size, args.seq_len)
+        for row in range(args.batch_size):
+            sample = {"input_ids": batch["input_ids"][row], "labels": batch["labels"][row],
+                      "position_ids": positions[row]}
+            found += split_at_positions(sample)
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_streaming_sees_every_row_once_an_epoch(place, chats_path, world_size):
+    expected = chat_pieces(place, chats_path)
+    args = make_args(place, chats_path, "--streaming", "--batch-size", 2, tokenizer="chat_tokenizer")
+    for rank in range(world_size):
+        mine = expected[rank::world_size]
+        found = streamed_documents(args, rank, world_size, 45 // world_size + 1)
+        assert len(found) > 2 * len(mine)  # two whole epochs and more
+        for number, (ids, labels) in enumerate(found):
+            piece_ids, piece_labels = mine[number % len(mine)]
+            n = len(piece_ids)
+            assert (ids[:n], labels[:n]) == (piece_ids, piece_labels), number
+            assert set(ids[n:]) <= {0} and set(labels[n:]) <= {IGNORE}
+
+
+def test_streaming_of_texts_loses_no_token(place, texts_path):
+    documents = expected_documents(place, sentences(61))
+    args = make_args(place, texts_path, "--streaming", "--batch-size", 1)
+    inputs, targets = [], []
+    for ids, labels in streamed_documents(args, 0, 1, sum(map(len, documents)) // SEQ_LEN * 2):
+        inputs += ids
+        targets += labels
+    stream = [token for document in documents for token in document] * 3
+    assert len(inputs) > 1.9 * sum(map(len, documents)) and inputs == stream[:len(inputs)]
+    labels = [label for document in documents for label in [*document[1:], IGNORE]] * 3
+    assert targets == labels[:len(targets)]
+
+
+@pytest.mark.parametrize("stop", [1, 5, 19])
+def test_streaming_resumes_exactly(place, texts_path, chats_path, stop):
+    for path, tokenizer in ((texts_path, "tokenizer"), (chats_path, "chat_tokenizer")):
+        args = make_args(place, path, "--streaming", "--batch-size", 2, tokenizer=tokenizer)
+        straight = streamed_documents(args, 1, 2, 40)
+        state = {}
+        first = streamed_documents(args, 1, 2, stop, state)
+        rest = streamed_documents(args, 1, 2, 40 - stop, json.loads(json.dumps(state)))
+        assert first + rest == straight
+
+
+def test_streaming_with_fewer_rows_than_ranks(place, tmp_path):
+    args = make_args(place, texts_file(tmp_path / "rows.jsonl", ["only one"]), "--streaming")
+    with pytest.raises(train_llm.UserError, match="no row for rank 1 of 2"):
+        streamed_documents(args, 1, 2, 1)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 6. Held-out loss
+
+@pytest.fixture(scope="module")
+def process_group():
+    assert not torch.distributed.is_initialized()
+    args = argparse.Namespace(seed=0, hsdp_shard_size=None)
+    mesh = train_llm.init_distributed(args, one_rank())
+    yield mesh
+    torch.distributed.destroy_process_group()
+
+
+def load_model(args, mesh):
+    """A model as main() makes it, in this process alone."""
+    folder = train_llm.fetch(args.hf_model) if args.hf_model else None
+    model = train_llm.build_model(args, folder, 500)
+    train_llm.shard_model(model, args, mesh, torch.float32)
+    ties = train_llm.materialise(model, torch.device("cpu"), False)
+    if folder:
+        train_llm.fill_buffers(model)
+        train_llm.load_hf_weights(model, folder, args, one_rank())
+    else:
+        train_llm.init_from_scratch(model, args.seed, torch.device("cpu"))
+    train_llm.prove_filled(model, ties)
+    return model
+
+
+@pytest.mark.parametrize("family", [None, "llama", "qwen2", "gpt2"])
+def test_packed_loss_is_the_unpacked_loss(place, tmp_path, process_group, family):
+    """The same chats one by one and packed: documents in a pack do not see one another."""
+    path = write_gsm8k_like(tmp_path / "rows.jsonl", 23)
+    # Weights far from zero: with the usual 0.02 all losses are close to log(V) whatever the attention sees.
+    source = ["--hf-model", make_hf_model(family, tmp_path / "model")] if family else [
+        "--from-scratch", "--model-size", "test", "--tokenizer", place / "tokenizer"]
+    losses = {}
+    for flags in (("--packing",), ("--no-packing",), ("--packing", "--no-mask-documents")):
+        args = train_llm.parse_args([str(token) for token in (
+            *source, "--dataset", path, "--eval-split", path, "--data-cache", tmp_path / "cache", "--seq-len",
+            192, "--loss-chunk-tokens", 100, "--device", "cpu", *flags)])
+        _, held_out = open_data(args)
+        model = load_model(args, process_group)
+        if not family:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(4.0)
+        # Or packing would cut other tokens away.
+        assert all(len(ids) <= 192 for ids in documents_of(held_out))
+        losses[flags] = train_llm.evaluate(model, held_out, 3, one_rank())
+    packed, single, leaking = losses.values()
+    assert packed["eval/tokens"] == single["eval/tokens"] == leaking["eval/tokens"] > 500
+    assert packed["eval/loss"] == pytest.approx(single["eval/loss"], rel=1e-6)
+    # The comparison has teeth: documents that see one another give another loss.
+    assert abs(leaking["eval/loss"] / single["eval/loss"] - 1) > 1e-4
+
+
+def test_held_out_loss_is_the_same_on_one_and_two_ranks(place, tmp_path):
+    """The real command; held-out sequences that never divide evenly, and one alone: a rank has none."""
+    path = write_gsm8k_like(tmp_path / "rows.jsonl", 40)
+    for num_held_out in (1, 7):
+        held_out = write_gsm8k_like(tmp_path / f"held_out_{num_held_out}.jsonl", num_held_out)
+        flags = ["--from-scratch", "--model-size", "test", "--tokenizer", place / "tokenizer", "--dataset",
+                 path, "--eval-split", held_out, "--data-cache", tmp_path / "cache", "--seq-len", 128,
+                 "--max-lr", 1e-3, "--min-lr", 1e-4, "--max-steps", 3, "--eval-interval", 1,
+                 "--log-interval", 1, "--no-packing", "--no-export", "--device", "cpu", "--batch-size", 2]
+        rows = {}
+        for world_size in (1, 2):
+            run_dir = tmp_path / f"run_{num_held_out}_{world_size}"
+            more = ["--checkpoint-dir", run_dir, "--grad-accum-steps", 2 // world_size]
+            if world_size == 1:
+                quick_run([*flags, *more])
+            else:
+                quick_ranks([*flags, *more], world_size)
+            metrics = read_metrics(run_dir)
+            rows[world_size] = [row for row in metrics if "eval/loss" in row]
+            rows[world_size, "train"] = [row["train/loss"] for row in metrics if "train/loss" in row]
+        assert [row["step"] for row in rows[1]] == [row["step"] for row in rows[2]] == [1, 2, 3]
+        for one, two in zip(rows[1], rows[2]):
+            assert one["eval/tokens"] == two["eval/tokens"] > 0
+            assert two["eval/loss"] == pytest.approx(one["eval/loss"], rel=1e-6)
+            assert one["eval/perplexity"] == pytest.approx(math.exp(one["eval/loss"]), rel=1e-12)
+        assert rows[2, "train"] == pytest.approx(rows[1, "train"], rel=1e-6)
+        assert rows[1][0]["eval/loss"] != rows[1][2]["eval/loss"]
+
+
+def test_two_ranks_train_one_tokenizer_and_tokenise_once(tmp_path):
+    """Without --tokenizer the first process to come trains one; there is one set of tokens."""
+    path = texts_file(tmp_path / "rows.jsonl", sentences(60))
+    results = quick_ranks(
+        ["--from-scratch", "--model-size", "test", "--vocab-size", 320, "--dataset", path, "--data-cache",
+         tmp_path / "cache", "--seq-len", SEQ_LEN, "--max-steps", 2, "--checkpoint-dir", tmp_path / "run",
+         "--no-export", "--device", "cpu", "--sample-tokens", 5, "--sample-prompt", "Tom"], 2)
+    output = "".join(result.stdout for result in results)
+    assert output.count("training a byte-level BPE tokenizer of 320 tokens") == 1
+    assert "a sample of what the model writes:\n    Tom" in output
+    assert len(token_folders(tmp_path / "cache")) == 1
+    folders = [path.name.split("-")[0] for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert sorted(folders) == ["tokenizer", "tokens"]
