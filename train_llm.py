@@ -173,7 +173,7 @@ def config_tokens(path: str, parser: argparse.ArgumentParser) -> list[str]:
     """A config file as command-line tokens, so that one parser checks both and the real command line wins."""
     import yaml
     try:
-        entries = yaml.safe_load(Path(path).read_text())  # JSON is YAML
+        entries = yaml.safe_load(Path(path).read_bytes())  # JSON is YAML
     except OSError as error:
         usage_error(f"--config {path}: {error.strerror}")
     except yaml.YAMLError as error:
@@ -217,6 +217,8 @@ def find_problems(args: Namespace) -> Iterator[str]:
         yield "--streaming always packs: leave --no-packing out"
     if args.streaming and args.from_scratch and not args.tokenizer:
         yield "--streaming from scratch needs --tokenizer: none can be trained on text that is not read yet"
+    if args.dataset_split != "train" and (args.dataset == "stdlib" or Path(args.dataset).is_file()):
+        yield f"--dataset-split {args.dataset_split}: {args.dataset} has no splits; leave it out"
     if args.gpu_ranks and not re.fullmatch(r"\d+(,\d+)*", args.gpu_ranks):
         yield f"--gpu-ranks {args.gpu_ranks}: expected numbers with commas, such as 0,2,3"
     if args.chat_template and not Path(args.chat_template).is_file():
@@ -442,24 +444,24 @@ def first_line(error: BaseException) -> str:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
-    with path.open(encoding="utf-8") as lines:
-        for n, line in enumerate(lines, 1):
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line) if line.strip() else None
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{n}: not JSON ({error.msg}); expected one object a line") from None
+            except ValueError as error:  # not JSON, or not UTF-8
+                raise UserError(f"{path}:{number}: not JSON ({error}); expected one object a line") from None
             if isinstance(row, dict):
-                yield f"{path}:{n}", row
+                yield f"{path}:{number}", row
             elif line.strip():
-                raise UserError(f"{path}:{n}: expected a JSON object, found {type(row).__name__}")
+                raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
 
 
 def read_txt(path: Path) -> Iterator[tuple[str, dict]]:
-    """One document a file, in pieces of whole lines, some 256 KB each; only the last piece ends it."""
+    """One document a file, in pieces of whole lines, some 16 KB each; only the last piece ends it."""
     with path.open(encoding="utf-8", errors="replace") as file:
-        piece, continued = file.readlines(1 << 18), False
+        piece, continued = file.readlines(1 << 14), False
         while piece:
-            following = file.readlines(1 << 18)
+            following = file.readlines(1 << 14)
             yield str(path), {"text": "".join(piece), "_continued": continued, "_continues": bool(following)}
             piece, continued = following, True
 
@@ -482,7 +484,7 @@ def row_kind(row: dict, where: str, text_column: str | None) -> str:
 def to_messages(row: dict, where: str) -> list[dict]:  # EDIT: what one of your rows becomes
     """[{'role', 'content'}, …] of a messages, prompt+completion or question+answer row."""
     messages = row.get("messages")
-    if messages is None:
+    if "messages" not in row:
         prompt, completion = ("prompt", "completion") if "prompt" in row else ("question", "answer")
         messages = []
         for key, role in ((prompt, "user"), (completion, "assistant")):
@@ -530,8 +532,10 @@ def assistant_spans(tokenizer, messages: list[dict]) -> tuple[str, list[tuple[in
     render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
     text, spans = render(messages), []
     for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
-        before = render(messages[:i], add_generation_prompt=True) if i else ""
         after = render(messages[:i + 1])
+        # A conversation that opens with the assistant: what stands before its first words is the template's.
+        before = (render(messages[:i], add_generation_prompt=True) if i
+                  else after.partition(messages[0]["content"].strip())[0])
         if not (after.startswith(before) and text.startswith(after)):
             raise ValueError(f"turn {i + 1} renders differently within the whole conversation; give the "
                              "template {% generation %} tags, or pass another with --chat-template")
@@ -668,9 +672,10 @@ def tokenize(args: Namespace, folder: Path) -> None:
     writers = {name: TokenWriter(folder / name, typecode, ends) for name in ("train", "eval")}
     with tqdm(desc="tokenising", unit=" documents", disable=not sys.stderr.isatty()) as bar:
         if not args.streaming:
-            for number, *document in encoded_rows(args, args.dataset_split, tokenizer):
-                held_out = zlib.crc32(f"{args.seed} {number}".encode()) < args.eval_fraction * 2**32
-                writers["eval" if held_out else "train"].add(*document)
+            for _, ids, *flags in encoded_rows(args, args.dataset_split, tokenizer):
+                # Drawn by content, so that a document that stands in the data twice is never on both sides.
+                held_out = zlib.crc32(array("q", ids).tobytes(), args.seed) < args.eval_fraction * 2**32
+                writers["eval" if held_out else "train"].add(ids, *flags)
                 bar.update()
         if args.eval_split:
             for _, *document in encoded_rows(args, args.eval_split, tokenizer):
@@ -782,6 +787,9 @@ class TokenDataset(torch.utils.data.Dataset):
         self.pieces, self.num_cut = ([], 0) if self.stream else self.cut_pieces()
         sizes = [length for _, length in self.pieces]
         self.packs = pack_best_fit(sizes, seq_len) if packing else [[i] for i in range(len(sizes))]
+        if not len(self):
+            raise UserError(f"--seq-len {seq_len} cuts every {split} chat before its answer: raise it"
+                            if self.chat else f"the {split} data hold no two tokens in a row: nothing to learn")
 
     def __len__(self) -> int:
         return math.ceil((self.num_tokens - 1) / self.seq_len) if self.stream else len(self.packs)
@@ -806,11 +814,9 @@ class TokenDataset(torch.utils.data.Dataset):
             is_cut = end - start > self.seq_len
             num_cut += is_cut
             starts = [start] if self.chat else range(start, end, self.seq_len)
-            if self.chat and is_cut and not self.trained[start + 1:start + self.seq_len].any():
+            if self.chat and is_cut and not self.trained[start + 1:start + self.seq_len + 1].any():
                 continue  # the prompt alone fills the sample
             pieces += [(s, min(self.seq_len, end - s)) for s in starts if end - s > 1]
-        if not pieces:
-            raise UserError(f"--seq-len {self.seq_len} cuts every chat before its answer: raise it")
         return pieces, num_cut
 
     def piece(self, start: int, length: int, bounded: bool = True) -> tuple[Tensor, Tensor]:
@@ -910,6 +916,8 @@ def streamed_batches(args: Namespace, ranks: Ranks, state: dict) -> Iterator[dic
         mine = lambda number: number >= first_row and number % ranks.world_size == ranks.rank  # noqa: E731
         for number, ids, trained, chat in encoded_rows(args, args.dataset_split, tokenizer, mine):
             found, state["rows"] = True, number + 1
+            if chat and not any(trained[1:args.seq_len + 1]):
+                continue  # the prompt alone fills the sample
             labels = [token if flag else IGNORE for token, flag in zip(ids[1:], trained[1:])] + [IGNORE]
             waiting.append((torch.tensor(ids), torch.tensor(labels)))
             while sum(len(ids) for ids, _ in waiting) >= args.seq_len:
@@ -1631,12 +1639,13 @@ def sync_folder(folder: Path) -> None:
 
 def finish_save(saver: Checkpointer, ranks: Ranks) -> None:
     """Wait for the save under way and publish it (all ranks). Raises UserError if it failed on any rank."""
+    from torch.distributed.checkpoint import CheckpointException
     if saver.saving is None:
         return
     try:
         wait_for_copy(saver)
         saver.saving.result()
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException
         # DCP's message holds the traceback of the rank that failed: a line such as "OSError: …" says why.
         reasons = [f"{type(error).__name__}: {first_line(error)}", *re.findall(r"\w*Error: .+", str(error))]
         kept = checkpoints_in(saver.folder)
@@ -2157,6 +2166,8 @@ def run_and_report() -> None:
         message, code = str(error), 1
     except KeyboardInterrupt:
         message, code = "interrupted; start the same command again to go on from the newest checkpoint", 130
+    except OSError as error:
+        message, code = f"{error}: is the disk full, or a folder not yours? Saved checkpoints are intact", 1
     except torch.OutOfMemoryError as error:
         message, code = (f"out of GPU memory ({str(error).split('.')[0]}): lower --batch-size and raise "
                          "--grad-accum-steps, or use --activation-checkpointing full, or more GPUs"), 1
