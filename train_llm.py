@@ -279,6 +279,7 @@ def relaunch_under_torchrun(args: Namespace) -> None:
         return
     import logging
 
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
@@ -289,6 +290,8 @@ def relaunch_under_torchrun(args: Namespace) -> None:
     except ChildFailedError as error:
         # A rank that failed by itself has a positive exit code; torchrun's signal ended the others.
         sys.exit(max((f.exitcode for f in error.failures.values() if f.exitcode > 0), default=1))
+    except SignalException as error:  # Ctrl-C or SIGTERM; the ranks have had it too
+        sys.exit(128 + error.sigval)
     sys.exit(0)
 
 
@@ -402,7 +405,7 @@ def data_files(args: Namespace, split: str) -> list[Path]:
     called train, all files without another split's name are."""
     if args.dataset == "stdlib" and not Path(split).is_file():
         root = Path(sysconfig.get_paths()["stdlib"])  # without its tests some 10 MB of real code, everywhere
-        skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+        skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
         return sorted(path for path in root.rglob("*.py") if not skip & set(path.relative_to(root).parts))
     source = Path(split) if Path(split).is_file() else Path(args.dataset)
     if source.is_file():
@@ -789,7 +792,7 @@ class TokenDataset(torch.utils.data.Dataset):
         self.packs = pack_best_fit(sizes, seq_len) if packing else [[i] for i in range(len(sizes))]
         if not len(self):
             raise UserError(f"--seq-len {seq_len} cuts every {split} chat before its answer: raise it"
-                            if self.chat else f"the {split} data hold no two tokens in a row: nothing to learn")
+                            if self.chat else f"the {split} data hold no two tokens: nothing to learn")
 
     def __len__(self) -> int:
         return math.ceil((self.num_tokens - 1) / self.seq_len) if self.stream else len(self.packs)
@@ -969,7 +972,7 @@ class ModelConfig:
 # is true within 2 % with the default vocabulary of 32,000 (input and output embeddings are separate).
 MODEL_SIZES = {
     "test": ModelConfig(2, 64, 4, 2, 192),
-    "quickstart": ModelConfig(4, 192, 6, 3, 512),
+    "quickstart": ModelConfig(4, 128, 4, 2, 384),
     "125M": ModelConfig(12, 768, 12, 4, 2048),
     "350M": ModelConfig(24, 1024, 16, 8, 2816),
     "1B": ModelConfig(24, 2048, 16, 4, 4096),
@@ -2171,9 +2174,15 @@ def run_and_report() -> None:
     except torch.OutOfMemoryError as error:
         message, code = (f"out of GPU memory ({str(error).split('.')[0]}): lower --batch-size and raise "
                          "--grad-accum-steps, or use --activation-checkpointing full, or more GPUs"), 1
-    if int(os.environ.get("RANK", 0)):
+    except RuntimeError as error:
+        if not re.search("[Cc]onnection (closed|reset)", str(error)):
+            raise
+        message, code = "another rank ended, and says why; the same command goes on from the last save", 1
+    is_main = os.environ.get("RANK", "0") == "0"
+    if not is_main and code != 130:
         time.sleep(3)  # most often rank 0 has the same to say, and this process is ended before it repeats it
-    print(f"\ntrain_llm.py: error: {message}", file=sys.stderr, flush=True)
+    if is_main or code != 130:
+        print(f"\ntrain_llm.py: error: {message}", file=sys.stderr, flush=True)
     os._exit(code)  # at once: other ranks may sit in a collective, and a save's threads must not hold this up
 
 

@@ -132,7 +132,7 @@ def test_broken_configs(tmp_path, kind):
 
 def test_config_that_is_no_text(tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_bytes("from_scratch: true\n".encode("utf-16"))  # as some editors save it
+    path.write_bytes("dataset: café\n".encode("latin-1"))  # as some editors save it
     [line] = usage_errors(["--config", path])
     assert line.startswith(f"--config {path}")
 
@@ -308,7 +308,7 @@ def test_accelerate_launch(place, tmp_path):
     if not importlib.util.find_spec("accelerate"):
         pytest.skip("accelerate is not installed")
     env = {key: value for key, value in os.environ.items() if key not in TORCHRUN_VARIABLES}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
                "--num_machines", "1", "--mixed_precision", "no", "--main_process_port", str(free_port()),
                str(REPO / "train_llm.py")]
     subprocess.run([*command, *flags_for(place, tmp_path / "run")], check=True, env=env, timeout=200)

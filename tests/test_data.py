@@ -516,7 +516,8 @@ def test_streaming_sees_every_row_once_an_epoch(place, chats_path, world_size):
     expected = chat_pieces(place, chats_path)
     args = make_args(place, chats_path, "--streaming", "--batch-size", 2, tokenizer="chat_tokenizer")
     for rank in range(world_size):
-        mine = expected[rank::world_size]
+        # A chat whose prompt alone fills a sequence has nothing to train on and is passed over.
+        mine = [piece for piece in expected[rank::world_size] if set(piece[1]) != {IGNORE}]
         found = streamed_documents(args, rank, world_size, 45 // world_size + 1)
         assert len(found) > 2 * len(mine)  # two whole epochs and more
         for number, (ids, labels) in enumerate(found):
