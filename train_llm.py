@@ -404,9 +404,7 @@ def data_files(args: Namespace, split: str) -> list[Path]:
     Of a folder, those whose path holds the split's name as a word ('train-00001.parquet'); where nothing is
     called train, all files without another split's name are."""
     if args.dataset == "stdlib" and not Path(split).is_file():
-        root = Path(sysconfig.get_paths()["stdlib"])  # without its tests some 10 MB of real code, everywhere
-        skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
-        return sorted(path for path in root.rglob("*.py") if not skip & set(path.relative_to(root).parts))
+        return stdlib_files()
     source = Path(split) if Path(split).is_file() else Path(args.dataset)
     if source.is_file():
         return [source]
@@ -422,6 +420,15 @@ def data_files(args: Namespace, split: str) -> list[Path]:
     if not named:
         raise UserError(f"{source}: no file of split '{split}' among its {len(files)} data files")
     return named
+
+
+def stdlib_files() -> list[Path]:
+    """Sources of Python's standard library without tests and code tables: 10 MB of real code, everywhere."""
+    skip, found = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}, []
+    for folder, subfolders, names in os.walk(sysconfig.get_paths()["stdlib"]):
+        subfolders[:] = [name for name in subfolders if name not in skip]  # not walked at all
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(found)
 
 
 def open_with_datasets(args: Namespace, split: str, path: Path | None = None):
@@ -1542,29 +1549,33 @@ class Checkpointer:
     optimizer, each rank's random state), progress.json, config.yaml and the script's source."""
     folder: Path
     keep: int
-    group: torch.distributed.ProcessGroup  # gloo, of its own: a save must not meet training's collectives
-    stager: object
+    group: object = None  # gloo, of its own: a save must not meet training's collectives
+    stager: object = None
     saving: object = None  # future of the files
     staging: object = None  # future of the copy that frees the parameters for the next update
     partial: Path | None = None
 
 
 def open_checkpoints(args: Namespace, ranks: Ranks) -> Checkpointer:
-    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-    cuda = ranks.device.type == "cuda"
     folder = Path(args.checkpoint_dir) / "checkpoints"
     if ranks.is_main:
         for stale in folder.glob("*.partial"):  # a save that a kill interrupted
             shutil.rmtree(stale, ignore_errors=True)
-    # Two stages, both in threads. Staging copies the tensors to host memory (pinned, or a GPU's copy would
-    # block); the upload then writes that copy to files while training changes the parameters.
-    stager = DefaultStager(StagingOptions(use_pinned_memory=cuda, use_shared_memory=False,
-                                          use_async_staging=True, use_non_blocking_copy=cuda))
+    return Checkpointer(folder, args.keep_checkpoints)
+
+
+def open_stager(saver: Checkpointer, cuda: bool) -> None:
+    """At the first save (all ranks), so that the start of training does not wait for it.
+
+    Two stages, both in threads. Staging copies the tensors to host memory (pinned, or a GPU's copy would
+    block); the upload then writes that copy to files while training changes the parameters."""
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+    saver.stager = DefaultStager(StagingOptions(use_pinned_memory=cuda, use_shared_memory=False,
+                                                use_async_staging=True, use_non_blocking_copy=cuda))
     # HACK(torch 2.11): its stager closes this part after every copy, so that the next save fails. Remove when
     # 2.12 is the oldest supported; never closing it costs nothing, the process ends with it.
-    stager._state_dict_stager.close = lambda: None
-    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=1))
-    return Checkpointer(folder, args.keep_checkpoints, group, stager)
+    saver.stager._state_dict_stager.close = lambda: None
+    saver.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=1))
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -1599,6 +1610,8 @@ def start_save(saver: Checkpointer, tensors: dict, progress: dict, files: dict[s
     the next update. `files` are this rank's texts that go beside the tensors."""
     import torch.distributed.checkpoint as dcp
     finish_save(saver, ranks)
+    if saver.stager is None:
+        open_stager(saver, cuda=ranks.device.type == "cuda")
     saver.partial = saver.folder / f"step_{progress['step']:06d}.partial"
     saver.partial.mkdir(parents=True, exist_ok=True)
     own = files | {"progress.json": json.dumps(progress)} if ranks.is_main else files
