@@ -2169,8 +2169,8 @@ def closing_lines(args: Namespace, run_dir: Path, error: float | None) -> list[s
     if args.export:
         check = "not reloaded: too little memory" if error is None else f"reloaded: logits within {error:.0e}"
         lines += [f"model      {run_dir / 'hf'} (Hugging Face format; {check})",
-                  f"next       {sys.executable} {sys.argv[0]} --hf-model {run_dir / 'hf'} "
-                  f"--seq-len {args.seq_len} --dataset YOUR.jsonl --max-lr 2e-5 --checkpoint-dir runs/finetuned"]
+                  f"next       {sys.executable} {sys.argv[0]} --hf-model {run_dir / 'hf'} --seq-len "
+                  f"{args.seq_len} --dataset YOUR.jsonl --max-lr 2e-5 --checkpoint-dir runs/finetuned"]
     return lines
 
 

@@ -1,0 +1,59 @@
+"""The small programs in tools/, and the README's tables that they print."""
+
+import json
+import re
+import subprocess
+import sys
+
+from helpers import REPO
+
+sys.path.insert(0, str(REPO / "tools"))
+
+
+def run_tool(name, *args):
+    command = [sys.executable, str(REPO / "tools" / name), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_readme_has_the_real_parameter_counts():
+    from plan_memory import count_parameters
+    rows = re.findall(r"^\| (\w+) \| ([\d,]+) \| \d+ \| ", (REPO / "README.md").read_text(), re.MULTILINE)
+    assert [size for size, _ in rows] == ["125M", "350M", "1B", "3B", "7B", "13B", "30B", "70B"]
+    assert rows == [(size, f"{count_parameters(size)[0]:,}") for size, _ in rows]
+
+
+def test_readme_has_the_memory_table_of_plan_memory():
+    table = run_tool("plan_memory.py").stdout
+    assert table.count("\n") == 10 and table in (REPO / "README.md").read_text()
+
+
+def test_states_shrink_with_the_number_of_gpus():
+    from plan_memory import count_parameters, memory_gib
+    for num_gpus in (1, 8, 64):
+        parts = memory_gib("7B", num_gpus, tokens=2048, vocab_size=32000, chunk=2048)
+        assert parts["states"] == 16 * count_parameters("7B")[0] / num_gpus / 2**30
+    assert run_tool("plan_memory.py", "--detail", "8B").returncode == 2
+
+
+def test_plot_of_two_runs(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        rows = [{"step": step, "train/loss": 5 / step} for step in range(1, 40)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = run_tool("plot_metrics.py", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "curve.png")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_later_row_of_a_step_counts(tmp_path):
+    from plot_metrics import read_series
+    rows = [{"step": 1, "train/loss": 3.0}, {"step": 2, "eval/loss": 1.0}, {"step": 1, "train/loss": 2.0}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read_series(tmp_path, "train/loss") == {1: 2.0}
+
+
+def test_plot_says_what_is_missing(tmp_path):
+    assert run_tool("plot_metrics.py", tmp_path).returncode == 2
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    done = run_tool("plot_metrics.py", tmp_path)
+    assert done.returncode == 1 and "train/loss" in done.stderr
