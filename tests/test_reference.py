@@ -39,8 +39,8 @@ def write_texts(path):
 
 
 def write_chats(path):
-    """Chats with few to hundreds of trained tokens; two whose prompt alone fills a sequence, so that not one
-    token of theirs is trained, two whose answer is cut, and every seventh with two answers."""
+    """Chats with few to hundreds of trained tokens; two whose prompt alone fills a sequence, two whose answer
+    is cut, and every seventh with two answers."""
     rows = []
     for i in range(45):
         question = " ".join([ENGLISH[i % 3]] * (8 if i in (11, 30) else 1))
@@ -95,7 +95,9 @@ def chat_documents(tokenizer, path, default_system):
                 piece = tokenizer(part, add_special_tokens=False)["input_ids"]
                 ids += piece
                 targets += piece if trained and number == 1 else [IGNORE] * len(piece)
-        documents.append((ids[:SEQ_LEN], [*targets[1:], IGNORE][:SEQ_LEN]))
+        labels = [*targets[1:], IGNORE][:SEQ_LEN]
+        if set(labels) != {IGNORE}:  # else the prompt alone fills the sequence: nothing to train on
+            documents.append((ids[:SEQ_LEN], labels))
     return documents
 
 
