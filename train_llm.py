@@ -110,7 +110,7 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
     add("--num-epochs", type=int, default=1, help="passes over the data")
     add("--steps-per-epoch", type=int, help="if not given: one pass over the data; 1000 with --streaming")
     add("--max-lr", type=float, default=3e-4, help="learning rate after warm-up")
-    add("--min-lr", type=float, default=3e-5, help="learning rate at the end of the cosine")
+    add("--min-lr", type=float, help="where the cosine ends; if not given: 3e-5, a tenth of --max-lr at most")
     add("--warmup-steps", type=int, help="if not given: 2000, a tenth of all steps at the most")
     add("--weight-decay", type=float, default=0.1, help="on matrices; not on norms, biases and embeddings")
     add("--grad-clip", type=float, default=1.0, help="largest global gradient norm; 0 is off")
@@ -166,6 +166,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     del args.config
     if problems := list(find_problems(args)):
         usage_error("\n".join(problems))
+    if args.min_lr is None:
+        args.min_lr = min(3e-5, args.max_lr / 10)
     return args
 
 
@@ -205,7 +207,7 @@ def find_problems(args: Namespace) -> Iterator[str]:
             yield f"--{name.replace('_', '-')} must be at least {least}, not {value}"
     if args.from_scratch == bool(args.hf_model):
         yield "choose one: --hf-model NAME_OR_FOLDER or --from-scratch"
-    if args.min_lr > args.max_lr:
+    if args.min_lr is not None and args.min_lr > args.max_lr:
         yield f"--min-lr {args.min_lr} is above --max-lr {args.max_lr}: lower --min-lr as well"
     if not 0 <= args.eval_fraction < 1:
         yield "--eval-fraction must be at least 0 and below 1"
