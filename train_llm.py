@@ -603,6 +603,7 @@ def train_tokenizer(args: Namespace, vocab_size: int, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END).save_pretrained(folder)
 
 
+@functools.lru_cache  # a hub name costs a round trip for each of its files
 def fetch(name: str) -> Path:
     """The local folder of a model or tokenizer. A hub name is downloaded once per node: the hub's library
     locks each file, so that the ranks beside the first wait and then find it."""
@@ -663,7 +664,8 @@ def prepare_data(args: Namespace) -> Path:
     """The folder of the tokenised data set; made if --data-cache has none for these rows and tokenizer."""
     splits = [split for split in (None if args.streaming else args.dataset_split, args.eval_split) if split]
     name = args.tokenizer or args.hf_model
-    files = "tokenizer.json tokenizer_config.json tokenizer.model chat_template.jinja vocab.json".split()
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
+             "chat_template.jinja")
     tokenizer = [file_identity(fetch(name) / f) for f in files if (fetch(name) / f).is_file()] if name else (
         args.vocab_size or 32000, PLAIN_TEMPLATE)
     template = args.chat_template and file_identity(Path(args.chat_template))
