@@ -27,16 +27,22 @@ import json
 import math
 import os
 import re
+import select
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
+import traceback
 import zlib
 from argparse import Namespace
 from array import array
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
@@ -48,6 +54,11 @@ from torch import Tensor, nn
 # wrong flags must not wait for them, and training from scratch never pays for a transformers model class.
 
 IGNORE = -100  # the label of a token that is not trained, the value that torch and transformers use
+
+
+# Exit codes: 0 finished, 1 an error that the last line explains, 2 wrong arguments; of a run that was asked to
+# stop, has saved, and goes on when the same command is given again: these two, or 128 + the signal's number.
+STOP_CODES = {"STOP file": 3, "time limit": 124}
 
 
 class UserError(Exception):
@@ -116,7 +127,9 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
     add("--grad-clip", type=float, default=1.0, help="largest global gradient norm; 0 is off")
     add("--loss-chunk-tokens", type=int, metavar="N", help="rows of logits that exist at once; if not given: "
         "512, on GPUs 2048")
-    add("--max-bad-steps", type=int, default=10, help="stop after so many non-finite steps in a row")
+    add("--skip-spikes", type=float, metavar="SIGMA", default=0.0, help="no update where the loss or the "
+        "gradient norm is so many standard deviations above its running mean; 0: off, 6 is usual")
+    add("--max-bad-steps", type=int, default=10, help="stop after so many skipped steps in a row")
     add("--seed", type=int, default=0, help="of initial weights, sample order, held-out share and dropout")
 
 
@@ -124,6 +137,8 @@ def add_system_flags(group: argparse._ArgumentGroup) -> None:
     onoff, add = argparse.BooleanOptionalAction, group.add_argument
     add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: GPUs if there are any")
     add("--nproc", type=int, metavar="N", help="start N processes with torchrun; if not given: one per GPU")
+    add("--max-restarts", type=int, metavar="N", default=0, help="where this script starts the processes: "
+        "start all again, from the last checkpoint, up to N times when one dies")
     add("--gpu-ranks", metavar="0,2,3", help="use these GPUs of the machine")
     add("--mixed-precision", action=onoff, default=True, help="bf16 compute, fp32 masters")
     add("--use-flash-attn", action=onoff, default=True, help="flash attention kernels")
@@ -145,6 +160,10 @@ def add_record_flags(group: argparse._ArgumentGroup) -> None:
     add("--keep-checkpoints", type=int, default=3, help="newest checkpoints kept; 0 keeps all")
     add("--async-checkpoint", action=onoff, default=True, help="write while training goes on")
     add("--resume", default="auto", metavar="{auto,none,FOLDER}", help="auto: --checkpoint-dir's newest")
+    add("--stop-signals", metavar="NAMES", default="SIGTERM,SIGINT,SIGUSR1", help="signals that end the run "
+        "after a checkpoint")
+    add("--stall-timeout", type=float, metavar="SECONDS", default=600.0, help="every rank says where it is "
+        "when no step ends for so long; after twice that the run ends")
     add("--export", action=onoff, default=True, help="end with a Hugging Face folder")
     add("--export-dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: as computed")
     add("--log-interval", type=int, default=10, help="steps between logged rows")
@@ -197,9 +216,10 @@ def config_tokens(path: str, parser: argparse.ArgumentParser) -> list[str]:
 def find_problems(args: Namespace) -> Iterator[str]:
     """Every argument that cannot work, before anything is downloaded, tokenised or started."""
     positive = ("seq_len batch_size grad_accum_steps num_epochs loss_chunk_tokens max_bad_steps log_interval "
-                "checkpoint_interval max_steps steps_per_epoch nproc hsdp_shard_size vocab_size").split()
+                "checkpoint_interval max_steps steps_per_epoch nproc hsdp_shard_size vocab_size "
+                "stall_timeout").split()
     not_negative = ("warmup_steps weight_decay grad_clip keep_checkpoints eval_interval sample_tokens min_lr "
-                    "max_lr").split()
+                    "max_lr skip_spikes max_restarts").split()
     at_least = dict.fromkeys(positive, 1) | dict.fromkeys(not_negative, 0)
     for name, least in at_least.items():
         value = getattr(args, name)
@@ -223,6 +243,9 @@ def find_problems(args: Namespace) -> Iterator[str]:
         yield f"--dataset-split {args.dataset_split}: {args.dataset} has no splits; leave it out"
     if args.gpu_ranks and not re.fullmatch(r"\d+(,\d+)*", args.gpu_ranks):
         yield f"--gpu-ranks {args.gpu_ranks}: expected numbers with commas, such as 0,2,3"
+    for name in args.stop_signals.split(",") if args.stop_signals else []:
+        if name in ("SIGKILL", "SIGSTOP") or not isinstance(getattr(signal, name, None), signal.Signals):
+            yield f"--stop-signals {name}: not a signal that can be caught, such as SIGTERM or SIGUSR2"
     if args.chat_template and not Path(args.chat_template).is_file():
         yield f"--chat-template {args.chat_template}: no such file"
     for name in ("dataset", "hf_model", "tokenizer"):
@@ -251,7 +274,7 @@ def usage_error(message: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. Distributed: who am I, which device, which mesh
+# 2. Distributed: who am I, which device, which mesh; the watch over signals, stalls and other ranks
 
 @dataclasses.dataclass
 class Ranks:
@@ -285,13 +308,18 @@ def relaunch_under_torchrun(args: Namespace) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    # Time to save, after a signal that torchrun passes on; torch 2.11 does not read this and gives 30 s.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    passed_on = ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", *filter(None, args.stop_signals.split(","))]
     # The failing rank has printed one line of its own that says more than the launcher's table.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        torchrun(["--standalone", f"--nproc-per-node={nproc}", "--", sys.argv[0], *sys.argv[1:]])
+        torchrun(["--standalone", f"--nproc-per-node={nproc}", f"--max-restarts={args.max_restarts}",
+                  f"--signals-to-handle={','.join(passed_on)}", "--", sys.argv[0], *sys.argv[1:]])
     except ChildFailedError as error:
-        # A rank that failed by itself has a positive exit code; torchrun's signal ended the others.
-        sys.exit(max((f.exitcode for f in error.failures.values() if f.exitcode > 0), default=1))
+        # A rank that failed by itself has a positive exit code; a signal, often torchrun's, ended the others.
+        killed = 128 - error.get_first_failure()[1].exitcode
+        sys.exit(max((f.exitcode for f in error.failures.values() if f.exitcode > 0), default=killed))
     except SignalException as error:  # Ctrl-C or SIGTERM; the ranks have had it too
         sys.exit(128 + error.sigval)
     sys.exit(0)
@@ -339,7 +367,9 @@ def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceM
     from torch.distributed.device_mesh import init_device_mesh
     cuda = ranks.device.type == "cuda"
     # gloo serves tensors in host memory: --cpu-offload keeps the parameters there, an export gathers them.
-    options = {"backend": "cpu:gloo,cuda:nccl" if cuda else "gloo", "timeout": timedelta(minutes=20)}
+    # The timeout comes after the watch has said which rank is stuck, and where.
+    timeout = timedelta(seconds=max(1200, 3 * args.stall_timeout))
+    options = {"backend": "cpu:gloo,cuda:nccl" if cuda else "gloo", "timeout": timeout}
     if cuda:
         torch.cuda.set_device(ranks.device)
         options["device_id"] = ranks.device
@@ -368,6 +398,228 @@ def compute_dtype(mixed_precision: bool, device: torch.device) -> torch.dtype:
 def all_sum(tensor: Tensor) -> Tensor:
     torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def gather_objects(value: object, group: object = None) -> list:
+    """What each rank has, in the order of the ranks (all ranks)."""
+    values = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
+
+
+# The watch is a thread on each rank, because the loop may be stuck in a collective. It takes signals, looks for
+# a STOP file and the end of SLURM's time limit, and hands the wish to stop to the loop, where all ranks agree on
+# it in the collective that each step has anyway. It says where a stalled rank is, and ends when another ended.
+
+@dataclasses.dataclass
+class Watch:
+    """What the loop and its watching thread tell each other."""
+    codes: dict[str, int]  # reasons to stop and their exit codes, in the order of `votes`
+    votes: Tensor  # on the device: 1 for each reason that this rank has
+    signals: tuple[socket.socket, socket.socket]  # (reading end, end that gets each signal's number)
+    asked: set[str] = dataclasses.field(default_factory=set)
+    step: int = 0
+    phase: str = "set-up"
+    since: float = dataclasses.field(default_factory=time.monotonic)  # the end of the last step
+    save_s: float = 0.0  # what a checkpoint takes, then the same for a step
+    step_s: float = 0.0
+    in_flight: tuple[Tensor, torch.cuda.Event] | None = None  # GPU: the votes of the step before
+    closed: bool = False
+    thread: threading.Thread | None = None
+
+
+def open_watch(args: Namespace, ranks: Ranks, run_dir: Path) -> Watch:
+    """Start watching (each rank, once the process group stands)."""
+    codes = {name: 128 + getattr(signal, name) for name in args.stop_signals.split(",") if name} | STOP_CODES
+    watch = Watch(codes, torch.zeros(len(codes), device=ranks.device), socket.socketpair())
+    watch.thread = threading.Thread(target=watch_run, args=(watch, args.stall_timeout, ranks, run_dir),
+                                    daemon=True, name="watch")
+    watch.thread.start()
+    return watch
+
+
+def close_watch(watch: Watch) -> None:
+    watch.closed = True
+    watch.thread.join()
+
+
+def catch_signals(watch: Watch) -> None:
+    """From here on a stop signal means: finish the step, save, end. Until here it ends the process."""
+    watch.signals[1].setblocking(False)
+    # Python's own handlers wait for the main thread, which a collective may hold; this socket does not.
+    signal.set_wakeup_fd(watch.signals[1].fileno(), warn_on_full_buffer=False)
+    for name in watch.codes.keys() - STOP_CODES.keys():
+        signal.signal(getattr(signal, name), lambda *_: None)
+        signal.siginterrupt(getattr(signal, name), False)  # or system calls inside NCCL would fail with EINTR
+    # A loader worker would swallow its signals, and wake this process through the socket that it shares.
+    os.register_at_fork(after_in_child=functools.partial(release_signals, watch))
+
+
+def release_signals(watch: Watch) -> None:
+    signal.set_wakeup_fd(-1)
+    for name in watch.codes.keys() - STOP_CODES.keys():
+        default = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+        signal.signal(getattr(signal, name), default)
+
+
+def enter(watch: Watch, phase: str) -> None:
+    """Of what is no step: an evaluation, the export."""
+    watch.phase, watch.since = phase, time.monotonic()
+
+
+def note_step(watch: Watch, step: int, save_s: float) -> None:
+    now = time.monotonic()
+    watch.step, watch.step_s, watch.since = step, now - watch.since, now
+    watch.save_s = save_s or watch.save_s
+
+
+def refuse_stop_file(run_dir: Path, ranks: Ranks) -> None:
+    if (run_dir / "STOP").exists():
+        if ranks.is_main:
+            print(f"train_llm.py: error: {run_dir / 'STOP'} exists: remove it to train", file=sys.stderr)
+        sys.exit(STOP_CODES["STOP file"])
+
+
+def watch_run(watch: Watch, stall_timeout: float, ranks: Ranks, run_dir: Path) -> None:
+    """The watching thread, in turns of a second; a signal wakes it at once."""
+    deadline = slurm_deadline() if ranks.is_main else math.inf
+    parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+    store, peers = peer_store(ranks), {}
+    stalled_at = None
+    while not watch.closed:
+        if select.select([watch.signals[0]], [], [], 1.0)[0]:
+            note_signals(watch, ranks)
+        if parent is not None and os.getppid() != parent:
+            end_now("torchrun, which started this process, is gone", ranks.is_main)
+        if ranks.is_main and (run_dir / "STOP").exists():
+            ask_to_stop(watch, "STOP file", ranks)
+        margin = 10 + 2 * watch.save_s + 3 * watch.step_s
+        if time.time() > deadline - margin:
+            deadline = slurm_deadline()  # an operator may have extended it
+            if time.time() > deadline - margin:
+                ask_to_stop(watch, "time limit", ranks)
+        if store is not None:
+            look_after_peers(store, peers, watch, ranks)
+        waited = time.monotonic() - watch.since
+        if waited > stall_timeout and stalled_at != watch.since:
+            stalled_at = watch.since
+            report_stall(watch, waited, store, ranks)
+        # Saves, evaluations and the export may take longer than any step.
+        if waited > 2 * stall_timeout and watch.phase in ("data", "forward_backward", "optimizer"):
+            end_now(f"no step has ended for {waited:.0f} s; above stands where each rank is", ranks.is_main)
+
+
+def slurm_deadline() -> float:
+    """When SLURM will end this job, in seconds since 1970; inf without a limit."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if not job or not shutil.which("squeue"):
+        return math.inf
+    command = ["squeue", "--noheader", "--job", job, "--format=%e"]
+    try:
+        end = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        return datetime.fromisoformat(end).timestamp()
+    except ValueError:  # N/A, or the controller does not answer: SLURM's signal remains
+        return math.inf
+
+
+def note_signals(watch: Watch, ranks: Ranks) -> None:
+    for number in watch.signals[0].recv(64):
+        name = signal.Signals(number).name
+        if name == "SIGINT" and name in watch.asked:
+            end_now("interrupted twice: ended at once", ranks.is_main, code=130)
+        if name in watch.codes:
+            ask_to_stop(watch, name, ranks)
+
+
+def ask_to_stop(watch: Watch, reason: str, ranks: Ranks) -> None:
+    if reason not in watch.asked:
+        again = "; again ends it at once" if reason == "SIGINT" else ""
+        if ranks.is_main:
+            print(f"\n{reason}: this step is finished, then saved, then the run ends{again}", file=sys.stderr,
+                  flush=True)
+        watch.asked.add(reason)
+        watch.votes = torch.tensor([float(name in watch.asked) for name in watch.codes], device=ranks.device)
+
+
+def agreed_stop(watch: Watch, votes: Tensor) -> str | None:
+    """The reason to stop that some rank had, from the sum of `votes` over ranks: the same on each of them.
+
+    On a GPU it is the sum of the step before: this one's is not there yet, and nobody waits for it."""
+    cuda = votes.device.type == "cuda"
+    host = torch.empty(votes.shape, pin_memory=cuda).copy_(votes, non_blocking=True)
+    if cuda:
+        event = torch.cuda.Event()
+        event.record()
+        before, watch.in_flight = watch.in_flight, (host, event)
+        if before is None:
+            return None
+        host, event = before
+        event.synchronize()  # sync point: with the step before
+    return next((reason for reason, count in zip(watch.codes, host.tolist()) if count), None)
+
+
+def peer_store(ranks: Ranks) -> torch.distributed.Store | None:
+    """A connection to the rendezvous store of this thread's own: the main thread's may be waiting."""
+    if ranks.world_size == 1:
+        return None
+    store = torch.distributed.distributed_c10d._get_default_store().clone()
+    store.set_timeout(timedelta(seconds=20))
+    return store
+
+
+def look_after_peers(store: torch.distributed.Store, seen: dict, watch: Watch, ranks: Ranks) -> None:
+    """Show a sign of life, and end when another rank has ended or the next one shows none for 30 s.
+
+    A dead rank that no launcher notices (another node's) would otherwise leave the others in a collective
+    until its timeout. `seen` is what this function remembers."""
+    now, following = time.monotonic(), (ranks.rank + 1) % ranks.world_size
+    seen["turn"] = seen.get("turn", 0) + 1
+    life, lost = seen.get("life"), f"rank {following}"
+    try:
+        place = [seen["turn"], watch.step, watch.phase, socket.gethostname()]
+        store.set(f"life/{ranks.rank}", json.dumps(place))
+        if store.check(["ended"]):
+            time.sleep(3)  # most often the main thread notices, too, and says more
+            end_now(store.get("ended").decode(), ranks.is_main)
+        life = store.get(f"life/{following}") if store.check([f"life/{following}"]) else None
+    except RuntimeError as error:
+        lost = f"rank 0's node, where the rendezvous store is ({first_line(error)})"
+    if life is None or life != seen.get("life"):
+        seen.update(life=life, since=now)
+    elif now - seen["since"] > 30:
+        message = f"no sign of life from {lost} for 30 s"
+        with contextlib.suppress(RuntimeError):
+            store.set("ended", message)
+        end_now(message, show=True)
+
+
+def report_stall(watch: Watch, waited: float, store: torch.distributed.Store | None, ranks: Ranks) -> None:
+    """Where this rank is, and on rank 0 where all are: the one that differs is the one to look at."""
+    stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident])[-8:]
+    lines = [f"no step has ended for {waited:.0f} s: rank {ranks.rank} on {socket.gethostname()} is in step "
+             f"{watch.step + 1}, {watch.phase}, at\n{''.join(stack)}"]
+    if ranks.is_main and store is not None:
+        places: dict[str, list[str]] = {}
+        for rank in range(ranks.world_size):
+            _, step, phase, node = json.loads(store.get(f"life/{rank}"))
+            places.setdefault(f"step {step + 1}, {phase}", []).append(f"{rank} ({node})")
+        for place, found in places.items():
+            lines.append(f"in {place}: rank {', '.join(found[:8])}{' …' if len(found) > 8 else ''}")
+    print("\n" + "\n".join(lines), file=sys.stderr, flush=True)
+
+
+def end_now(message: str, show: bool, code: int = 1) -> None:
+    """From any thread, whatever the others wait for."""
+    if show:
+        print(f"\ntrain_llm.py: error: {message}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def tell_others(message: str) -> None:
+    """Ranks that wait in a collective for this one end, too."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        with contextlib.suppress(RuntimeError):
+            torch.distributed.distributed_c10d._get_default_store().set("ended", message)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1453,28 +1705,49 @@ def resolve_steps(args: Namespace, dataset: TokenDataset | None, ranks: Ranks) -
 
 
 @torch.no_grad()
-def reduce_stats(model: nn.Module, loss_sum: Tensor, token_count: Tensor, num_replicas: int
+def reduce_stats(model: nn.Module, loss_sum: Tensor, token_count: Tensor, num_replicas: int, votes: Tensor
                  ) -> tuple[Tensor, ...]:
-    """(loss a token, trained tokens, gradient norm) over all ranks and micro-batches, by one collective.
+    """(loss a token, trained tokens, gradient norm, sums of votes) over all ranks and micro-batches, by one
+    collective.
 
     Gradients here are those of the summed loss, so that their norm is divided by the token count. Under HSDP
     each replica holds the whole reduced gradient, hence the division by `num_replicas`."""
     grads = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
     norms = torch._foreach_norm([g for g in grads if g.numel()]) or [torch.zeros(())]
     square = torch.stack(norms).square().sum().to(loss_sum.device)
-    total = all_sum(torch.stack([loss_sum, token_count, square / num_replicas]))
-    return total[0] / total[1], total[1], total[2].sqrt() / total[1]
+    total = all_sum(torch.cat([torch.stack([loss_sum, token_count, square / num_replicas]), votes]))
+    return total[0] / total[1], total[1], total[2].sqrt() / total[1], total[3:]
 
 
 @torch.no_grad()
-def clip_and_step(optimizer: torch.optim.AdamW, grad_norm: Tensor, token_count: Tensor, grad_clip: float
-                  ) -> Tensor:
-    """One update, or none where the gradient is not finite: decided on the device, the same on all ranks.
+def leaves_band(values: Tensor, band: Tensor, sigma: float) -> Tensor:
+    """1.0 if one of `values` (2,) is more than sigma standard deviations above its running mean, else 0.0.
+
+    `band` (5,) holds means (2), variances (2) and the number of steps, and takes the values in: exponential
+    averages over some 100 steps (Finch 2009, incremental weighted mean and variance), plain ones at first. A
+    value outside enters at the band's edge, so that a spike hardly widens it and a lasting change moves it
+    (as in ZClip, arXiv:2504.02507). Nothing leaves a band of fewer than 50 steps."""
+    mean, variance, count = band[:2], band[2:4], band[4]
+    edge = torch.where(count < 50, math.inf, mean + sigma * variance.sqrt())
+    outside = (values > edge).any()
+    weight = torch.clamp(1 / (count + 1), min=0.01)
+    delta = torch.minimum(values.double(), edge) - mean
+    taken_in = torch.cat([mean + weight * delta, (1 - weight) * (variance + weight * delta**2), band[4:] + 1])
+    band.copy_(torch.where(torch.isfinite(taken_in).all(), taken_in, band))
+    return outside.float()
+
+
+@torch.no_grad()
+def clip_and_step(optimizer: torch.optim.AdamW, grad_norm: Tensor, token_count: Tensor, grad_clip: float,
+                  is_spike: Tensor | None = None) -> Tensor:
+    """One update, or none for a spike or a gradient that is not finite: decided on the device, on all ranks.
 
     The fused kernel divides gradients by `grad_scale` and does nothing if `found_inf` is 1 (GradScaler's
     protocol): dividing by the token count, clipping and skipping cost no pass over the gradients and no
     host-device synchronisation. Returns `found_inf`."""
     found_inf = (~torch.isfinite(grad_norm)).float()
+    if is_spike is not None:
+        found_inf = torch.maximum(found_inf, is_spike)
     over = torch.clamp(grad_norm / grad_clip, min=1.0) if grad_clip else torch.ones_like(grad_norm)
     where = local_part(optimizer.param_groups[0]["params"][0]).device  # the host with --cpu-offload
     optimizer.grad_scale, optimizer.found_inf = (token_count * over).to(where), found_inf.to(where)
@@ -1550,14 +1823,18 @@ def chunked_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Linear, loss_
 @dataclasses.dataclass
 class Checkpointer:
     """The run's checkpoints and the save under way. RUN/checkpoints/step_000100 holds DCP's files (model,
-    optimizer, each rank's random state), progress.json, config.yaml and the script's source."""
+    optimizer, each rank's random state), progress.json, config.yaml, the script's source, and checksums.json
+    with size and CRC-32 of each of them."""
     folder: Path
     keep: int
     group: object = None  # gloo, of its own: a save must not meet training's collectives
     stager: object = None
-    saving: object = None  # future of the files
-    staging: object = None  # future of the copy that frees the parameters for the next update
-    partial: Path | None = None
+    writer: ThreadPoolExecutor | None = None
+    staging: Future | None = None  # the copy that frees the parameters for the next update
+    saving: Future | None = None  # of what went wrong, "" if nothing: the same text on every rank
+    step: int = 0  # of that save
+    started: float = 0.0
+    seconds: float = 0.0  # the longest save so far
 
 
 def open_checkpoints(args: Namespace, ranks: Ranks) -> Checkpointer:
@@ -1568,11 +1845,38 @@ def open_checkpoints(args: Namespace, ranks: Ranks) -> Checkpointer:
     return Checkpointer(folder, args.keep_checkpoints)
 
 
+def lock_run(folder: Path, ranks: Ranks):
+    """Rank 0: the run folder's lock, held until the process ends, however it ends. Raises UserError after
+    20 s, since a run that was killed a moment ago may still be ending."""
+    if not ranks.is_main:
+        return None
+    lock = (folder / "lock").open("a+")
+    for attempt in range(20):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip()
+            if attempt == 0:
+                print(f"{folder} is in use by {owner}: waiting 20 s for its end", file=sys.stderr, flush=True)
+            time.sleep(1)
+        except OSError as error:  # a network file system without locks
+            print(f"{folder} cannot be locked ({error.strerror}): take care that no second run uses it")
+            return None
+    else:
+        raise UserError(f"{folder} is in use by {owner}: give this run another --checkpoint-dir, or end that")
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+    lock.flush()
+    return lock
+
+
 def open_stager(saver: Checkpointer, cuda: bool) -> None:
     """At the first save (all ranks), so that the start of training does not wait for it.
 
     Two stages, both in threads. Staging copies the tensors to host memory (pinned, or a GPU's copy would
-    block); the upload then writes that copy to files while training changes the parameters."""
+    block); the writer then brings that copy to files while training changes the parameters."""
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
     saver.stager = DefaultStager(StagingOptions(use_pinned_memory=cuda, use_shared_memory=False,
                                                 use_async_staging=True, use_non_blocking_copy=cuda))
@@ -1580,6 +1884,7 @@ def open_stager(saver: Checkpointer, cuda: bool) -> None:
     # 2.12 is the oldest supported; never closing it costs nothing, the process ends with it.
     saver.stager._state_dict_stager.close = lambda: None
     saver.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=1))
+    saver.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -1601,6 +1906,11 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return states
 
 
+def saved_bytes(model: nn.Module) -> int:
+    """This rank's part of a checkpoint: parameters and two moments."""
+    return 3 * sum(local_part(param).nbytes for param in model.parameters())
+
+
 def random_states(ranks: Ranks) -> dict[str, Tensor]:
     states = {f"cpu_{ranks.rank}": torch.get_rng_state()}
     if ranks.device.type == "cuda":
@@ -1612,68 +1922,107 @@ def start_save(saver: Checkpointer, tensors: dict, progress: dict, files: dict[s
                ) -> None:
     """Begin a save (all ranks). Tensors are copied while the next forward runs: `wait_for_copy` comes before
     the next update. `files` are this rank's texts that go beside the tensors."""
-    import torch.distributed.checkpoint as dcp
-    finish_save(saver, ranks)
+    finish_save(saver)
     if saver.stager is None:
         open_stager(saver, cuda=ranks.device.type == "cuda")
-    saver.partial = saver.folder / f"step_{progress['step']:06d}.partial"
-    saver.partial.mkdir(parents=True, exist_ok=True)
     own = files | {"progress.json": json.dumps(progress)} if ranks.is_main else files
-    for name, text in own.items():
-        (saver.partial / name).write_text(text)
     if ranks.device.type == "cuda":
         torch.cuda.synchronize()  # sync point: the copy runs on a stream of its own
-    response = dcp.async_save(tensors, checkpoint_id=saver.partial, process_group=saver.group,
-                              async_stager=saver.stager)
-    saver.saving, saver.staging = response.upload_completion, response.staging_completion
+    saver.step, saver.started = progress["step"], time.perf_counter()
+    saver.staging = saver.stager.stage(tensors)
+    saver.saving = saver.writer.submit(write_checkpoint, saver, saver.staging, own, ranks)
 
 
 def wait_for_copy(saver: Checkpointer) -> None:
     if saver.staging is not None:
-        saver.staging.exception()  # waits; what went wrong is raised by `finish_save`, on all ranks
+        saver.staging.result()
         saver.staging = None
 
 
-def publish_if_done(saver: Checkpointer, ranks: Ranks) -> None:
-    """Rank 0: rename a finished save into place and drop the oldest. Its future ends only when all ranks'
-    files are written, since it takes part in DCP's last collective."""
-    done = ranks.is_main and saver.saving is not None and saver.saving.done() and not saver.saving.exception()
-    if not done or saver.partial is None:
-        return
-    final = saver.partial.with_suffix("")
-    shutil.rmtree(final, ignore_errors=True)
-    sync_folder(saver.partial)
-    saver.partial.rename(final)
-    sync_folder(final.parent)
-    saver.partial = None
+def write_checkpoint(saver: Checkpointer, staged: Future, files: dict[str, str], ranks: Ranks) -> str:
+    """In the writer's thread (all ranks): tensors, texts, checksums; rank 0 publishes when all are done.
+    Returns what went wrong on any rank, else ""."""
+    import torch.distributed.checkpoint as dcp
+    partial = saver.folder / f"step_{saver.step:06d}.partial"
+    sums, problem = {}, ""
+    try:
+        dcp.save(staged.result(), checkpoint_id=partial, process_group=saver.group)
+        for name, text in files.items():
+            (partial / name).write_text(text)
+        names = [*files, ".metadata"] if ranks.is_main else files
+        own = [*partial.glob(f"__{ranks.rank}_*"), *(partial / name for name in names)]
+        sums = {path.name: checksum(path) for path in own}
+    except (Exception, dcp.CheckpointException) as error:  # the latter is a BaseException
+        # DCP's message holds the traceback of the rank that failed: a line such as "OSError: …" says why.
+        reasons = re.findall(r"\w*Error: .+", str(error))
+        problem = reasons[-1] if reasons else f"{type(error).__name__}: {first_line(error)}"
+    found = gather_objects((sums, problem), saver.group)
+    problem = next((text for _, text in found if text), "")
+    if ranks.is_main:
+        try:
+            if not problem:
+                publish(saver, partial, dict(itertools.chain(*(part.items() for part, _ in found))))
+        except OSError as error:
+            problem = f"{type(error).__name__}: {error}"
+        if problem:
+            shutil.rmtree(partial, ignore_errors=True)
+            kept = checkpoints_in(saver.folder)
+            print(f"\nstep {saver.step} could not be saved ({problem}): is the disk full or read-only? The newest "
+                  f"good checkpoint is {kept[-1] if kept else 'none'}", file=sys.stderr, flush=True)
+    problem = gather_objects(problem, saver.group)[0]
+    saver.seconds = max(saver.seconds, time.perf_counter() - saver.started)
+    return problem
+
+
+def checksum(path: Path) -> tuple[int, int]:
+    """(bytes, CRC-32), in pieces, while other threads run."""
+    size = crc = 0
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(1 << 22):
+            size, crc = size + len(piece), zlib.crc32(piece, crc)
+    return size, crc
+
+
+def publish(saver: Checkpointer, partial: Path, sums: dict[str, tuple[int, int]]) -> None:
+    """Rank 0: rename a complete save into place and drop the oldest. Raises OSError."""
+    for name, (size, _) in sums.items():
+        if not (partial / name).is_file() or (partial / name).stat().st_size != size:
+            raise FileNotFoundError(f"rank 0 does not see the {name} that another rank wrote: --checkpoint-dir "
+                                    "must be one folder that all nodes share")
+    (partial / "checksums.json").write_text(json.dumps(sums))
+    for path in (*partial.iterdir(), partial):  # DCP has done so for its own
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    partial.rename(partial.with_suffix(""))
+    descriptor = os.open(partial.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
     for old in checkpoints_in(saver.folder)[:-saver.keep] if saver.keep else []:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """The names in a folder reach the disk (DCP has done so for the contents)."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def finish_save(saver: Checkpointer, ranks: Ranks) -> None:
-    """Wait for the save under way and publish it (all ranks). Raises UserError if it failed on any rank."""
-    from torch.distributed.checkpoint import CheckpointException
+def finish_save(saver: Checkpointer) -> str:
+    """Wait for the save under way (all ranks). Returns what went wrong, which has been said: training goes on,
+    the next interval saves again."""
     if saver.saving is None:
-        return
-    try:
-        wait_for_copy(saver)
-        saver.saving.result()
-    except (Exception, CheckpointException) as error:  # the latter is a BaseException
-        # DCP's message holds the traceback of the rank that failed: a line such as "OSError: …" says why.
-        reasons = [f"{type(error).__name__}: {first_line(error)}", *re.findall(r"\w*Error: .+", str(error))]
-        kept = checkpoints_in(saver.folder)
-        raise UserError(f"could not save {saver.partial} ({reasons[-1]}): is the disk full or read-only? The "
-                        f"newest good checkpoint is {kept[-1] if kept else 'none'}; make room, then start "
-                        "the same command again") from error
-    publish_if_done(saver, ranks)
-    saver.saving = None
+        return ""
+    wait_for_copy(saver)
+    problem, saver.saving = saver.saving.result(), None
+    return problem
+
+
+def save_before_end(saver: Checkpointer, start: Callable[[], None]) -> None:
+    """A save that the run must not end without (all ranks): three tries. Raises UserError."""
+    for wait_s in (2, 10, 0):
+        start()
+        problem = finish_save(saver)
+        if not problem:
+            return
+        time.sleep(wait_s)
+    kept = checkpoints_in(saver.folder)
+    raise UserError(f"could not save step {saver.step} ({problem}) in three tries: make room, then start the "
+                    f"same command again; it goes on from {kept[-1] if kept else 'the beginning'}")
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -1683,19 +2032,53 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def checkpoint_to_resume(args: Namespace) -> Path | None:
-    """What --resume names. Refuses to mix a new run into a folder that holds an old one."""
+def checkpoints_to_resume(args: Namespace) -> list[Path]:
+    """What --resume names, oldest first. Refuses to mix a new run into a folder that holds an old one."""
     found = checkpoints_in(Path(args.checkpoint_dir) / "checkpoints")
     if args.resume not in ("auto", "none"):
         step = json.loads((Path(args.resume) / "progress.json").read_text())["step"]
         if found and int(found[-1].name[5:]) > step:
             raise UserError(f"--resume {args.resume}: {args.checkpoint_dir} holds {found[-1].name}, which is "
                             "newer; give this run another --checkpoint-dir")
-        return Path(args.resume)
+        return [Path(args.resume)]
     if args.resume == "none" and found:
         raise UserError(f"--resume none: {args.checkpoint_dir} already holds {found[-1].name}; give this run "
                         "another --checkpoint-dir, or delete the old one")
-    return found[-1] if found else None
+    return found
+
+
+def newest_intact(found: list[Path], ranks: Ranks) -> Path | None:
+    """The newest whose files are what was written (all ranks; each reads a part). Damaged ones are named, and
+    renamed once a good one is found. Raises UserError if there is none."""
+    for number, path in reversed(list(enumerate(found))):
+        problem = next(filter(None, gather_objects(damage(path, ranks))), None)
+        if problem is None:
+            if ranks.is_main:
+                for damaged in found[number + 1:]:
+                    damaged.rename(damaged.with_name(f"{damaged.name}.damaged"))
+            return path
+        if ranks.is_main:
+            print(f"{path} is damaged ({problem}): trying the one before it", file=sys.stderr, flush=True)
+    if found:
+        raise UserError(f"no intact checkpoint in {found[0].parent}: give this run another --checkpoint-dir, "
+                        "or remove the damaged ones to begin anew")
+    return None
+
+
+def damage(path: Path, ranks: Ranks) -> str | None:
+    """What is wrong with this rank's part of a checkpoint's files."""
+    try:
+        sums = json.loads((path / "checksums.json").read_text())
+        for name in sorted(sums)[ranks.rank::ranks.world_size]:
+            size, crc = checksum(path / name)
+            if [size, crc] != sums[name]:
+                return f"{name}: " + (f"{size:,} bytes in place of {sums[name][0]:,}" if size != sums[name][0]
+                                      else "its checksum differs")
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError) as error:
+        return first_line(error)
+    return None
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
@@ -1831,7 +2214,7 @@ METRICS = {
     "train/perplexity": "exp(train/loss)",
     "train/lr": "learning rate of this step",
     "train/grad_norm": "global L2 norm of the gradient before clipping",
-    "train/skipped_steps": "steps since the start whose gradient was not finite: no update was made",
+    "train/skipped_steps": "steps since the start without an update: gradient not finite, or --skip-spikes",
     "train/tokens": "trained tokens (tokens with a label) since the start",
     "perf/tokens_per_s": "input tokens a second over all ranks since the last row, evaluation and waits too",
     "perf/tokens_per_s_per_gpu": "the same for one rank",
@@ -1883,9 +2266,11 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def timed(times: dict[str, float], key: str) -> Iterator[None]:
-    start = time.perf_counter()
+def timed(times: dict[str, float], watch: Watch, key: str) -> Iterator[None]:
+    """Adds the block's seconds to times[key], and lets the watch know where the loop is."""
+    start, watch.phase = time.perf_counter(), key
     yield
+    watch.phase = "between phases"
     times[key] = times.get(key, 0.0) + time.perf_counter() - start
 
 
@@ -1929,8 +2314,7 @@ def open_trackers(args: Namespace, ranks: Ranks) -> list[Callable[[dict], None]]
     """Rank 0: functions that take a row of metrics: the file's, and TensorBoard's or W&B's if asked for."""
     if not ranks.is_main:
         return []
-    file = (Path(args.checkpoint_dir) / "metrics.jsonl").open("a", buffering=1)
-    trackers = [lambda row: file.write(json.dumps(row) + "\n")]
+    trackers = [functools.partial(append_lines, Path(args.checkpoint_dir) / "metrics.jsonl", unwritten=[])]
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(Path(args.checkpoint_dir) / "tensorboard")
@@ -1940,6 +2324,26 @@ def open_trackers(args: Namespace, ranks: Ranks) -> list[Callable[[dict], None]]
         wandb.init(project=args.wandb, name=Path(args.checkpoint_dir).name, config=vars(args))
         trackers.append(lambda row: wandb.log(row, step=row["step"]))
     return trackers
+
+
+def append_lines(path: Path, *rows: dict, unwritten: list[str]) -> None:
+    """JSON lines; what a full disk refuses is kept in `unwritten`, said once, written when there is room."""
+    was_written = not unwritten
+    unwritten += [json.dumps(row) + "\n" for row in rows]
+    try:
+        with path.open("a") as file:
+            size = file.tell()
+            try:
+                file.writelines(unwritten)
+                file.flush()
+                unwritten.clear()
+            except OSError:
+                file.truncate(size)  # no half line, and nothing twice
+                raise
+    except OSError as error:
+        if was_written:
+            print(f"\n{path} cannot be written ({error.strerror}): its rows are kept in memory, training goes "
+                  "on", file=sys.stderr, flush=True)
 
 
 def check_trackers(args: Namespace) -> None:
@@ -2051,36 +2455,48 @@ def open_stream(args: Namespace, ranks: Ranks, resume_from: Path | None) -> tupl
     return streamed_batches(args, ranks, state), state
 
 
-def report_finished(args: Namespace, ranks: Ranks, resume_from: Path | None, total_steps: int) -> bool:
+def report_finished(args: Namespace, ranks: Ranks, found: list[Path], total_steps: int) -> bool:
     """True, and a line on rank 0, if the newest checkpoint is the run's last and the export stands."""
-    if resume_from is None or json.loads((resume_from / "progress.json").read_text())["step"] < total_steps:
-        return False
     exported = Path(args.checkpoint_dir) / "hf"
+    try:
+        if not found or json.loads((found[-1] / "progress.json").read_text())["step"] < total_steps:
+            return False
+    except (OSError, ValueError):  # damaged, which `newest_intact` will say
+        return False
     if args.export and not exported.is_dir():
         return False
     if ranks.is_main:
         model = f", {exported} the model" if args.export else ""
-        print(f"this run is finished: {resume_from} holds all {total_steps} steps{model}. A larger "
+        print(f"this run is finished: {found[-1]} holds all {total_steps} steps{model}. A larger "
               "--max-steps goes on from there; another --checkpoint-dir starts anew")
     return True
 
 
-def note_bad_steps(flags: list[float], progress: dict, sample_ids: Callable[[int], list[int]]) -> list[dict]:
-    """Count the skipped steps among the last len(flags) in `progress`; returns {step, samples} of each."""
-    first, records = progress["step"] - len(flags), []
-    for step, bad in enumerate(flags, first + 1):
+def note_bad_steps(skipped: list[tuple[float, ...]], progress: dict, samples: Callable[[int], list[dict]]
+                   ) -> list[dict]:
+    """Count the skipped among the last steps, (skipped, loss, gradient norm) each, in `progress`; returns a
+    record of each skipped one."""
+    first, records = progress["step"] - len(skipped), []
+    for step, (bad, loss, norm) in enumerate(skipped, first + 1):
         progress["bad_in_a_row"] = progress["bad_in_a_row"] + 1 if bad else 0
         if bad:
             progress["skipped_steps"] += 1
-            records.append({"step": step, "samples": sample_ids(progress["step"] - step)})
+            is_spike = math.isfinite(norm)  # else JSON has no number for it
+            why = {"train/loss": loss, "train/grad_norm": norm} if is_spike else {}
+            records.append({"step": step, "why": "spike" if is_spike else "not finite", **why,
+                            "samples": samples(progress["step"] - step)})
     return records
 
 
-def samples_of_step(dataset: TokenDataset | None, seed: int, end: int, samples_per_step: int,
-                    steps_ago: int) -> list[int]:
-    """The samples of an earlier step, when `end` sequences have been seen by now; [] with --streaming."""
-    stop = end - steps_ago * samples_per_step
-    return [sample_at(p, len(dataset), seed) for p in range(stop - samples_per_step, stop)] if dataset else []
+def samples_of_step(dataset: TokenDataset | None, args: Namespace, end: int, samples_per_step: int,
+                    steps_ago: int) -> list[dict]:
+    """{id, text} of each sample of an earlier step, when `end` sequences have been seen by now; [] with
+    --streaming. The text is the sample's first 200 tokens."""
+    if dataset is None:
+        return []
+    stop, tokenizer = end - steps_ago * samples_per_step, load_tokenizer(args)
+    ids = [sample_at(position, len(dataset), args.seed) for position in range(stop - samples_per_step, stop)]
+    return [{"id": i, "text": tokenizer.decode(dataset[i]["input_ids"][:200])} for i in ids]
 
 
 def describe_data(train_set: TokenDataset | None, eval_set: TokenDataset | None) -> list[str]:
@@ -2123,8 +2539,8 @@ def checkpoint_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ranks
 
 def explain_bad_steps(streak: int, run_dir: Path) -> str:
     kept = checkpoints_in(run_dir / "checkpoints")
-    return (f"{streak} steps in a row had a gradient that is not finite; none of them changed the weights. "
-            f"Their samples are in {run_dir / 'bad_steps.jsonl'}; the newest checkpoint is "
+    return (f"{streak} steps in a row were spikes or had a gradient that is not finite; none of them changed "
+            f"the weights. Their samples are in {run_dir / 'bad_steps.jsonl'}; the newest checkpoint is "
             f"{kept[-1] if kept else 'none'}. Lower --max-lr, or look at the data (a step without a single "
             "trained token counts too)")
 
@@ -2191,16 +2607,30 @@ def run_and_report() -> None:
     except torch.OutOfMemoryError as error:
         message, code = (f"out of GPU memory ({str(error).split('.')[0]}): lower --batch-size and raise "
                          "--grad-accum-steps, or use --activation-checkpointing full, or more GPUs"), 1
-    except RuntimeError as error:
-        if not re.search("[Cc]onnection (closed|reset)", str(error)):
-            raise
-        message, code = "another rank ended, and says why; the same command goes on from the last save", 1
-    is_main = os.environ.get("RANK", "0") == "0"
-    if not is_main and code != 130:
+    except Exception as error:
+        message, code = f"{type(error).__name__}: {first_line(error)}", 1
+        if isinstance(error, RuntimeError) and re.search("[Cc]onnection (closed|reset)", str(error)):
+            message = ("another rank ended: its own last line says why, or the kernel's log if it was killed; "
+                       "the same command goes on from the newest checkpoint")
+        else:
+            traceback.print_exc()
+    rank = os.environ.get("RANK", "0")
+    tell_others(f"rank {rank} on {socket.gethostname()} ended: {message}")
+    if rank != "0" and code != 130:
         time.sleep(3)  # most often rank 0 has the same to say, and this process is ended before it repeats it
-    if is_main or code != 130:
-        print(f"\ntrain_llm.py: error: {message}", file=sys.stderr, flush=True)
-    os._exit(code)  # at once: other ranks may sit in a collective, and a save's threads must not hold this up
+    # At once: other ranks may sit in a collective, and a save's threads must not hold this up.
+    end_now(message, rank == "0" or code != 130, code)
+
+
+def leave_stopped(stop: str, code: int, saver: Checkpointer, ranks: Ranks) -> None:
+    """The end of a run that was asked to stop (all ranks)."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    if ranks.is_main:
+        again = "remove that file, then the" if stop == "STOP file" else "the"
+        print(f"stopped ({stop}): {checkpoints_in(saver.folder)[-1]} is saved; {again} same command goes on "
+              f"from there. Exit code {code}", flush=True)
+    sys.exit(code)
 
 
 def main() -> None:
@@ -2214,16 +2644,20 @@ def main() -> None:
     check_writable(run_dir)
     check_writable(Path(args.data_cache))
     say = print if ranks.is_main else (lambda *line: None)
+    lock = lock_run(run_dir, ranks)  # noqa: F841, held until this process ends
+    refuse_stop_file(run_dir, ranks)
 
-    resume_from = checkpoint_to_resume(args)
+    checkpoints = checkpoints_to_resume(args)
     data_folder = prepare_data(args)  # takes as long as it needs: no process group exists yet
     args.mask_documents = masks_documents(args, data_folder)
     train_set, eval_set, vocab_size = open_datasets(args, data_folder)
     total_steps, warmup_steps, steps_line = resolve_steps(args, train_set, ranks)
-    if report_finished(args, ranks, resume_from, total_steps):
+    if report_finished(args, ranks, checkpoints, total_steps):
         return
 
     mesh = init_distributed(args, ranks)
+    watch = open_watch(args, ranks, run_dir)
+    resume_from = newest_intact(checkpoints, ranks)
     dtype = compute_dtype(args.mixed_precision, ranks.device)
     if args.mixed_precision and dtype is torch.float32:
         say("precision  this device has no native bf16: computing in fp32")
@@ -2236,7 +2670,7 @@ def main() -> None:
     if hf_folder:
         fill_buffers(model)
     progress = {"step": 0, "samples": 0, "tokens": 0, "skipped_steps": 0, "bad_in_a_row": 0,
-                "best_eval_loss": None}
+                "best_eval_loss": None, "spike_band": [0.0] * 5}
     if resume_from:
         progress = load_checkpoint(resume_from, model, optimizer, ranks)
     elif hf_folder:
@@ -2266,20 +2700,39 @@ def main() -> None:
     token_flops, device_flops = flops_per_token(model, args.seq_len), peak_flops(ranks.device)
     loss_sum, token_count = torch.zeros(2, device=ranks.device)
     num_trained = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    bad_flags, times, num_input_tokens = [], {}, 0
+    skipped, times, num_input_tokens, stop = [], {}, 0, None
+    spike_band = torch.tensor(progress["spike_band"], dtype=torch.float64, device=ranks.device)
+    phase = functools.partial(timed, times, watch)
+    watch.step, watch.save_s = progress["step"], 1 + saved_bytes(model) / 1e8  # until a save has been measured
+    catch_signals(watch)
     bar = open_bar(total_steps, progress["step"], ranks)
     started = row_started = time.perf_counter()
     row, row_step, evaluation = {}, progress["step"], {}
 
     # Loop ------------------------------------------------------------------------------------
-    while progress["step"] < total_steps:
+    while True:
+        # Evaluate (all ranks): first of all, so that a run that was ended after a save makes up for it
+        is_last = progress["step"] >= total_steps
+        is_due = args.eval_interval and progress["step"] and progress["step"] % args.eval_interval == 0
+        if eval_set and (is_last or is_due):
+            enter(watch, "evaluation")
+            evaluation = evaluate(model, eval_set, args.batch_size, ranks)
+            best = progress["best_eval_loss"]
+            progress["best_eval_loss"] = min(evaluation["eval/loss"], math.inf if best is None else best)
+            for track in trackers:
+                track({"step": progress["step"], **evaluation})
+            show_evaluation(bar, progress["step"], evaluation, ranks)
+            enter(watch, "loop")
+        if is_last:
+            break
+
         # Forward and backward: gradients of the summed loss, reduced with the last micro-batch (all ranks)
         loss_sum.zero_()
         token_count.zero_()
         for micro in range(args.grad_accum_steps):
-            with timed(times, "data"):
+            with phase("data"):
                 batch = next(batches)
-            with timed(times, "forward_backward"):
+            with phase("forward_backward"):
                 is_reduced = args.reduce_every_micro_batch or micro == args.grad_accum_steps - 1
                 model.set_requires_gradient_sync(is_reduced)  # else whole gradients add up on each rank
                 loss = model(**batch)
@@ -2289,36 +2742,43 @@ def main() -> None:
             num_input_tokens += batch["input_ids"].numel() * ranks.world_size
 
         # Clip and step (all ranks)
-        with timed(times, "checkpoint"):
+        with phase("checkpoint"):
             wait_for_copy(saver)  # the update would change what is being copied
-        with timed(times, "optimizer"):
+        with phase("optimizer"):
             lr = learning_rate(progress["step"], total_steps, warmup_steps, args.max_lr, args.min_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            step_loss, step_tokens, grad_norm = reduce_stats(model, loss_sum, token_count, num_replicas)
-            bad_flags.append(clip_and_step(optimizer, grad_norm, step_tokens, args.grad_clip))
+            step_loss, step_tokens, grad_norm, votes = reduce_stats(
+                model, loss_sum, token_count, num_replicas, watch.votes)
+            is_spike = None
+            if args.skip_spikes:
+                is_spike = leaves_band(torch.stack([step_loss, grad_norm]), spike_band, args.skip_spikes)
+            is_skipped = clip_and_step(optimizer, grad_norm, step_tokens, args.grad_clip, is_spike)
+            skipped.append(torch.stack([is_skipped, step_loss, grad_norm]))
             optimizer.zero_grad()
+            stop = agreed_stop(watch, votes)
 
         # Count
         progress["step"] += 1
         progress["samples"] += samples_per_step
         num_trained += step_tokens
         bar.update()
+        note_step(watch, progress["step"], saver.seconds)
         is_last = progress["step"] == total_steps
-        is_save = is_last or progress["step"] % args.checkpoint_interval == 0
+        is_save = is_last or stop or progress["step"] % args.checkpoint_interval == 0
 
         # Log
         if progress["step"] % args.log_interval == 0 or is_save or progress["step"] == 1:
-            values = torch.stack([x.double() for x in (step_loss, grad_norm, num_trained, *bad_flags)])
-            loss_value, norm_value, trained, *flags = values.tolist()  # sync point
+            values = torch.cat([num_trained[None], spike_band])
+            trained, *progress["spike_band"] = values.tolist()  # sync point
+            *_, (_, loss_value, norm_value) = recent = torch.stack(skipped).tolist()
             progress["tokens"] += int(trained)
             num_trained.zero_()
-            bad_steps = note_bad_steps(flags, progress, functools.partial(
-                samples_of_step, train_set, args.seed, progress["samples"], samples_per_step))
-            bad_flags.clear()
+            skipped.clear()
+            bad_steps = note_bad_steps(recent, progress, functools.partial(
+                samples_of_step, train_set, args, progress["samples"], samples_per_step))
             if bad_steps and ranks.is_main:
-                with (run_dir / "bad_steps.jsonl").open("a") as file:
-                    file.writelines(json.dumps(record) + "\n" for record in bad_steps)
+                append_lines(run_dir / "bad_steps.jsonl", *bad_steps, unwritten=[])
             seconds, num_steps = time.perf_counter() - row_started, progress["step"] - row_step
             row = {
                 "step": progress["step"], "samples": progress["samples"], "train/loss": loss_value,
@@ -2337,39 +2797,38 @@ def main() -> None:
             row_started, row_step, num_input_tokens = time.perf_counter(), progress["step"], 0
             times.clear()
             if progress["bad_in_a_row"] >= args.max_bad_steps:
-                finish_save(saver, ranks)
+                finish_save(saver)
                 raise UserError(explain_bad_steps(progress["bad_in_a_row"], run_dir))
 
         # Save (all ranks): before the evaluation, which may run out of memory
         if is_save:
-            with timed(times, "checkpoint"):
+            with phase("checkpoint"):
                 own = dict(files) if ranks.is_main else {}
                 if stream is not None:
                     own[f"stream_rank_{ranks.rank:05d}.json"] = json.dumps(stream)
-                start_save(saver, checkpoint_tensors(model, optimizer, ranks), progress, own, ranks)
-                if is_last or not args.async_checkpoint:
-                    finish_save(saver, ranks)
-        publish_if_done(saver, ranks)
-
-        # Evaluate (all ranks)
-        if eval_set and (is_last or (args.eval_interval and progress["step"] % args.eval_interval == 0)):
-            evaluation = evaluate(model, eval_set, args.batch_size, ranks)
-            best = progress["best_eval_loss"]
-            progress["best_eval_loss"] = min(evaluation["eval/loss"], math.inf if best is None else best)
-            for track in trackers:
-                track({"step": progress["step"], **evaluation})
-            show_evaluation(bar, progress["step"], evaluation, ranks)
+                start = functools.partial(
+                    start_save, saver, checkpoint_tensors(model, optimizer, ranks), progress, own, ranks)
+                if is_last or stop:
+                    save_before_end(saver, start)
+                else:
+                    start()
+                if not args.async_checkpoint:
+                    finish_save(saver)
+        if stop and not is_last:
+            close_watch(watch)
+            leave_stopped(stop, watch.codes[stop], saver, ranks)
 
     # End -------------------------------------------------------------------------------------
     bar.close()
-    if eval_set and not evaluation:  # resumed behind the last step: a kill came before its evaluation
-        evaluation = evaluate(model, eval_set, args.batch_size, ranks)
+    release_signals(watch)  # everything is saved: from here on they end this process at once
+    enter(watch, "export")
     sample = exported = None
     if args.sample_tokens:
         sample = write_sample(model, load_tokenizer(args), args.sample_prompt, args.sample_tokens, ranks)
     if args.export:
         exported = export_model(args, model, ranks, hf_folder, dtype)
     torch.distributed.barrier()
+    close_watch(watch)
     torch.distributed.destroy_process_group()  # rank 0 works alone from here: the others must not time out
     if not ranks.is_main:
         return
