@@ -56,8 +56,8 @@ from torch import Tensor, nn
 IGNORE = -100  # the label of a token that is not trained, the value that torch and transformers use
 
 
-# Exit codes: 0 finished, 1 an error that the last line explains, 2 wrong arguments; of a run that was asked to
-# stop, has saved, and goes on when the same command is given again: these two, or 128 + the signal's number.
+# Exit codes: 0 finished, 1 an error that the last line explains, 2 wrong arguments; of a run that was asked
+# to stop, has saved, and goes on with the same command: these two, or 128 + the signal's number.
 STOP_CODES = {"STOP file": 3, "time limit": 124}
 
 
@@ -375,7 +375,14 @@ def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceM
         options["device_id"] = ranks.device
     if "RANK" not in os.environ:  # alone: no port, no address
         options |= {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
-    torch.distributed.init_process_group(**options)
+    else:
+        find_rendezvous(ranks)
+    try:
+        torch.distributed.init_process_group(**options)
+    except torch.distributed.DistNetworkError as error:
+        raise UserError(f"no rendezvous at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
+                        f"({first_line(error)}): is the port taken by something else? Set another "
+                        "MASTER_PORT on all nodes") from error
     torch.manual_seed(args.seed + ranks.rank)  # for dropout: weights and samples have generators of their own
     # `fully_shard` shards over the mesh's last dimension. A dimension before it makes this HSDP: every row of
     # the mesh, neighbouring ranks, holds a whole model, and gradients are summed over the rows as well.
@@ -384,6 +391,26 @@ def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceM
         return init_device_mesh(ranks.device.type, (shard,), mesh_dim_names=("shard",))
     shape = (ranks.world_size // shard, shard)
     return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def find_rendezvous(ranks: Ranks) -> None:
+    """Says in seconds what init_process_group would say after its timeout, or not at all."""
+    host, port, here = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), socket.gethostname()
+    try:
+        socket.getaddrinfo(host, port)
+    except OSError as error:
+        raise UserError(f"MASTER_ADDR={host} does not resolve on {here} ({error.strerror}): give an address "
+                        "of rank 0's node that every node can reach") from None
+    if ranks.is_main or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return  # the store is this process's own, or torchrun's, which has been reached
+    for waited in range(1200):
+        try:
+            return socket.create_connection((host, port), timeout=5).close()
+        except OSError as error:
+            if waited == 10:
+                print(f"rank {ranks.rank} on {here} waits for rank 0 at {host}:{port} ({error.strerror}): has "
+                      "it started, is the port open?", file=sys.stderr, flush=True)
+            time.sleep(1)
 
 
 def compute_dtype(mixed_precision: bool, device: torch.device) -> torch.dtype:
@@ -407,9 +434,10 @@ def gather_objects(value: object, group: object = None) -> list:
     return values
 
 
-# The watch is a thread on each rank, because the loop may be stuck in a collective. It takes signals, looks for
-# a STOP file and the end of SLURM's time limit, and hands the wish to stop to the loop, where all ranks agree on
-# it in the collective that each step has anyway. It says where a stalled rank is, and ends when another ended.
+# The watch is a thread on each rank, because the loop may be stuck in a collective. It takes signals, looks
+# for a STOP file and the end of SLURM's time limit, and hands the wish to stop to the loop, where all ranks
+# agree on it in a collective that each step has anyway. It says where a stalled rank is, and ends when another
+# rank has ended.
 
 @dataclasses.dataclass
 class Watch:
@@ -1967,8 +1995,8 @@ def write_checkpoint(saver: Checkpointer, staged: Future, files: dict[str, str],
         if problem:
             shutil.rmtree(partial, ignore_errors=True)
             kept = checkpoints_in(saver.folder)
-            print(f"\nstep {saver.step} could not be saved ({problem}): is the disk full or read-only? The newest "
-                  f"good checkpoint is {kept[-1] if kept else 'none'}", file=sys.stderr, flush=True)
+            print(f"\nstep {saver.step} could not be saved ({problem}): is the disk full or read-only? The "
+                  f"newest good checkpoint is {kept[-1] if kept else 'none'}", file=sys.stderr, flush=True)
     problem = gather_objects(problem, saver.group)[0]
     saver.seconds = max(saver.seconds, time.perf_counter() - saver.started)
     return problem
@@ -1987,8 +2015,8 @@ def publish(saver: Checkpointer, partial: Path, sums: dict[str, tuple[int, int]]
     """Rank 0: rename a complete save into place and drop the oldest. Raises OSError."""
     for name, (size, _) in sums.items():
         if not (partial / name).is_file() or (partial / name).stat().st_size != size:
-            raise FileNotFoundError(f"rank 0 does not see the {name} that another rank wrote: --checkpoint-dir "
-                                    "must be one folder that all nodes share")
+            raise FileNotFoundError(f"rank 0 does not see the {name} that another rank wrote: "
+                                    "--checkpoint-dir must be one folder that all nodes share")
     (partial / "checksums.json").write_text(json.dumps(sums))
     for path in (*partial.iterdir(), partial):  # DCP has done so for its own
         descriptor = os.open(path, os.O_RDONLY)
@@ -2003,8 +2031,8 @@ def publish(saver: Checkpointer, partial: Path, sums: dict[str, tuple[int, int]]
 
 
 def finish_save(saver: Checkpointer) -> str:
-    """Wait for the save under way (all ranks). Returns what went wrong, which has been said: training goes on,
-    the next interval saves again."""
+    """Wait for the save under way (all ranks). Returns what went wrong, which has been said: training goes
+    on, and the next interval saves again."""
     if saver.saving is None:
         return ""
     wait_for_copy(saver)
@@ -2342,8 +2370,8 @@ def append_lines(path: Path, *rows: dict, unwritten: list[str]) -> None:
                 raise
     except OSError as error:
         if was_written:
-            print(f"\n{path} cannot be written ({error.strerror}): its rows are kept in memory, training goes "
-                  "on", file=sys.stderr, flush=True)
+            print(f"\n{path} cannot be written ({error.strerror}): its rows are kept in memory, training "
+                  "goes on", file=sys.stderr, flush=True)
 
 
 def check_trackers(args: Namespace) -> None:
@@ -2537,10 +2565,11 @@ def checkpoint_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ranks
             "random": random_states(ranks)}
 
 
-def explain_bad_steps(streak: int, run_dir: Path) -> str:
+def explain_bad_steps(streak: int, has_band: bool, run_dir: Path) -> str:
     kept = checkpoints_in(run_dir / "checkpoints")
-    return (f"{streak} steps in a row were spikes or had a gradient that is not finite; none of them changed "
-            f"the weights. Their samples are in {run_dir / 'bad_steps.jsonl'}; the newest checkpoint is "
+    spike = " or that --skip-spikes refused" if has_band else ""
+    return (f"{streak} steps in a row had a gradient that is not finite{spike}; none of them changed the "
+            f"weights. Their samples are in {run_dir / 'bad_steps.jsonl'}; the newest checkpoint is "
             f"{kept[-1] if kept else 'none'}. Lower --max-lr, or look at the data (a step without a single "
             "trained token counts too)")
 
@@ -2610,8 +2639,8 @@ def run_and_report() -> None:
     except Exception as error:
         message, code = f"{type(error).__name__}: {first_line(error)}", 1
         if isinstance(error, RuntimeError) and re.search("[Cc]onnection (closed|reset)", str(error)):
-            message = ("another rank ended: its own last line says why, or the kernel's log if it was killed; "
-                       "the same command goes on from the newest checkpoint")
+            message = ("another rank ended: its own last line says why, or the kernel's log if it was "
+                       "killed; the same command goes on from the newest checkpoint")
         else:
             traceback.print_exc()
     rank = os.environ.get("RANK", "0")
@@ -2703,7 +2732,7 @@ def main() -> None:
     skipped, times, num_input_tokens, stop = [], {}, 0, None
     spike_band = torch.tensor(progress["spike_band"], dtype=torch.float64, device=ranks.device)
     phase = functools.partial(timed, times, watch)
-    watch.step, watch.save_s = progress["step"], 1 + saved_bytes(model) / 1e8  # until a save has been measured
+    watch.step, watch.save_s = progress["step"], 1 + saved_bytes(model) / 1e8  # until one has been measured
     catch_signals(watch)
     bar = open_bar(total_steps, progress["step"], ranks)
     started = row_started = time.perf_counter()
@@ -2798,7 +2827,7 @@ def main() -> None:
             times.clear()
             if progress["bad_in_a_row"] >= args.max_bad_steps:
                 finish_save(saver)
-                raise UserError(explain_bad_steps(progress["bad_in_a_row"], run_dir))
+                raise UserError(explain_bad_steps(progress["bad_in_a_row"], args.skip_spikes > 0, run_dir))
 
         # Save (all ranks): before the evaluation, which may run out of memory
         if is_save:
