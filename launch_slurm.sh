@@ -3,11 +3,14 @@
 # preempted or reaches its time limit saves, requeues itself and goes on, until the run is finished.
 #
 # Usage:
+#   sbatch launch_slurm.sh                                the quickstart, configs/train_llm/quickstart.yaml
 #   sbatch --nodes 4 launch_slurm.sh ARGS...              train_llm.py with these arguments
 #   sbatch --nodes 4 launch_slurm.sh SCRIPT.py ARGS...    another script that runs under torchrun
 #   bash launch_slurm.sh --help                           this text
-#   scancel JOB              ends the job for good           scancel -s USR1 JOB      saves and requeues it
-#   scancel -s INT JOB       saves, then ends the job        scancel -b -s TERM JOB   the same as USR1
+# and while the job runs:
+#   scancel JOB                                           ends it for good
+#   scancel --signal INT JOB                              saves, then ends it
+#   scancel --signal USR1 JOB                             saves, then requeues it
 #
 # Nodes, GPUs and CPUs are those of the job. The lines below take whole nodes, with all their GPUs; options of
 # sbatch before the launcher's name win over them, such as --partition, --account, --time, --gpus-per-node.
@@ -35,7 +38,8 @@
 #   DRY_RUN=1                  print the command and stop; works outside of a job, too: bash launch_slurm.sh
 #
 # Exit codes of the training: 0 finished; 124, 138, 140 and 143 stopped and saved, the job is requeued; 3 and
-# 130 stopped by its user, the job ends; others above 128: a process was killed, all start again; else an error.
+# 130 stopped by its user, the job ends; others above 128: a process was killed, all start again; the rest are
+# errors, with which the job ends.
 set -euo pipefail
 
 # SLURM runs a copy of this file from a folder of its own; the job knows where the original is.
@@ -70,6 +74,8 @@ if [[ ${1:-} == *.py ]]; then
     script=$1
     [[ -f $script ]] || script=$here/$1
     shift
+elif [[ $# == 0 && -z ${HF_MODEL:-}${USE_HF_MODEL:-} ]]; then
+    set -- --config "$here/configs/train_llm/quickstart.yaml"
 fi
 [[ -f $script ]] || usage_error "there is no script $script"
 
@@ -245,8 +251,8 @@ step_since=0
 now() { date +%s; }
 job_state() { squeue --noheader --job "$job" --format=%T 2>/dev/null || true; }
 
-# By scancel, which reaches the job's steps and not this shell. Not by a signal to srun: a SIGTERM makes it kill
-# all tasks at once.
+# By scancel, which reaches the job's steps and not this shell. Not by a signal to srun, because a SIGTERM makes
+# it kill all tasks at once.
 signal_step() { scancel --signal="$asked" "$job" 2>/dev/null || true; }
 
 pass_on() {
