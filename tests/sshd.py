@@ -27,6 +27,14 @@ def free_port():
         return server.getsockname()[1]
 
 
+def has_ipv6():
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
 @contextmanager
 def sshd(folder, **variables):
     """Yields {port, user, home, options}: `options` are ssh's, as one text, and leave ~/.ssh alone.
@@ -42,12 +50,14 @@ def sshd(folder, **variables):
     if os.getuid() == 0:
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # sshd wants it when root starts it
     port = free_port()
+    addresses = ["127.0.0.1", *(["::1"] if has_ipv6() else [])]
     values = {"HOME": str(home), **variables}
-    (folder / "known_hosts").write_text(
-        f"[127.0.0.1]:{port} " + (folder / "host_key.pub").read_text())
+    hosts = ",".join(f"[{address}]:{port}" for address in addresses)
+    (folder / "known_hosts").write_text(f"{hosts} {(folder / 'host_key.pub').read_text()}")
     (folder / "sshd_config").write_text("\n".join([
-        f"Port {port}", "ListenAddress 127.0.0.1", f'HostKey "{folder}/host_key"', "PidFile none",
-        "UsePAM no", f'AuthorizedKeysFile "{folder}/user_key.pub"', "StrictModes no",
+        f"Port {port}", *(f"ListenAddress {address}" for address in addresses),
+        f'HostKey "{folder}/host_key"', "PidFile none", "UsePAM no",
+        f'AuthorizedKeysFile "{folder}/user_key.pub"', "StrictModes no",
         "PasswordAuthentication no", "KbdInteractiveAuthentication no", "PermitRootLogin yes",
         "SetEnv " + " ".join(f'"{name}={value}"' for name, value in values.items()), ""]))
     with open(folder / "sshd.log", "a") as log:

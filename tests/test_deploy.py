@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from helpers import ENGLISH, REPO, make_tokenizer, read_metrics, run_script
-from sshd import free_port, skip_without_sshd, sshd
+from sshd import free_port, has_ipv6, skip_without_sshd, sshd
 
 sys.path.insert(0, str(REPO / "tools"))
 import deploy  # noqa: E402
@@ -243,6 +244,20 @@ def test_dry_run_prints_and_does_nothing(box):
     assert before == sorted(path for path in box.remote.parent.rglob("*"))
 
 
+def test_aliases_and_ipv6_addresses_lead_there(box):
+    # Behind the --ssh that run_deploy gives, and so in its place.
+    config = box.folder / "config"
+    config.write_text(f'Host my-box\n    HostName 127.0.0.1\n    Port {box.port}\n    User {box.user}\n')
+    alias = ["--ssh=my-box", "--name", "alias"]
+    options = box.options.replace("-F none", f"-F '{config}'")
+    run_deploy(box, *alias, "echo.py", options=options)
+    run_deploy(box, *alias, "--fetch", "--to", box.folder / "x", code=1, options=options)
+    assert (box.folder / "x/deploy/0001/log").is_file()
+    if has_ipv6():
+        run_deploy(box, f"--ssh={box.user}@[::1]:{box.port}", "--name", "six", "echo.py")
+        assert (box.remote / ".deploy/six").is_dir()
+
+
 # ----------------------------------------------------------------------------------------------------
 # 3. What goes wrong
 
@@ -306,6 +321,21 @@ def test_a_killed_run_is_not_taken_for_a_running_one(box):
     finally:
         other.kill()
         other.wait()
+
+
+def test_stop_ends_what_the_launcher_waits_for(box):
+    """A launcher that dies of the signal while pip installs packages must not leave pip behind."""
+    launcher = box.tree / "launch_single_node.sh"
+    kept = launcher.read_text()
+    launcher.write_text("#!/usr/bin/env bash\nsleep 654\nexit 0\n")
+    run_deploy(box, "--detach", "--name", "pip", "echo.py")
+    launcher.write_text(kept)
+    assert "pip ended with exit code 143" in run_deploy(box, "--stop", "--name", "pip").stderr
+    left = [path for path in Path("/proc").glob("[0-9]*/cwd") if os.path.realpath(path) == str(box.remote)]
+    deadline = time.monotonic() + 30
+    while any(path.parent.exists() for path in left) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [path for path in left if path.parent.exists()]
 
 
 def test_a_lost_connection_is_told_from_the_end_of_the_run(box):

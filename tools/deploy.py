@@ -483,7 +483,8 @@ def listed_files(args: argparse.Namespace) -> tuple[list[str], dict[str, list[st
 
 def files_below(path: str) -> list[str]:
     """Of a --copy: the file, or all files of the folder, as paths in this tree."""
-    full = Path(os.path.abspath(path if os.path.lexists(path) else TREE / path))
+    full = Path(path if os.path.lexists(path) else TREE / path)
+    full = full.parent.resolve() / full.name  # a link itself is copied as a link
     if TREE not in full.parents or not os.path.lexists(full):
         raise UserError(f"--copy {path}: no file or folder of {TREE}", 2)
     files = full.rglob("*") if full.is_dir() and not full.is_symlink() else [full]
@@ -630,8 +631,8 @@ def follow(args: argparse.Namespace, lines: str) -> int:
         except BrokenPipeError:
             code = ssh.wait()
     if code:
-        raise UserError(f"lost the connection to {args.remote.host}, but {args.name} goes on: "
-                        f"{again(args, '--attach')} follows it again", 255)
+        what = f"lost the connection to {args.remote.host}" if code == 255 else "could not read its log"
+        raise UserError(f"{what}, but {args.name} goes on: {again(args, '--attach')} follows it again", 255)
     return report(args)
 
 
@@ -686,13 +687,14 @@ def stop(args: argparse.Namespace) -> int:
 
 def fetch_commands(args: argparse.Namespace, tree: str, run_dir: str) -> list[list[str]]:
     """Nothing is deleted here. What is still being written, *.partial, stays there."""
-    home = Path(args.to or TREE / "runs" / f"{args.name}@{args.remote.host.replace(':', '-')}")
-    progress = ["--info=progress2"] if sys.stderr.isatty() else []
-    command = ["rsync", "-rltz", "-s", "--partial", "--exclude=*.partial", *progress, "-e",
-               shlex.join(args.remote.ssh)]
+    # Absolute: rsync takes a colon in front of the first slash for the end of a host's name.
+    home = os.path.abspath(args.to or TREE / "runs" / f"{args.name}@{args.remote.host.replace(':', '-')}")
+    command = ["rsync", "-rltz", "-s", "--partial", "-e", shlex.join(args.remote.ssh)]
+    options = ["--exclude=/lock", "--exclude=*.partial"]
+    options += [] if args.checkpoints else ["--exclude=/checkpoints"]
+    options += ["--info=progress2"] if sys.stderr.isatty() else []
     run_path = run_dir if run_dir.startswith("/") else f"{tree}/{run_dir}"
-    leave_out = [] if args.checkpoints else ["--exclude=/checkpoints"]
-    return [[*command, *leave_out, args.remote.path(f"{run_path}/"), f"{home}/"],
+    return [[*command, *options, args.remote.path(f"{run_path}/"), f"{home}/"],
             [*command, args.remote.path(f"{tree}/.deploy/{args.name}/"), f"{home}/deploy/"]]
 
 
@@ -744,7 +746,8 @@ def main() -> int:
     args = parse_args(sys.argv[1:])
     # As Ctrl-C does, so that the shared login is closed when a terminal or a job control ends this program.
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
     try:
         return act(args)
     except UserError as error:
