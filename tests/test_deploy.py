@@ -89,8 +89,12 @@ def start_deploy(box, *args):
 
 def shared_logins(box):
     """The processes of this machine that hold a connection for this test's deploy.py open."""
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    return [int(line.split()[0]) for line in listed.splitlines() if f"ssh: {box.temp}/" in line]
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if f"ssh: {box.temp}/".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
 
 
 def kill(box, process):
