@@ -1,4 +1,4 @@
-"""benchmarks/kill_test.py in its short form: killed again and again, the training ends as the straight run."""
+"""benchmarks/kill_test.py in its short form: killed again and again, a training ends as the straight run."""
 
 import json
 import subprocess
@@ -44,14 +44,18 @@ def test_torchrun_brings_a_killed_rank_back(tmp_path):
     assert (tmp_path / "kills/killed.log").read_text().count("=== start ") == 1
 
 
-def test_arguments(tmp_path):
+def test_arguments(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+    from kill_test import parse_args
     (tmp_path / "file").touch()
-    for args, message in {
-        ("--folder", tmp_path): "already holds something: name a new folder",
-        ("--kills", 0): "--kills must be at least 1",
+    for argv, message in {
+        ("--folder", str(tmp_path)): "already holds something: name a new folder",
+        ("--kills", "0"): "--kills must be at least 1",
         ("--restart-by", "torchrun"): "needs --target rank",
-        ("--steps", 5): "--steps must be at least 30",
-        ("--script", tmp_path / "none.py"): "there is no script",
+        ("--steps", "5"): "--steps must be at least 30",
+        ("--script", str(tmp_path / "none.py")): "there is no script",
     }.items():
-        done = kill_test(*args)
-        assert done.returncode == 2 and message in done.stderr, done.stderr
+        with pytest.raises(SystemExit) as ended:
+            parse_args(list(argv))
+        assert ended.value.code == 2 and message in capsys.readouterr().err
+    assert parse_args(["--kills", "50", "--folder", str(tmp_path / "new")]).steps == 500
