@@ -19,11 +19,11 @@
 #   MASTER_ADDR=10.0.0.1       machine 0 as the others reach it: no 127.x, and no name that means 127.x there
 #   MASTER_PORT=29500          a port of machine 0 that is free and open to the others
 #   NPROC_PER_NODE=8           processes on this machine, instead of one per GPU
-#   MAX_RESTARTS=3             how often all processes start again after one died; default 0
+#   MAX_RESTARTS=3             elastic: how often all processes start again after one died; default 0
 #   SHUTDOWN_TIMEOUT=600       seconds to save in after a signal (torch 2.13; earlier ones give 30 s)
 #   RDZV_TIMEOUT=1800          seconds to wait for the other machines
 #   RDZV_ID=train              elastic: name of the run, where several share a MASTER_ADDR and MASTER_PORT
-#   LOCAL_ADDR=10.0.0.2        elastic: this machine as the others reach it; default: on the way to MASTER_ADDR
+#   LOCAL_ADDR=10.0.0.2        elastic: this machine as others reach it; default: on the way to MASTER_ADDR
 #   IS_HOST=1                  elastic: whether this is MASTER_ADDR; default: by this machine's own addresses
 #   CUDA_VISIBLE_DEVICES=0,3   the GPUs to use; set but empty: none
 #   PYTHON=python3.12          interpreter; default: .venv/bin/python beside this file, else python3
@@ -125,6 +125,9 @@ if [[ -n ${NODE_RANK:-} ]]; then
     [[ $NODE_RANK -lt $nnodes ]] ||
         usage_error "NODE_RANK=$NODE_RANK: with NNODES=$nnodes the machines are numbered 0 to $((nnodes - 1))"
     is_host=$((NODE_RANK == 0))
+    # torch 2.11 and 2.13 keep one store over a restart, where the new processes find the old ones' addresses.
+    [[ ${MAX_RESTARTS:-0} == 0 ]] ||
+        usage_error "MAX_RESTARTS needs the elastic rendezvous: leave NODE_RANK out"
     [[ -n ${MASTER_ADDR:-} || $is_host == 1 ]] ||
         usage_error "NODE_RANK=$NODE_RANK needs MASTER_ADDR: the address of the machine with NODE_RANK=0"
 else
@@ -271,7 +274,9 @@ if [[ -n ${NODE_RANK:-} ]]; then
         --rdzv-conf "timeout=$wait_s")
 else
     # Both said in words, because torchrun goes by host names, which machines made from one image share: each
-    # would open a store of its own, or none, and rank 0 would call itself by a name that only it knows.
+    # would open a store of its own, or none, and rank 0 would call itself by a name that only it knows. And a
+    # new store for each start of the processes, see above.
+    environment+=(TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)
     command+=(--rdzv-backend c10d --rdzv-endpoint "$head:$port" --rdzv-id "${RDZV_ID:-train}"
         --local-addr "$local_addr" --rdzv-conf "is_host=$is_host,join_timeout=$wait_s")
 fi

@@ -9,10 +9,12 @@
 #
 # Environment:
 #   NPROC=2                    processes to start, instead of one per GPU (--nproc in ARGS wins)
+#   MAX_RESTARTS=3             how often all processes start again after one died; default 0
 #   CUDA_VISIBLE_DEVICES=0,3   the GPUs to use; set but empty: none
 #   PYTHON=python3.12          interpreter; default: .venv/bin/python beside this file, else python3
 #   OMP_NUM_THREADS=4          CPU threads of each process; default: the cores are divided among them
 #   DRY_RUN=1                  print the commands and stop
+# More machines: launch_multi_node.sh, or launch_slurm.sh where there is SLURM.
 #
 # Where that Python lacks packages of requirements.txt, they are installed into .venv beside this file.
 set -euo pipefail
@@ -169,26 +171,33 @@ else
     note "no GPU here: $nproc process(es) on the CPU"
 fi
 
+[[ ${MAX_RESTARTS:-0} =~ ^[0-9]+$ ]] || usage_error "MAX_RESTARTS is a number, not '$MAX_RESTARTS'"
+restarts=()
+[[ -z ${MAX_RESTARTS:-} ]] || restarts=(--max-restarts "$MAX_RESTARTS")
+
 # ----------------------------------------------------------------------------------------------------
 # 4. Environment
 #
 # For NCCL nothing is set: its defaults are right on one machine. When a run hangs at its first collective,
-# these help to find out why, and all pass through from the caller's environment:
+# start tools/doctor.py in place of the script; these help, too, and all pass through from the caller's
+# environment:
 #   NCCL_DEBUG=INFO            which transport each pair of GPUs uses, and what failed
 #   NCCL_SOCKET_IFNAME=lo      the network interface of the rendezvous, where the chosen one is no use
 #   NCCL_IB_DISABLE=1          leave InfiniBand out, to tell whether it is at fault
 #   NCCL_P2P_DISABLE=1         leave direct GPU to GPU copies out, likewise
 
 environment=()
+# torch 2.11 and 2.13 keep one store over a restart, where the new processes find the old ones' addresses.
+[[ ${MAX_RESTARTS:-0} == 0 ]] || environment+=(TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)
 # A number that the script will reject divides nothing; its own message is the better one.
 if [[ -z ${OMP_NUM_THREADS:-} && $nproc =~ ^[1-9][0-9]*$ ]]; then
     threads=$((num_cores / nproc))
     if [[ $num_gpus == 0 ]]; then
         # Processes that each take every core slow one another down many times over.
-        environment=("OMP_NUM_THREADS=$((threads > 1 ? threads : 1))")
+        environment+=("OMP_NUM_THREADS=$((threads > 1 ? threads : 1))")
     elif [[ $nproc -gt 1 ]]; then
         # What torchrun sets as well, but with a warning.
-        environment=(OMP_NUM_THREADS=1)
+        environment+=(OMP_NUM_THREADS=1)
     fi
 fi
 
@@ -196,12 +205,13 @@ fi
 # 5. Command
 
 if [[ $relaunches == 0 ]]; then
-    command=("$python" -m torch.distributed.run --standalone --nproc-per-node "$nproc" "$script" "$@")
+    command=("$python" -m torch.distributed.run --standalone --nproc-per-node "$nproc"
+        ${restarts[@]+"${restarts[@]}"} "$script" "$@")
 elif [[ -n $asked ]]; then
-    command=("$python" "$script" "$@")
+    command=("$python" "$script" ${restarts[@]+"${restarts[@]}"} "$@")
 else
     # The script starts torchrun itself, after it has checked its arguments: a mistake is one clean message.
-    command=("$python" "$script" --nproc "$nproc" "$@")
+    command=("$python" "$script" --nproc "$nproc" ${restarts[@]+"${restarts[@]}"} "$@")
 fi
 show ${environment[@]+"${environment[@]}"} "${command[@]}"
 [[ $dry_run != 1 ]] || exit 0

@@ -137,8 +137,8 @@ ntasks=${SLURM_NTASKS_PER_NODE:-1}
 [[ $num_gpus == 0 ]] || ntasks=$num_gpus
 
 # Where nodes differ, as many as the smallest has: 16(x2),8 means 16, 16 and 8.
-cpus_on_node=${SLURM_CPUS_ON_NODE:-1}
-IFS=, read -ra counts <<<"${SLURM_JOB_CPUS_PER_NODE:-$cpus_on_node}"
+IFS=, read -ra counts <<<"${SLURM_JOB_CPUS_PER_NODE:-${SLURM_CPUS_ON_NODE:-$ntasks}}"
+cpus_on_node=${counts[0]%%(*}
 for count in "${counts[@]%%(*}"; do
     [[ $count -ge $cpus_on_node ]] || cpus_on_node=$count
 done
@@ -251,8 +251,8 @@ step_since=0
 now() { date +%s; }
 job_state() { squeue --noheader --job "$job" --format=%T 2>/dev/null || true; }
 
-# By scancel, which reaches the job's steps and not this shell. Not by a signal to srun, because a SIGTERM makes
-# it kill all tasks at once.
+# By scancel, which reaches the job's steps and not this shell. A SIGTERM to srun itself would make it kill
+# all tasks.
 signal_step() { scancel --signal="$asked" "$job" 2>/dev/null || true; }
 
 pass_on() {

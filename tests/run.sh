@@ -43,11 +43,23 @@ if [[ ! -x $python || ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
     echo "$wanted" >"$stamp"
 fi
 
-# Without it the test of the shell scripts is skipped, and says so.
-if ! command -v shellcheck >/dev/null && [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+# Programs that tests start: SLURM, an ssh server, network namespaces. A test without its program is skipped,
+# and says so. On a Debian and as root, those that are missing are installed, at once because that is quicker.
+export PATH=$PATH:/usr/sbin:/sbin
+lacking=()
+while read -r program package; do
+    command -v "$program" >/dev/null || lacking+=("$package")
+done <<<"slurmctld slurm-wlm
+munged munge
+sshd openssh-server
+rsync rsync
+ip iproute2
+shellcheck shellcheck"
+if [[ ${#lacking[@]} -gt 0 && $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+    echo "tests: installing ${lacking[*]}" >&2
     export DEBIAN_FRONTEND=noninteractive
-    { apt-get -qq update && apt-get -qq install -y shellcheck; } >/dev/null 2>&1 ||
-        echo "tests: shellcheck could not be installed" >&2
+    { apt-get -qq update && apt-get -qq install -y "${lacking[@]}"; } >/dev/null 2>&1 ||
+        echo "tests: could not install ${lacking[*]}" >&2
 fi
 
 # One thread for each process, because the tests start several; no hub, because no test may need the network.

@@ -22,8 +22,8 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 
-# A requeued job may start again only when the credential of its last start has expired (2 minutes by
-# default); KillWait (30 s) passes between SIGTERM and SIGKILL. Both are short here, or tests would take minutes.
+# A requeued job starts again only when the credential of its last start has expired (2 minutes by default);
+# KillWait (30 s by default) passes between SIGTERM and SIGKILL. Both are short here: tests should be quick.
 CONFIG = """\
 ClusterName=tests
 SlurmctldHost={host}({address})
@@ -50,9 +50,10 @@ SlurmdParameters=config_overrides
 KillWait={kill_wait}
 SlurmdTimeout=60
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE State=UP
+PartitionName=gpu Nodes={gpu_names} MaxTime=INFINITE State=UP
 """
-NODE = "NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs={cpus} State=UNKNOWN"
+NODE = "NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs={cpus} State=UNKNOWN{more}"
 
 
 def missing():
@@ -87,14 +88,22 @@ def own_address():
             return "127.0.0.1"
 
 
-def write_config(folder, names, cpus, kill_wait):
+def write_config(folder, names, gpu_names, cpus, kill_wait):
+    """GPUs are links to other devices: SLURM hands them out and numbers them, and nothing opens them."""
     host, address = socket.gethostname().split(".")[0], own_address()
-    port, *ports = free_ports(1 + len(names))
-    nodes = "\n".join(NODE.format(name=name, host=host, address=address, port=node_port, cpus=cpus)
-                      for name, node_port in zip(names, ports))
+    port, *ports = free_ports(1 + len(names + gpu_names))
+    nodes = "\n".join(
+        NODE.format(name=name, host=host, address=address, port=node_port, cpus=cpus,
+                    more=" Gres=gpu:2" if name in gpu_names else "")
+        for name, node_port in zip(names + gpu_names, ports))
     config = folder / "slurm.conf"
-    config.write_text(CONFIG.format(host=host, address=address, port=port, folder=folder, nodes=nodes,
-                                    kill_wait=kill_wait))
+    config.write_text(CONFIG.format(
+        host=host, address=address, port=port, folder=folder, nodes=nodes, kill_wait=kill_wait,
+        names=",".join(names), gpu_names=",".join(gpu_names)))
+    for index, device in enumerate(("/dev/null", "/dev/zero")):
+        (folder / f"gpu{index}").symlink_to(device)
+    (folder / "gres.conf").write_text(
+        f"NodeName={','.join(gpu_names)} Name=gpu Flags=nvidia_gpu_env File={folder}/gpu[0-1]\n")
     return config
 
 
@@ -112,15 +121,18 @@ def wait_until_idle(names, env, daemons, timeout=60):
 
 
 @contextlib.contextmanager
-def slurm_cluster(folder, names=("n1", "n2"), cpus=4, kill_wait=5):
-    """The daemons, for as long as the context lasts; yields the variables that SLURM's commands need."""
+def slurm_cluster(folder, names=("n1", "n2"), gpu_names=("g1", "g2"), cpus=4, kill_wait=5):
+    """The daemons, for as long as the context lasts; yields the variables that SLURM's commands need.
+
+    The nodes `names` are those of the default partition, `gpu_names` of the partition gpu, with two each."""
     folder = Path(folder)
-    for name in ("munge", "state", *(f"spool-{name}" for name in names)):
+    all_names = (*names, *gpu_names)
+    for name in ("munge", "state", *(f"spool-{name}" for name in all_names)):
         (folder / name).mkdir(parents=True, exist_ok=True)
     key = folder / "munge" / "key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
-    config = write_config(folder, names, cpus, kill_wait)
+    config = write_config(folder, names, gpu_names, cpus, kill_wait)
     variables = {"SLURM_CONF": str(config)}
     env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")} | variables
     commands = [
@@ -128,7 +140,7 @@ def slurm_cluster(folder, names=("n1", "n2"), cpus=4, kill_wait=5):
         ["munged", "--foreground", "--force", f"--socket={folder}/munge/socket", f"--key-file={key}",
          f"--pid-file={folder}/munge/pid", f"--seed-file={folder}/munge/seed"],
         ["slurmctld", "-D", "-i"],
-        *(["slurmd", "-D", "-N", name] for name in names),
+        *(["slurmd", "-D", "-N", name] for name in all_names),
     ]
     daemons = []
     try:
@@ -139,7 +151,7 @@ def slurm_cluster(folder, names=("n1", "n2"), cpus=4, kill_wait=5):
                                                 stderr=log, start_new_session=True))
             while command[0] == "munged" and not (folder / "munge" / "socket").exists():
                 time.sleep(0.02)
-        wait_until_idle(names, env, daemons)
+        wait_until_idle(sorted(all_names), env, daemons)
         yield variables
     finally:
         stop(daemons, env)

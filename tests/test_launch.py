@@ -28,6 +28,7 @@ import os
 print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], flush=True)
 """
 CPU = {"CUDA_VISIBLE_DEVICES": ""}
+LAUNCHERS = ("launch_single_node.sh", "launch_multi_node.sh", "launch_slurm.sh")
 
 
 @pytest.fixture
@@ -143,6 +144,21 @@ def test_bad_number_of_processes(project):
         assert "NPROC is a number" in launch(project, code=2, NPROC=nproc).stderr
     # One in the arguments is the script's to judge.
     assert command_of(project, "--nproc", "two")[-2:] == ["--nproc", "two"]
+
+
+def test_restarts(project):
+    """By the script where that starts the processes, else by torchrun; with a new store for each start."""
+    for args in (["--x"], ["--nproc", "3"]):
+        command = command_of(project, *args, MAX_RESTARTS="2", NPROC="2")
+        assert command[0] == "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        assert command[-len(args) - 2:] == ["--max-restarts", "2", *args]
+    assert "--max-restarts" not in command_of(project, "--x", NPROC="2")
+    assert "MAX_RESTARTS is a number" in launch(project, code=2, MAX_RESTARTS="two").stderr
+    once = 'import pathlib, sys\ndied = pathlib.Path(f"died-{os.environ[\'RANK\']}")\n'
+    once += "if not died.exists():\n    died.touch()\n    sys.exit(1)\n"
+    (project / "plain.py").write_text(PLAIN.replace("import os\n", "import os\n" + once))
+    lines = launch(project, "plain.py", NPROC="2", MAX_RESTARTS="2", **CPU).stdout.splitlines()[1:]
+    assert {"rank 0 of 2", "rank 1 of 2"} <= set(lines)
 
 
 def test_threads_are_divided_among_the_processes(project):
@@ -273,7 +289,7 @@ def test_shellcheck():
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.sh", "*.sbatch", ".ci/run"],
         cwd=REPO, capture_output=True, text=True, check=True,
     ).stdout.splitlines()
-    assert {"launch_single_node.sh", "tests/run.sh", ".ci/run"} <= set(tracked)
+    assert {*LAUNCHERS, "tests/run.sh", ".ci/run"} <= set(tracked)
     result = subprocess.run(["shellcheck", *tracked], cwd=REPO, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
@@ -283,5 +299,24 @@ def test_ci_runs_every_test():
     code = [line for line in lines if line and not line.startswith("#")]
     assert lines[0] == "#!/usr/bin/env bash" and code[0] == "set -euo pipefail"
     assert code[-1] == "exec bash tests/run.sh"
-    for script in (".ci/run", "launch_single_node.sh", "tests/run.sh"):
+    for script in (".ci/run", *LAUNCHERS, "tests/run.sh"):
         assert os.access(REPO / script, os.X_OK), script
+
+
+def test_the_launchers_look_alike():
+    """Header, functions that print, order of the sections; and each explains what helps when NCCL hangs."""
+    helpers = []
+    for name in LAUNCHERS:
+        text = (REPO / name).read_text()
+        lines = text.splitlines()
+        assert lines[0] == "#!/usr/bin/env bash" and "set -euo pipefail" in lines
+        header = text.partition("set -euo pipefail")[0]
+        for said in ("Usage:", "Environment", "DRY_RUN=1", "PYTHON=", "OMP_NUM_THREADS=4", "MAX_RESTARTS=3"):
+            assert said in header, (name, said)
+        for said in ("NCCL_DEBUG=INFO", "NCCL_SOCKET_IFNAME=", "NCCL_IB_DISABLE=1", "tools/doctor.py"):
+            assert said in text, (name, said)
+        sections = [line for line in lines if line.startswith(("# 1. ", "# 2. ", "# 3. "))]
+        assert [section.split()[2].strip(":") for section in sections] == ["Script", "Python", "Processes"]
+        starts = ("note() ", "die() ", "usage_error() ", "show() ", "# Notes go")
+        helpers.append([line for line in lines if line.startswith(starts)])
+    assert len(helpers[0]) == 5 and helpers[0] == helpers[1] == helpers[2]
