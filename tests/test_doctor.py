@@ -15,6 +15,7 @@ from argparse import Namespace
 import netns
 import psutil
 import pytest
+import slurm_cluster
 from helpers import REPO, TORCHRUN_VARIABLES, run_script
 
 DOCTOR = [sys.executable, str(REPO / "tools/doctor.py")]
@@ -139,6 +140,21 @@ def test_variables_that_are_missing_or_wrong():
            "MASTER_PORT=x is no port": {"RANK": "0", "WORLD_SIZE": "2", **address, "MASTER_PORT": "x"}}
     for (code, _, errors), text in zip(finish(*(start(**variables) for variables in bad.values())), bad):
         assert code == 1 and text in errors and len(errors.splitlines()) == 1
+
+
+def test_by_srun_on_a_real_slurm(tmp_path):
+    """Its node names lead nowhere, which is said; with an address in MASTER_ADDR the same command runs."""
+    if reason := slurm_cluster.missing():
+        pytest.skip(reason)
+    address = slurm_cluster.own_address()
+    with slurm_cluster.slurm_cluster(tmp_path / "slurm", names=("n1", "n2")) as variables:
+        srun = ["srun", "--nodes=2", "--ntasks-per-node=1"]
+        args = [*QUICK, "--checkpoint-dir", tmp_path / "run"]
+        [(code, output, errors)] = finish(start(*args, prefix=srun, **variables))
+        assert code == 1 and errors.count("MASTER_ADDR=n1 does not resolve on ") == 2, output + errors
+        [(code, output, errors)] = finish(start(*args, prefix=srun, **variables, MASTER_ADDR=address))
+    assert code == 0, output + errors
+    assert "2 processes, MASTER_ADDR=" in output and "all 2 ranks, gloo" in output
 
 
 def test_missing_ranks_are_named(tmp_path):

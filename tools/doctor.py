@@ -1471,11 +1471,12 @@ def main() -> None:
     faulthandler.dump_traceback_later(2 * args.timeout + 240, exit=True)
     try:
         code = diagnose(read_job(args), args)
-    except UserError as error:
+    except (UserError, dist.DistError) as error:
         code = 1
         # One line a node. The others wait a moment, or torchrun would end this one before it has spoken.
         if int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0:
-            note(f"NOT ready: {error}")
+            lost = f"the connection to rank 0 is lost: {one_line(error)}"
+            note(f"NOT ready: {error if isinstance(error, UserError) else lost}")
         else:
             time.sleep(2)
     except KeyboardInterrupt:
