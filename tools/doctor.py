@@ -435,7 +435,7 @@ def examine_machine(job: Job, quick: bool) -> dict:
             report[name] = limited(max(1, end - time.monotonic()), part)
         except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
             report["errors"].append(f"{name}: {one_line(error)}")
-    if driver := report.get("gpu", {}).get("driver"):
+    if "versions" in report and (driver := report.get("gpu", {}).get("driver")):
         report["versions"]["driver"] = driver
     return report
 
