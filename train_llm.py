@@ -18,6 +18,7 @@ architecture in 4, the objective in 6, the order of things in 10. `EDIT:` marks 
 import argparse
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import hashlib
@@ -377,6 +378,13 @@ def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceM
         options |= {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
     else:
         find_rendezvous(ranks)
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # HACK(torch 2.13, pytorch#135712): torchrun's store still has the addresses of the ranks that died. Over
+        # several nodes the counts differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each start a new one.
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = torch.distributed.TCPStore(*address, is_master=False, timeout=timeout)
+        store = torch.distributed.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        options |= {"store": store, "rank": ranks.rank, "world_size": ranks.world_size}
     try:
         torch.distributed.init_process_group(**options)
     except torch.distributed.DistNetworkError as error:
@@ -408,8 +416,8 @@ def find_rendezvous(ranks: Ranks) -> None:
             return socket.create_connection((host, port), timeout=5).close()
         except OSError as error:
             if waited == 10:
-                print(f"rank {ranks.rank} on {here} waits for rank 0 at {host}:{port} ({error.strerror}): has "
-                      "it started, is the port open?", file=sys.stderr, flush=True)
+                print(f"rank {ranks.rank} on {here} waits for rank 0 at {host}:{port} ({error.strerror}): "
+                      "has it started, is the port open?", file=sys.stderr, flush=True)
             time.sleep(1)
 
 
@@ -436,8 +444,8 @@ def gather_objects(value: object, group: object = None) -> list:
 
 # The watch is a thread on each rank, because the loop may be stuck in a collective. It takes signals, looks
 # for a STOP file and the end of SLURM's time limit, and hands the wish to stop to the loop, where all ranks
-# agree on it in a collective that each step has anyway. It says where a stalled rank is, and ends when another
-# rank has ended.
+# agree on it in a collective that each step has anyway. It says where a stalled rank is, and ends this one
+# when another rank has ended.
 
 @dataclasses.dataclass
 class Watch:
@@ -476,11 +484,18 @@ def catch_signals(watch: Watch) -> None:
     watch.signals[1].setblocking(False)
     # Python's own handlers wait for the main thread, which a collective may hold; this socket does not.
     signal.set_wakeup_fd(watch.signals[1].fileno(), warn_on_full_buffer=False)
-    for name in watch.codes.keys() - STOP_CODES.keys():
-        signal.signal(getattr(signal, name), lambda *_: None)
-        signal.siginterrupt(getattr(signal, name), False)  # or system calls inside NCCL would fail with EINTR
+    numbers = [getattr(signal, name) for name in watch.codes.keys() - STOP_CODES.keys()]
+    for number in numbers:
+        signal.signal(number, lambda *_: None)
+        signal.siginterrupt(number, False)  # or system calls inside NCCL would fail with EINTR
+
+    def in_child() -> None:
+        release_signals(watch)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
     # A loader worker would swallow its signals, and wake this process through the socket that it shares.
-    os.register_at_fork(after_in_child=functools.partial(release_signals, watch))
+    os.register_at_fork(before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, numbers), after_in_child=in_child,
+                        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers))
 
 
 def release_signals(watch: Watch) -> None:
@@ -532,8 +547,9 @@ def watch_run(watch: Watch, stall_timeout: float, ranks: Ranks, run_dir: Path) -
         if waited > stall_timeout and stalled_at != watch.since:
             stalled_at = watch.since
             report_stall(watch, waited, store, ranks)
-        # Saves, evaluations and the export may take longer than any step.
-        if waited > 2 * stall_timeout and watch.phase in ("data", "forward_backward", "optimizer"):
+        # These may take longer than any step; a save has a timeout of its own.
+        has_no_limit = watch.phase in ("set-up", "checkpoint", "evaluation", "export")
+        if waited > 2 * stall_timeout and not has_no_limit:
             end_now(f"no step has ended for {waited:.0f} s; above stands where each rank is", ranks.is_main)
 
 
@@ -1982,8 +1998,8 @@ def write_checkpoint(saver: Checkpointer, staged: Future, files: dict[str, str],
         sums = {path.name: checksum(path) for path in own}
     except (Exception, dcp.CheckpointException) as error:  # the latter is a BaseException
         # DCP's message holds the traceback of the rank that failed: a line such as "OSError: …" says why.
-        reasons = re.findall(r"\w*Error: .+", str(error))
-        problem = reasons[-1] if reasons else f"{type(error).__name__}: {first_line(error)}"
+        reasons = re.findall(r"\w*Error: .+", str(error)) or [f"{type(error).__name__}: {first_line(error)}"]
+        problem = next((reason for reason in reasons if "[Errno" in reason), reasons[-1])
     found = gather_objects((sums, problem), saver.group)
     problem = next((text for _, text in found if text), "")
     if ranks.is_main:
@@ -2358,16 +2374,14 @@ def append_lines(path: Path, *rows: dict, unwritten: list[str]) -> None:
     """JSON lines; what a full disk refuses is kept in `unwritten`, said once, written when there is room."""
     was_written = not unwritten
     unwritten += [json.dumps(row) + "\n" for row in rows]
+    data = "".join(unwritten).encode()
     try:
-        with path.open("a") as file:
+        with path.open("ab", buffering=0) as file:  # a buffer would write its rest when the file is closed
             size = file.tell()
-            try:
-                file.writelines(unwritten)
-                file.flush()
-                unwritten.clear()
-            except OSError:
-                file.truncate(size)  # no half line, and nothing twice
-                raise
+            if file.write(data) < len(data):
+                file.truncate(size)  # no half line
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        unwritten.clear()
     except OSError as error:
         if was_written:
             print(f"\n{path} cannot be written ({error.strerror}): its rows are kept in memory, training "

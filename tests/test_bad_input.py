@@ -221,19 +221,25 @@ def test_read_only_folder(place, tmp_path):
 
 @pytest.mark.parametrize("mode", ["async", "sync", "two_ranks"])
 def test_full_disk(place, tmp_path, mode):
-    """A checkpoint here is 2 MB: two fit. The third fails with one line; a larger disk goes on from there."""
+    """A checkpoint here is 2 MB: two fit. Training goes on without the others and fails when its last step
+    cannot be saved either; on a larger disk it goes on from the second."""
     def start(args, code):
         return quick_ranks(args, 2, code=code) if mode == "two_ranks" else [quick_run(args, code=code)]
 
     with mounted(tmp_path / "disk", "size=5m") as disk:
         flags = flags_for(place, disk / "run", "--max-steps", 6, "--checkpoint-interval", 1,
                           "--async-checkpoint" if mode == "async" else "--no-async-checkpoint")
-        results = start(flags, code=1)
-        message = error_line(results[0])
+        result = start(flags, code=1)[0]
         kept = train_llm.checkpoints_in(disk / "run/checkpoints")
         assert [path.name for path in kept] == ["step_000001", "step_000002"]
-        assert message.startswith(f"could not save {disk}/run/checkpoints/step_000003.partial (")
-        assert "is the disk full" in message and f"newest good checkpoint is {kept[-1]}" in message
+        assert "Traceback" not in result.stderr
+        *said, last = [line for line in result.stderr.splitlines() if line]
+        said = [line for line in said if not line.startswith(f"{disk}/run/metrics.jsonl cannot be written")]
+        assert [line.split(" (")[0] for line in said] == [
+            f"step {step} could not be saved" for step in (3, 4, 5, 6, 6, 6)]
+        assert all("No space left on device" in line and f"checkpoint is {kept[-1]}" in line for line in said)
+        assert last.startswith("train_llm.py: error: could not save step 6 (")
+        assert "in three tries: make room" in last and last.endswith(f"goes on from {kept[-1]}")
         for path in kept:
             assert all(torch.isfinite(tensor).all() for tensor in read_checkpoint(path).values())
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
@@ -404,9 +410,12 @@ def test_steps_that_are_not_finite_stop_the_run(place, tmp_path):
         args = train_llm.parse_args(flags)
         num_samples = len(train_llm.open_datasets(args, train_llm.prepare_data(args))[0])
         per_step = 2 * world_size
-        assert records == [{"step": step, "samples": [
-            train_llm.sample_at(p, num_samples, 5) for p in range((step - 1) * per_step, step * per_step)]}
-            for step in (2, 3, 4)]
+        assert [(record["step"], record["why"]) for record in records] == [
+            (2, "not finite"), (3, "not finite"), (4, "not finite")]
+        for record in records:
+            end = record["step"] * per_step
+            assert [sample["id"] for sample in record["samples"]] == [
+                train_llm.sample_at(p, num_samples, 5) for p in range(end - per_step, end)]
         # Skipped is skipped: weights and optimizer states are those of the last good update, bit for bit.
         first, *later = train_llm.checkpoints_in(run_dir / "checkpoints")
         good = read_checkpoint(first)
@@ -441,7 +450,11 @@ def test_one_bad_step_is_skipped_and_training_goes_on(place, tmp_path, world_siz
     order = [train_llm.sample_at(p, 16, 0) for p in range(16)]
     bad_step = order.index(11) // 4 + 1
     records = [json.loads(line) for line in (run_dir / "bad_steps.jsonl").read_text().splitlines()]
-    assert records == [{"step": bad_step, "samples": order[4 * bad_step - 4:4 * bad_step]}]
+    [record] = records
+    assert (record["step"], record["why"]) == (bad_step, "not finite")
+    assert [sample["id"] for sample in record["samples"]] == order[4 * bad_step - 4:4 * bad_step]
+    [text] = [sample["text"] for sample in record["samples"] if sample["id"] == 11]
+    assert text.startswith("11 pencils ~ and more")
     assert read_metrics(run_dir)[-1]["train/skipped_steps"] == 1
     saved = read_checkpoint(run_dir / "checkpoints/step_000004")
     steps = {float(tensor) for name, tensor in saved.items() if name.endswith(".step")}
