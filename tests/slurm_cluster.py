@@ -175,6 +175,7 @@ def stop(daemons, env):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the context, so the daemons
     with slurm_cluster(Path(sys.argv[1]).resolve()) as started, contextlib.suppress(KeyboardInterrupt):
         print(f"export SLURM_CONF={started['SLURM_CONF']}", flush=True)
         signal.pause()
