@@ -198,11 +198,11 @@ def end_all(job: Job) -> None:
     job.process.wait()
 
 
-def kill(state: State, job: Job, record: Kill) -> list[psutil.Process]:
-    """SIGKILL; returns the processes that must end because of it."""
-    everybody, ranks = processes_of(job), list(ranks_of(job).values())
+def kill(state: State, job: Job, record: Kill) -> tuple[list[psutil.Process], list[psutil.Process]]:
+    """SIGKILL; returns the processes that must end because of it, and rank 0, if there was one."""
+    everybody, ranks = processes_of(job), ranks_of(job)
     if record.target == "rank":
-        victims = [state.rng.choice(ranks)]
+        victims = [state.rng.choice(list(ranks.values()))]
     elif record.target == "launcher":
         victims = [psutil.Process(job.process.pid)]
     else:
@@ -213,7 +213,8 @@ def kill(state: State, job: Job, record: Kill) -> list[psutil.Process]:
             process.kill()
         except psutil.NoSuchProcess:
             pass  # ended a moment ago, because of the one before
-    return ranks if state.args.restart_by == "torchrun" else everybody
+    must_end = list(ranks.values()) if state.args.restart_by == "torchrun" else everybody
+    return must_end, [ranks[0]] if 0 in ranks else []
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
@@ -265,6 +266,10 @@ def published(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
+def newest_step(folder: Path) -> int:
+    return max((int(path.name[5:]) for path in published(folder)), default=0)
+
+
 def is_saving(folder: Path) -> bool:
     return any(folder.glob("checkpoints/*.partial"))
 
@@ -292,7 +297,6 @@ def check_after(state: State, record: Kill) -> None:
     for path in found:
         verify_checkpoint(path)
     record.checkpoints = len(found)
-    record.newest = int(found[-1].name[5:]) if found else 0
     record.cut = is_saving(state.folder)
     if record.step - record.newest >= 2 * INTERVAL:
         raise Broken(f"killed after step {record.step}, but the newest checkpoint is of step {record.newest}")
@@ -353,19 +357,23 @@ def kill_once(state: State, job: Job, record: Kill) -> Job:
     """Wait for the moment, kill, see how it ends, check what is left; returns the job that goes on."""
     await_moment(state, job, record)
     count_loss(state)
-    must_end = kill(state, job, record)
+    must_end, writer = kill(state, job, record)
     at_once = state.args.restart_by == "user" and record.target == "launcher" and state.rng.random() < 0.5
     following = start(state.command, job.log) if at_once else job
     try:
         by_torchrun = state.args.restart_by == "torchrun"
         gone = (lambda: not any(map(is_alive, must_end))) if by_torchrun else lambda: not processes_of(job)
-        wait_until(gone, 60, f"kill {record.number} of {record.target}: processes of the training are left")
-        record.end_s = time.monotonic() - record.at_s
+        left = f"kill {record.number} of {record.target}: processes of the training are left"
+        # Rank 0 alone writes rows and publishes, and the next start waits for its end: what stands there now
+        # is the killed job's, even while another one is starting and other ranks are still ending.
+        wait_until(lambda: not any(map(is_alive, writer)), 60, left)
         look(state)
         record.step, state.rows_of_start = state.step, 0
+        record.newest = state.expected = newest_step(state.folder)
+        wait_until(gone, 60, left)
+        record.end_s = time.monotonic() - record.at_s
         checks_began = time.monotonic()
         check_after(state, record)
-        state.expected = record.newest
         if not by_torchrun and job.process.wait() == 0:
             raise Broken(f"kill {record.number} of {record.target}: the launcher ended with exit code 0")
         if following is job and not by_torchrun:
