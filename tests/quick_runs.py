@@ -86,6 +86,8 @@ def quick_runs(args, envs, cwd=None, timeout=120, script="train_llm.py"):
         results = [subprocess.CompletedProcess(argv, process.exitcode, *(
             Path(f"{output}.{name}").read_text() for name in ("stdout", "stderr")))
             for process, output in zip(processes, outputs)]
+        for result, output in zip(results, outputs):
+            result.said_at = os.path.getmtime(f"{output}.stderr")  # when its last error was written
     assert not late, "\n".join([f"no end after {timeout} s", *(r.stdout + r.stderr for r in results)])
     return results
 
