@@ -378,9 +378,11 @@ def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceM
         options |= {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
     else:
         find_rendezvous(ranks)
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # HACK(torch 2.13, pytorch#135712): torchrun's store still has the addresses of the ranks that died. Over
-        # several nodes the counts differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each start a new one.
+    is_old_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and (
+        os.environ["TORCHELASTIC_RESTART_COUNT"] != "0" and os.environ["GROUP_WORLD_SIZE"] == "1")
+    if is_old_store:
+        # HACK(torch 2.13, pytorch#135712): torchrun's store still holds the addresses of the ranks that died.
+        # Nodes count restarts differently: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a new store.
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = torch.distributed.TCPStore(*address, is_master=False, timeout=timeout)
         store = torch.distributed.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -494,8 +496,9 @@ def catch_signals(watch: Watch) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
     # A loader worker would swallow its signals, and wake this process through the socket that it shares.
-    os.register_at_fork(before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, numbers), after_in_child=in_child,
-                        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers))
+    os.register_at_fork(before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, numbers),
+                        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers),
+                        after_in_child=in_child)
 
 
 def release_signals(watch: Watch) -> None:

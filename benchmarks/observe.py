@@ -3,9 +3,8 @@
     torchrun --nproc_per_node 2 benchmarks/observe.py OUT_FOLDER SCRIPT.py [its arguments]
 
 A hook that PyTorch calls after every optimizer step notes wall time, CPU time of the process (all threads)
-and peak resident memory, so that scripts which know nothing of it are measured alike. Writes
-OUT_FOLDER/rankN.json with four lists, one entry a step: start_s (since the
-process started), wall_s, cpu_s, peak_mib.
+and resident memory, so that scripts which know nothing of it are measured alike. Writes OUT_FOLDER/rankN.json
+with five lists, one entry a step: start_s (since the process started), wall_s, cpu_s, peak_mib, resident_mib.
 """
 
 import atexit
@@ -31,7 +30,7 @@ def main() -> None:
         sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
     folder, script = Path(sys.argv[1]), sys.argv[2]
     started = process_start()
-    record = {"start_s": [], "wall_s": [], "cpu_s": [], "peak_mib": []}
+    record = {"start_s": [], "wall_s": [], "cpu_s": [], "peak_mib": [], "resident_mib": []}
 
     import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -43,6 +42,8 @@ def main() -> None:
         record["wall_s"].append(time.perf_counter())
         record["cpu_s"].append(time.process_time())
         record["peak_mib"].append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        record["resident_mib"].append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
 
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
