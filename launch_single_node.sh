@@ -145,18 +145,26 @@ fi
 relaunches=0
 ! grep -qE "[\"']--nproc[\"']" "$script" || relaunches=1
 
-# What the arguments ask for, if they do, stays theirs: --nproc 4, or --gpu-ranks 0,3 for two.
+# What the arguments or their config ask for stays theirs: --nproc 4, or --gpu-ranks 0,3 for two.
 asked=""
+config=""
+count_ranks() { local ranks; IFS=, read -ra ranks <<<"$1"; echo "${#ranks[@]}"; }
 if [[ $relaunches == 1 ]]; then
     previous=""
     for arg in "$@"; do
-        [[ $previous != --nproc && $previous != --gpu-ranks ]] || arg=$previous=$arg
+        [[ $previous != --nproc && $previous != --gpu-ranks && $previous != --config ]] || arg=$previous=$arg
         case $arg in
             --nproc=*) asked=${arg#*=} ;;
-            --gpu-ranks=*) IFS=, read -ra devices <<<"${arg#*=}"; asked=${#devices[@]} ;;
+            --gpu-ranks=*) asked=$(count_ranks "${arg#*=}") ;;
+            --config=*) config=${arg#*=} ;;
         esac
         previous=$arg
     done
+    if [[ -z $asked && -f $config ]]; then
+        asked=$(sed -nE 's/^"?nproc"?: *([0-9]+).*/\1/p' "$config")
+        ranks=$(sed -nE "s/^\"?gpu[-_]ranks\"?: *[\"']?([0-9,]+).*/\1/p" "$config")
+        [[ -n $asked || -z $ranks ]] || asked=$(count_ranks "$ranks")
+    fi
 fi
 
 if [[ -n $asked ]]; then

@@ -284,6 +284,7 @@ class Ranks:
     local_rank: int
     world_size: int
     device: torch.device
+    parent: int = dataclasses.field(default_factory=os.getppid)  # read early, before it can have died unseen
 
     @property
     def is_main(self) -> bool:
@@ -405,14 +406,21 @@ def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceM
 
 def find_rendezvous(ranks: Ranks) -> None:
     """Says in seconds what init_process_group would say after its timeout, or not at all."""
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise UserError("RANK is set, MASTER_ADDR and MASTER_PORT are not: start this with torchrun or srun")
     host, port, here = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), socket.gethostname()
     try:
         socket.getaddrinfo(host, port)
     except OSError as error:
         raise UserError(f"MASTER_ADDR={host} does not resolve on {here} ({error.strerror}): give an address "
                         "of rank 0's node that every node can reach") from None
-    if ranks.is_main or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return  # the store is this process's own, or torchrun's, which has been reached
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        try:  # torchrun's, which listened before this process was started
+            return socket.create_connection((host, port), timeout=30).close()
+        except OSError:
+            end_now("torchrun, which started this process, is gone", ranks.is_main)
+    if ranks.is_main:
+        return  # the store is this process's own
     for waited in range(1200):
         try:
             return socket.create_connection((host, port), timeout=5).close()
@@ -529,7 +537,7 @@ def refuse_stop_file(run_dir: Path, ranks: Ranks) -> None:
 def watch_run(watch: Watch, stall_timeout: float, ranks: Ranks, run_dir: Path) -> None:
     """The watching thread, in turns of a second; a signal wakes it at once."""
     deadline = slurm_deadline() if ranks.is_main else math.inf
-    parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+    parent = ranks.parent if "TORCHELASTIC_RUN_ID" in os.environ else None
     store, peers = peer_store(ranks), {}
     stalled_at = None
     while not watch.closed:
@@ -537,7 +545,7 @@ def watch_run(watch: Watch, stall_timeout: float, ranks: Ranks, run_dir: Path) -
             note_signals(watch, ranks)
         if parent is not None and os.getppid() != parent:
             end_now("torchrun, which started this process, is gone", ranks.is_main)
-        if ranks.is_main and (run_dir / "STOP").exists():
+        if ranks.is_main and os.path.exists(run_dir / "STOP"):  # Path's own raises where a file system fails
             ask_to_stop(watch, "STOP file", ranks)
         margin = 10 + 2 * watch.save_s + 3 * watch.step_s
         if time.time() > deadline - margin:
@@ -646,13 +654,21 @@ def report_stall(watch: Watch, waited: float, store: torch.distributed.Store | N
     lines = [f"no step has ended for {waited:.0f} s: rank {ranks.rank} on {socket.gethostname()} is in step "
              f"{watch.step + 1}, {watch.phase}, at\n{''.join(stack)}"]
     if ranks.is_main and store is not None:
-        places: dict[str, list[str]] = {}
+        places: dict[str, list[int]] = {}
         for rank in range(ranks.world_size):
-            _, step, phase, node = json.loads(store.get(f"life/{rank}"))
-            places.setdefault(f"step {step + 1}, {phase}", []).append(f"{rank} ({node})")
+            places.setdefault(where_is(store, rank), []).append(rank)
         for place, found in places.items():
-            lines.append(f"in {place}: rank {', '.join(found[:8])}{' …' if len(found) > 8 else ''}")
+            some = ", ".join(map(str, found[:8])) + (" …" if len(found) > 8 else "")
+            lines.append(f"in {place}: rank {some}")
     print("\n" + "\n".join(lines), file=sys.stderr, flush=True)
+
+
+def where_is(store: torch.distributed.Store, rank: int) -> str:
+    with contextlib.suppress(RuntimeError):
+        if store.check([f"life/{rank}"]):
+            _, step, phase, node = json.loads(store.get(f"life/{rank}"))
+            return f"step {step + 1}, {phase}, on {node}"
+    return "an unknown place, without a sign of life"
 
 
 def end_now(message: str, show: bool, code: int = 1) -> None:
@@ -2046,7 +2062,9 @@ def publish(saver: Checkpointer, partial: Path, sums: dict[str, tuple[int, int]]
     os.fsync(descriptor)
     os.close(descriptor)
     for old in checkpoints_in(saver.folder)[:-saver.keep] if saver.keep else []:
-        shutil.rmtree(old, ignore_errors=True)
+        # Renamed first, or a kill in the middle would leave half a checkpoint under a good name.
+        with contextlib.suppress(OSError):
+            shutil.rmtree(old.rename(old.with_suffix(".partial")), ignore_errors=True)
 
 
 def finish_save(saver: Checkpointer) -> str:
@@ -2750,6 +2768,7 @@ def main() -> None:
     spike_band = torch.tensor(progress["spike_band"], dtype=torch.float64, device=ranks.device)
     phase = functools.partial(timed, times, watch)
     watch.step, watch.save_s = progress["step"], 1 + saved_bytes(model) / 1e8  # until one has been measured
+    enter(watch, "loop")
     catch_signals(watch)
     bar = open_bar(total_steps, progress["step"], ranks)
     started = row_started = time.perf_counter()

@@ -116,6 +116,14 @@ def test_the_arguments_own_number_of_processes_wins(project, args):
     assert command_of(project, *args, NPROC="5") == [sys.executable, str(project / "train_llm.py"), *args]
 
 
+@pytest.mark.parametrize("line", ["nproc: 3", "gpu_ranks: 0,1,2", "gpu-ranks: '0,1,2'  # three"])
+def test_a_configs_own_number_of_processes_wins(project, line):
+    (project / "saved.yaml").write_text(f"from_scratch: true\n{line}\n")
+    for args in (["--config", "saved.yaml"], ["--config=saved.yaml"]):
+        assert command_of(project, *args, NPROC="5") == [sys.executable, str(project / "train_llm.py"), *args]
+        assert command_of(project, *args, "--nproc", "2", NPROC="5")[-2:] == ["--nproc", "2"]
+
+
 @pytest.mark.parametrize(("visible", "count"), [
     ("0", 1), ("0,3", 2), ("4,5,6", 3), ("0,1,-1,2", 2), ("GPU-1a-17,GPU-2b-18", 2),
 ])

@@ -1,8 +1,8 @@
 """What happens to a run on a cluster, done to real runs: signals, dead ranks, full disks, damaged files.
 
-Most runs are of a copy of the script that executes the text of AT_STEP at the end of each step, in the loop, so
-that a fault comes at an exact moment. Each test says what the user sees and checks that nothing is lost: where
-a run goes on, its weights and optimizer states are those of a run without the fault, bit for bit.
+Most runs are of a copy of the script that executes the text of AT_STEP at the end of each step, in the loop,
+so that a fault comes at an exact moment. Each test says what the user sees and checks that nothing is lost:
+where a run goes on, its weights and optimizer states are those of a run without the fault, bit for bit.
 
     FAULT_TABLE=faults.md bash tests/run.sh tests/test_survival.py
 
@@ -87,7 +87,7 @@ def prod(place, run_dir, *more, at_step="", code=0, nproc=2, env=None):
 
 
 def table_row(fault, struck, result, seen):
-    """A row of the table: `seen` stands in what rank 0 wrote last; `struck` is a time or the file with one."""
+    """A row of the table: `seen` is in what rank 0 wrote last; `struck` is a time or the file with one."""
     assert seen in result.stderr, result.stderr
     seconds = result.said_at - (struck if isinstance(struck, float) else float(struck.read_text()))
     assert 0 < seconds < 90
@@ -137,7 +137,7 @@ def assert_losses_as(run_dir, straight):
 
 @pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138)])
 def test_a_signal_to_one_rank_stops_all(place, straight, tmp_path, name, code):
-    """Also to a rank that is not the first; the save is of the step under way, and the run goes on from it."""
+    """Also to a rank that is not the first; it saves the step under way, and the run goes on from there."""
     kill = f"step == 6 and ranks.rank == 1 and os.kill(os.getpid(), signal.{name}); time.sleep(0.05)"
     first = prod(place, tmp_path / "run", at_step=kill, code=code)[0]
     [stopped] = [line for line in first.stdout.splitlines() if line.startswith("stopped (")]
@@ -236,8 +236,8 @@ def test_a_rank_killed_in_a_collective(place, straight, tmp_path):
     results = prod(place, tmp_path / "run", at_step=kill, code=[1, -9])
     assert last_error(results[0]).startswith("another rank ended: its own last line says why")
     table_row("a rank killed in a collective", tmp_path / "struck", results[0],
-              "another rank ended: its own last line says why, or the kernel's log if it was killed; the same "
-              "command goes on from the newest checkpoint")
+              "another rank ended: its own last line says why, or the kernel's log if it was killed; the "
+              "same command goes on from the newest checkpoint")
     prod(place, tmp_path / "run")
     assert_same_weights(tmp_path / "run", straight)
 
@@ -262,12 +262,13 @@ def test_a_rank_that_hangs_is_named_with_its_place(place, tmp_path):
     assert "in step 7, forward_backward, at\n" in results[0].stderr
     # Rank 0 says where all are.
     lines = results[0].stderr.splitlines()
-    assert any(line.startswith("in step 7, forward_backward: rank 0 (") for line in lines)
-    assert any(line.startswith("in step 7, between phases: rank 1 (") for line in lines)
+    node = socket.gethostname()
+    assert f"in step 7, forward_backward, on {node}: rank 0" in lines
+    assert f"in step 7, between phases, on {node}: rank 1" in lines
     assert re.fullmatch(r"no step has ended for (8|9|10) s; above stands where each rank is",
                         last_error(results[0]))
-    table_row("a rank hung in a sleep, `--stall-timeout 4` (the end; its stack comes after half the time)",
-              tmp_path / "struck", results[0], "in step 7, between phases: rank 1 (")
+    table_row("a rank hung in a sleep, `--stall-timeout 4` (the end; stacks come after half of that)",
+              tmp_path / "struck", results[0], f"in step 7, between phases, on {node}: rank 1")
 
 
 @slow
@@ -468,7 +469,8 @@ def test_a_second_run_on_the_folder_is_refused(place, straight, tmp_path):
             time.sleep(0.1)
         started = time.time()
         second = prod(place, tmp_path / "run", "--max-steps", STEPS + 1, code=1, nproc=1)[0]
-        table_row("second run on the folder", started, second, "give this run another --checkpoint-dir, or end")
+        table_row("second run on the folder (it waits 20 s for the first to end)", started, second,
+                  "give this run another --checkpoint-dir, or end that")
     finally:
         (tmp_path / "go").touch()
         first.join()
