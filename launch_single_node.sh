@@ -148,7 +148,7 @@ relaunches=0
 # What the arguments or their config ask for stays theirs: --nproc 4, or --gpu-ranks 0,3 for two.
 asked=""
 config=""
-count_ranks() { local ranks; IFS=, read -ra ranks <<<"$1"; echo "${#ranks[@]}"; }
+count_ranks() { local list; IFS=, read -ra list <<<"$1"; echo "${#list[@]}"; }
 if [[ $relaunches == 1 ]]; then
     previous=""
     for arg in "$@"; do
