@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import make_hf_model, make_tokenizer, read_metrics, run_script, write_gsm8k_like
+from helpers import REPO, make_hf_model, make_tokenizer, read_metrics, run_script, write_gsm8k_like
 
 pytestmark = pytest.mark.gpu
 
@@ -72,3 +72,19 @@ def test_hf_model_exports_in_bf16(place):
     run_script(["--hf-model", model, "--dataset", data, "--seq-len", 128, "--max-steps", 4, "--data-cache",
                 folder / "cache", "--checkpoint-dir", folder / "hf", "--device", "cuda"], timeout=600)
     assert json.loads((folder / "hf" / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_stop_signal_saves_and_the_run_goes_on_bitwise(place):
+    """The wish to stop is read one step late, from pinned memory, without a wait for the GPU."""
+    folder, common = place
+    straight = train(place, "unstopped", "--no-compile", "--checkpoint-interval", 100)
+    script = folder / "train_llm.py"
+    line = '        note_step(watch, progress["step"], saver.seconds)\n'
+    kill = '        progress["step"] == 8 and (os.kill(os.getpid(), signal.SIGUSR1), time.sleep(1))\n'
+    source = (REPO / "train_llm.py").read_text()
+    assert source.count(line) == 1
+    script.write_text(source.replace(line, line + kill))
+    stopped = run_script([*common, "--no-compile", "--checkpoint-dir", folder / "stopped"], script=script,
+                         check=False, timeout=600)
+    assert stopped.returncode == 138 and "stopped (SIGUSR1)" in stopped.stdout
+    assert train(place, "stopped", "--no-compile") == straight
