@@ -2844,6 +2844,8 @@ def main() -> None:
                 samples_of_step, train_set, args, progress["samples"], samples_per_step))
             if bad_steps and ranks.is_main:
                 append_lines(run_dir / "bad_steps.jsonl", *bad_steps, unwritten=[])
+                bar.write(f"no update in step {', '.join(str(bad['step']) for bad in bad_steps)}: see "
+                          f"{run_dir / 'bad_steps.jsonl'}")
             seconds, num_steps = time.perf_counter() - row_started, progress["step"] - row_step
             row = {
                 "step": progress["step"], "samples": progress["samples"], "train/loss": loss_value,
