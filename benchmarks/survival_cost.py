@@ -9,9 +9,9 @@ watch, checksums and lock), in turns A B B A, on the same model and tokens. Medi
 median step after the first 10; CPU seconds are summed over the ranks.
 
 saves: a state of 500 MB, saved every 20 steps, by --no-async-checkpoint, by --async-checkpoint, and not at
-all, in turns. What a save costs is the time from the first save to the third one's end, less that of the run
-without, by saves. "standing still" is the part of it in which the loop waits; in the rest, steps are slower
-because the writing takes processor time from them.
+all, in turns. What a save costs is the time of 40 steps with two saves, less that of the run without, halved.
+"standing still" is the part of it in which the loop waits; in the rest, steps are slower because the writing
+takes processor time from them.
 
 memory: resident memory of both ranks after each of many asynchronous saves of 500 MB.
 """
@@ -85,21 +85,21 @@ def compare_saves(folder: Path, rounds: int) -> None:
              "async": ["--checkpoint-interval", 20, "--async-checkpoint"]}
     spans, still = {name: [] for name in kinds}, {name: [] for name in kinds}
     for number, name in enumerate(turns(list(kinds), rounds)):
-        arguments = [*BIG, "--max-steps", 82, "--keep-checkpoints", 1, "--log-interval", 1, *kinds[name]]
+        arguments = [*BIG, "--max-steps", 62, "--keep-checkpoints", 1, "--log-interval", 1, *kinds[name]]
         ranks = run(folder, f"saves{number}", arguments)
-        # From the end of step 20 to the end of step 80's update: the saves of steps 20, 40 and 60.
-        spans[name].append(max(rank["wall_s"][79] - rank["wall_s"][19] for rank in ranks))
+        # From the end of step 20 to the end of step 60's update: the saves of steps 20 and 40.
+        spans[name].append(max(rank["wall_s"][59] - rank["wall_s"][19] for rank in ranks))
         metrics = folder / f"saves{number}/metrics.jsonl"
         rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-        still[name].append(sum(row["time/checkpoint_s"] for row in rows if 20 < row["step"] <= 80))
+        still[name].append(sum(row["time/checkpoint_s"] for row in rows if 20 < row["step"] <= 60))
         size = sum(path.stat().st_size for path in (folder / f"saves{number}").rglob("*.distcp"))
         subprocess.run(["rm", "-r", folder / f"saves{number}"], check=True)
     base = statistics.median(spans["none"])
-    print(f"state of {size / 1e6:.0f} MB, a step without saves {base / 60:.3f} s, medians of {rounds} runs\n")
+    print(f"state of {size / 1e6:.0f} MB, a step without saves {base / 40:.3f} s, medians of {rounds} runs\n")
     print("| seconds a save | all it costs | of which standing still |\n|---|---:|---:|")
     costs = {}
     for name in ("sync", "async"):
-        costs[name] = [(statistics.median(spans[name]) - base) / 3, statistics.median(still[name]) / 3]
+        costs[name] = [(statistics.median(spans[name]) - base) / 2, statistics.median(still[name]) / 2]
         print(f"| {name} | {costs[name][0]:.3f} | {costs[name][1]:.3f} |")
     (cost, wait), (sync_cost, sync_wait) = costs["async"], costs["sync"]
     print(f"| async / sync | {cost / sync_cost:.3f} | {wait / sync_wait:.3f} |")

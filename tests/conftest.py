@@ -13,7 +13,14 @@ sys.path.insert(0, str(REPO))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+# Fixtures that start real servers or several machines: what uses them is no part of the core suite.
+SERVERS = {"cluster", "machines", "box"}
+
+
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if SERVERS & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return

@@ -82,6 +82,7 @@ def test_one_process_alone(tmp_path):
     assert not list(tmp_path.iterdir()), "what was made for the test is gone again"
 
 
+@pytest.mark.slow
 def test_two_processes_by_torchrun(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -95,6 +96,7 @@ def test_two_processes_by_torchrun(tmp_path):
     assert [path.name for path in folder.iterdir()] == ["kept"]
 
 
+@pytest.mark.slow
 def test_nproc_gives_the_exit_code_without_a_traceback(tmp_path):
     args = ["--quick", "--need-gib", "1e9", "--nproc", 2, "--checkpoint-dir", tmp_path]
     [(code, output, errors)] = finish(start(*args))
@@ -122,6 +124,7 @@ def test_reasons_why_rank_0_is_not_reached():
         assert line.startswith("doctor: NOT ready: ") and text in line
 
 
+@pytest.mark.slow
 def test_a_port_that_another_program_has():
     with socket.create_server(("127.0.0.1", 0)) as server:  # accepts, and never says a word
         port = server.getsockname()[1]
@@ -142,6 +145,7 @@ def test_variables_that_are_missing_or_wrong():
         assert code == 1 and text in errors and len(errors.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_by_srun_on_a_real_slurm(tmp_path):
     """Its node names lead nowhere, which is said; with an address in MASTER_ADDR the same command runs."""
     if reason := slurm_cluster.missing():
@@ -157,6 +161,7 @@ def test_by_srun_on_a_real_slurm(tmp_path):
     assert "2 processes, MASTER_ADDR=" in output and "all 2 ranks, gloo" in output
 
 
+@pytest.mark.slow
 def test_missing_ranks_are_named(tmp_path):
     port, args = free_port(), [*QUICK, "--timeout", "12", "--checkpoint-dir", tmp_path]
     began = time.monotonic()
@@ -190,6 +195,7 @@ def test_a_rank_that_stops_answering_is_named(tmp_path):
 # ----------------------------------------------------------------------------------------------------
 # 3. Differences between ranks
 
+@pytest.mark.slow
 def test_different_environments(tmp_path):
     port, args = free_port(), [*QUICK, "--checkpoint-dir", tmp_path]
     first = start_rank(0, 2, *args, port=port)
@@ -204,6 +210,7 @@ def test_different_environments(tmp_path):
     assert re.search(r": \d+ threads of 2 processes on \S+ cores set OMP_NUM_THREADS=", text)
 
 
+@pytest.mark.slow
 def test_folders_that_are_not_the_same(tmp_path):
     port, folders = free_port(), [tmp_path / name for name in ("a", "b", "c")]
     folders[1].mkdir()
@@ -224,6 +231,7 @@ def in_namespace(*lines):
     return ["unshare", "--mount", "--uts", "--propagation", "private", "sh", "-c", script, "sh"]
 
 
+@pytest.mark.slow
 def test_full_and_read_only_disks(tmp_path):
     """Two nodes by their host names, each with a tmpfs of its own in the same place."""
     need(*in_namespace(f"mount -t tmpfs none {tmp_path}"), "true")
@@ -259,6 +267,7 @@ def join_machines(names):
          "latency", "100ms")
 
 
+@pytest.mark.slow
 def test_a_slow_link_is_named(tmp_path):
     if reason := netns.missing():
         pytest.skip(reason)
@@ -281,6 +290,7 @@ def test_a_slow_link_is_named(tmp_path):
     assert verdict(output)[1].startswith(" x rank 1 (n2) -> 2 (n3): carries ")
 
 
+@pytest.mark.slow
 def test_without_a_usable_host_name_it_says_what_to_set(tmp_path):
     """Two namespaces: the host name leads to an address that neither has, as on nodes set up badly."""
     if reason := netns.missing():
