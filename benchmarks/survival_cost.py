@@ -107,12 +107,12 @@ def compare_saves(folder: Path, rounds: int) -> None:
 
 
 def watch_memory(folder: Path, saves: int) -> None:
-    arguments = [*BIG, "--max-steps", 4 * saves + 2, "--checkpoint-interval", 4, "--keep-checkpoints", 1]
+    arguments = [*BIG, "--max-steps", 2 * saves + 2, "--checkpoint-interval", 2, "--keep-checkpoints", 1]
     ranks = run(folder, "memory", arguments)
     print("| resident MiB after save | " + " | ".join(f"rank {rank}" for rank in range(len(ranks))) + " |")
     print("|---:|" + "---:|" * len(ranks))
     for save in sorted({1, 2, 5, *range(10, saves + 1, 10)}):
-        found = (f"{rank['resident_mib'][4 * save + 1]:.0f}" for rank in ranks)
+        found = (f"{rank['resident_mib'][2 * save + 1]:.0f}" for rank in ranks)
         print(f"| {save} | {' | '.join(found)} |")
 
 
