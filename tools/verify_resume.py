@@ -475,8 +475,8 @@ def verdict(args: argparse.Namespace, straight: Run, stopped: Run, resumed: Run,
             print(f"{title}: {len(tensors['differences'])} of {tensors['count']} tensors, the first is "
                   f"{tensors['differences'][0]}")
         if not same_nproc:
-            print(f"These are above --tolerance {args.tolerance:g}. On another number of processes bf16 rounds "
-                  "otherwise and dropout draws others: try --no-mixed-precision behind the script, or "
+            print(f"These are above --tolerance {args.tolerance:g}. On another number of processes bf16 "
+                  "rounds and dropout draws otherwise: try --no-mixed-precision behind the script, or "
                   "--tolerance 3e-2")
         return 1
     largest = max(largest, tensors["largest"])
