@@ -2,8 +2,9 @@
 
 One file, no Trainer: it builds a model (written out below, or any causal LM of Hugging Face transformers),
 shards its blocks with `fully_shard`, runs the loop that you see in `main()`, writes asynchronous checkpoints
-(DCP), published atomically, resumes exactly, and ends with a Hugging Face folder that any tool loads. Left
-out on purpose: tensor, pipeline and expert parallelism, LoRA, reinforcement learning.
+(DCP), published atomically, also when it is asked to stop, resumes exactly, and ends with a Hugging Face
+folder that any tool loads. Left out on purpose: tensor, pipeline and expert parallelism, LoRA, reinforcement
+learning.
 
     python train_llm.py --from-scratch --model-size test --max-steps 20         # one CPU process, or all GPUs
     python train_llm.py --nproc 2 --config configs/train_llm/quickstart.yaml    # two processes
@@ -2019,6 +2020,7 @@ def write_checkpoint(saver: Checkpointer, staged: Future, files: dict[str, str],
         # DCP's message holds the traceback of the rank that failed: a line such as "OSError: …" says why.
         reasons = re.findall(r"\w*Error: .+", str(error)) or [f"{type(error).__name__}: {first_line(error)}"]
         problem = next((reason for reason in reasons if "[Errno" in reason), reasons[-1])
+        problem += f", {shutil.disk_usage(saver.folder.parent).free >> 20} MiB are free"  # before it is removed
     found = gather_objects((sums, problem), saver.group)
     problem = next((text for _, text in found if text), "")
     if ranks.is_main:

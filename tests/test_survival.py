@@ -428,7 +428,7 @@ def test_a_disk_that_fills_up_and_is_emptied(place, straight, tmp_path, flag):
         said = results[0].stderr
         assert said.count("could not be saved") == 1
         table_row(f"disk full, `{flag}` (the run goes on)", tmp_path / "disk/struck", results[0],
-                  "step 8 could not be saved (OSError: [Errno 28] No space left on device): is the disk full")
+                  "step 8 could not be saved (OSError: [Errno 28] No space left on device, 0 MiB are free)")
         assert f"The newest good checkpoint is {checkpoint(disk / 'run', 4)}" in said
         assert said.count("metrics.jsonl cannot be written (No space left on device)") == 1
         assert "could not be saved" not in results[1].stderr
