@@ -2020,7 +2020,7 @@ def write_checkpoint(saver: Checkpointer, staged: Future, files: dict[str, str],
         # DCP's message holds the traceback of the rank that failed: a line such as "OSError: …" says why.
         reasons = re.findall(r"\w*Error: .+", str(error)) or [f"{type(error).__name__}: {first_line(error)}"]
         problem = next((reason for reason in reasons if "[Errno" in reason), reasons[-1])
-        problem += f", {shutil.disk_usage(saver.folder.parent).free >> 20} MiB are free"  # before it is removed
+        problem += f", {shutil.disk_usage(saver.folder.parent).free >> 20} MiB are free"
     found = gather_objects((sums, problem), saver.group)
     problem = next((text for _, text in found if text), "")
     if ranks.is_main:
