@@ -356,7 +356,7 @@ def test_the_script_alone_trains(place, tmp_path):
     found = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert found == {"config.yaml", "command.txt", "train_llm.py", "env.json", "metrics.jsonl",
                      "summary.json",
-                     "checkpoints", "hf"}
+                     "checkpoints", "hf", "lock"}
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {
         "train_llm.py", "my text.txt", "checkpoints", "data_cache"}
     assert "reloaded: logits within" in result.stdout
