@@ -93,7 +93,7 @@ def table_row(fault, struck, result, seen):
     assert 0 < seconds < 90
     if "FAULT_TABLE" in os.environ:
         with open(os.environ["FAULT_TABLE"], "a") as file:
-            file.write(f"| {fault} | {seen} | {seconds:.1f} |\n")
+            file.write(f"| {fault} | {seen.strip()} | {seconds:.1f} |\n")
 
 
 def last_error(result):
