@@ -25,7 +25,7 @@ print(json.dumps({"argv": sys.argv, "cwd": os.getcwd(), "omp": os.environ.get("O
 PLAIN = """
 # torchrun --nproc-per-node 2 plain.py
 import os
-print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], flush=True)
+os.write(1, f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}\\n".encode())  # whole, unlike print's
 """
 CPU = {"CUDA_VISIBLE_DEVICES": ""}
 LAUNCHERS = ("launch_single_node.sh", "launch_multi_node.sh", "launch_slurm.sh")
