@@ -2537,31 +2537,30 @@ def report_finished(args: Namespace, ranks: Ranks, found: list[Path], total_step
     return True
 
 
-def note_bad_steps(skipped: list[tuple[float, ...]], progress: dict, samples: Callable[[int], list[dict]]
-                   ) -> list[dict]:
+def note_bad_steps(recent: list[tuple[float, ...]], progress: dict) -> list[dict]:
     """Count the skipped among the last steps, (skipped, loss, gradient norm) each, in `progress`; returns a
     record of each skipped one."""
-    first, records = progress["step"] - len(skipped), []
-    for step, (bad, loss, norm) in enumerate(skipped, first + 1):
+    first, records = progress["step"] - len(recent), []
+    for step, (bad, loss, norm) in enumerate(recent, first + 1):
         progress["bad_in_a_row"] = progress["bad_in_a_row"] + 1 if bad else 0
         if bad:
             progress["skipped_steps"] += 1
             is_spike = math.isfinite(norm)  # else JSON has no number for it
             why = {"train/loss": loss, "train/grad_norm": norm} if is_spike else {}
-            records.append({"step": step, "why": "spike" if is_spike else "not finite", **why,
-                            "samples": samples(progress["step"] - step)})
+            records.append({"step": step, "why": "spike" if is_spike else "not finite", **why})
     return records
 
 
-def samples_of_step(dataset: TokenDataset | None, args: Namespace, end: int, samples_per_step: int,
-                    steps_ago: int) -> list[dict]:
-    """{id, text} of each sample of an earlier step, when `end` sequences have been seen by now; [] with
-    --streaming. The text is the sample's first 200 tokens."""
-    if dataset is None:
-        return []
-    stop, tokenizer = end - steps_ago * samples_per_step, load_tokenizer(args)
-    ids = [sample_at(position, len(dataset), args.seed) for position in range(stop - samples_per_step, stop)]
-    return [{"id": i, "text": tokenizer.decode(dataset[i]["input_ids"][:200])} for i in ids]
+def add_samples(records: list[dict], dataset: TokenDataset | None, args: Namespace, progress: dict,
+                samples_per_step: int) -> None:
+    """To each record the {id, text} of its step's samples, none with --streaming. The text is the first 200
+    tokens."""
+    tokenizer = load_tokenizer(args) if dataset else None
+    for record in records:
+        stop = progress["samples"] - (progress["step"] - record["step"]) * samples_per_step
+        positions = range(stop - samples_per_step, stop) if dataset else []
+        ids = [sample_at(position, len(dataset), args.seed) for position in positions]
+        record["samples"] = [{"id": i, "text": tokenizer.decode(dataset[i]["input_ids"][:200])} for i in ids]
 
 
 def describe_data(train_set: TokenDataset | None, eval_set: TokenDataset | None) -> list[str]:
@@ -2836,15 +2835,18 @@ def main() -> None:
 
         # Log
         if progress["step"] % args.log_interval == 0 or is_save or progress["step"] == 1:
-            values = torch.cat([num_trained[None], spike_band])
-            trained, *progress["spike_band"] = values.tolist()  # sync point
-            *_, (_, loss_value, norm_value) = recent = torch.stack(skipped).tolist()
+            recent = torch.stack(skipped)
+            values = torch.cat([num_trained[None], spike_band, recent.double().flatten()])
+            values = values.tolist()  # sync point
+            trained, progress["spike_band"], flat = values[0], values[1:6], values[6:]
+            recent = list(zip(flat[0::3], flat[1::3], flat[2::3]))  # (skipped, loss, norm) of each step
+            _, loss_value, norm_value = recent[-1]
             progress["tokens"] += int(trained)
             num_trained.zero_()
             skipped.clear()
-            bad_steps = note_bad_steps(recent, progress, functools.partial(
-                samples_of_step, train_set, args, progress["samples"], samples_per_step))
+            bad_steps = note_bad_steps(recent, progress)
             if bad_steps and ranks.is_main:
+                add_samples(bad_steps, train_set, args, progress, samples_per_step)
                 append_lines(run_dir / "bad_steps.jsonl", *bad_steps, unwritten=[])
                 bar.write(f"no update in step {', '.join(str(bad['step']) for bad in bad_steps)}: see "
                           f"{run_dir / 'bad_steps.jsonl'}")

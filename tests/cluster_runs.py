@@ -1,4 +1,4 @@
-"""Small trainings that the tests of the launchers start on several machines: data, arguments, comparisons."""
+"""Small trainings that run on several machines or go through a fault: data, arguments, comparisons."""
 
 import json
 
@@ -52,13 +52,20 @@ def assert_losses_as(run_dir, straight):
         assert found[step]["samples"] == row["samples"]
 
 
-def assert_same_bits(run_dir, straight):
-    """Weights, optimizer and random states after the last step, and each step's loss on the way."""
-    name = f"checkpoints/step_{STEPS:06d}"
-    tensors, expected = read_checkpoint(run_dir / name), read_checkpoint(straight / name)
+def assert_same_state(run_dir, straight):
+    """Weights, optimizer and random states and progress after the last step, to the last bit."""
+    folder, other = (path / f"checkpoints/step_{STEPS:06d}" for path in (run_dir, straight))
+    tensors, expected = read_checkpoint(folder), read_checkpoint(other)
     assert tensors.keys() == expected.keys() and any(name.startswith("optim.") for name in tensors)
     for name in expected:
         assert torch.equal(tensors[name], expected[name]), name
+    progress, wanted = (json.loads((path / "progress.json").read_text()) for path in (folder, other))
+    assert progress == wanted
+
+
+def assert_same_bits(run_dir, straight):
+    """The same state in the end, and each step's loss on the way."""
+    assert_same_state(run_dir, straight)
     found, rows = rows_by_step(run_dir), rows_by_step(straight)
     assert {step: row["train/loss"] for step, row in found.items()} == {
         step: row["train/loss"] for step, row in rows.items()}

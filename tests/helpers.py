@@ -4,6 +4,7 @@ torch and transformers are imported inside the functions that need them: the tes
 style start in a moment, and a test process that only starts others stays small.
 """
 
+import contextlib
 import inspect
 import json
 import os
@@ -74,6 +75,21 @@ def read_checkpoint(folder):
         warnings.simplefilter("ignore", UserWarning)  # that there is no process group: none is wanted
         dcp.load(tensors, checkpoint_id=folder, no_dist=True)
     return tensors
+
+
+@contextlib.contextmanager
+def mounted(folder, options):
+    """A small file system in memory on `folder`, or a skipped test where this user cannot mount one."""
+    import pytest
+
+    folder.mkdir(parents=True)
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("cannot mount a tmpfs here: needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 # ----------------------------------------------------------------------------------------------------

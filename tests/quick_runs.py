@@ -101,7 +101,7 @@ def quick_run(args, code=0, env=None, **options):
 
 def free_port():
     with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
+        server.bind(("", 0))
         return server.getsockname()[1]
 
 

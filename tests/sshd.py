@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from quick_runs import free_port
 
 SSHD = shutil.which("sshd", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
 
@@ -20,11 +21,6 @@ def skip_without_sshd():
     missing += [] if SSHD else ["sshd"]
     if missing:
         pytest.skip(f"needs {', '.join(missing)}")
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def has_ipv6():

@@ -1,6 +1,5 @@
 """What a user gets wrong, and what goes wrong around a run: one clear line, an exit code, nothing lost."""
 
-import contextlib
 import importlib.util
 import json
 import math
@@ -14,8 +13,8 @@ import torch
 import train_llm
 import yaml
 from helpers import (
-    REPO, TORCHRUN_VARIABLES, make_hf_model, make_tokenizer, read_checkpoint, read_metrics, run_script,
-    write_gsm8k_like,
+    REPO, TORCHRUN_VARIABLES, make_hf_model, make_tokenizer, mounted, read_checkpoint, read_metrics,
+    run_script, write_gsm8k_like,
 )
 from quick_runs import error_line, free_port, quick_ranks, quick_run, quick_runs
 
@@ -188,20 +187,6 @@ def test_models_that_cannot_be_loaded(place, tmp_path):
 
 # ----------------------------------------------------------------------------------------------------
 # 3. Folders and disks
-
-@contextlib.contextmanager
-def mounted(folder, options):
-    """A small file system in memory on `folder`, or a skipped test where this user cannot mount one."""
-    folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True,
-                           check=False)
-    if mount.returncode:
-        pytest.skip("cannot mount a tmpfs here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
 
 def test_folders_that_cannot_be_written(place, tmp_path):
     file = tmp_path / "a_file"

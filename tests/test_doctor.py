@@ -17,16 +17,11 @@ import psutil
 import pytest
 import slurm_cluster
 from helpers import REPO, TORCHRUN_VARIABLES, run_script
+from quick_runs import free_port
 
 DOCTOR = [sys.executable, str(REPO / "tools/doctor.py")]
 # What the machine that tests has must not decide what they find.
 QUICK = ["--quick", "--need-gib", "0.05", "--timeout", "60"]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 def start(*args, prefix=(), **variables):

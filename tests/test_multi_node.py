@@ -15,6 +15,7 @@ import netns
 import pytest
 from cluster_runs import STEPS, assert_losses_as, assert_same_bits, flags_for, prepare, straight_run
 from helpers import REPO, TORCHRUN_VARIABLES
+from quick_runs import free_port
 
 import train_llm
 
@@ -60,17 +61,11 @@ def own_address():
         return probe.getsockname()[0]
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return str(probe.getsockname()[1])
-
-
 # ----------------------------------------------------------------------------------------------------
 # 1. The command
 
 def test_static(tmp_path):
-    address, port = own_address(), free_port()
+    address, port = own_address(), str(free_port())
     args = ["train_llm.py", "--name", "two words", "--empty", ""]
     env, tokens, result = dry_run(*args, NODE_RANK="0", NNODES="3", MASTER_PORT=port, NPROC_PER_NODE="4",
                                   cwd=tmp_path, SHUTDOWN_TIMEOUT="90", RDZV_TIMEOUT="77")
@@ -88,7 +83,7 @@ def test_static(tmp_path):
 
 
 def test_elastic():
-    address, port = own_address(), free_port()
+    address, port = own_address(), str(free_port())
     _, tokens, _ = dry_run("--x", MASTER_ADDR=address, MASTER_PORT=port, NNODES="1:4", MAX_RESTARTS="2")
     assert option(tokens, "--max-restarts") == "2"
     assert option(tokens, "--nnodes") == "1:4" and "--node-rank" not in tokens
@@ -105,20 +100,20 @@ def test_elastic():
 
 def test_defaults():
     own_address()
-    env, tokens, result = dry_run(NODE_RANK="0", MASTER_PORT=free_port(), OMP_NUM_THREADS="")
+    env, tokens, result = dry_run(NODE_RANK="0", MASTER_PORT=str(free_port()), OMP_NUM_THREADS="")
     assert "NNODES is not set: 2 machines" in result.stderr and "no GPU" in result.stderr
     cores = len(os.sched_getaffinity(0))
     assert option(tokens, "--nnodes") == "2"
     assert option(tokens, "--nproc-per-node") == str(2 if cores > 1 else 1)
     assert env["OMP_NUM_THREADS"] == str(max(1, cores // 2))
     assert tokens[-2:] == ["--config", str(REPO / "configs/train_llm/quickstart.yaml")]
-    _, tokens, _ = dry_run("--x", NODE_RANK="0", MASTER_PORT=free_port(), CUDA_VISIBLE_DEVICES="0,1,5")
+    _, tokens, _ = dry_run("--x", NODE_RANK="0", MASTER_PORT=str(free_port()), CUDA_VISIBLE_DEVICES="0,1,5")
     assert option(tokens, "--nproc-per-node") == "3"
 
 
 def test_scripts_and_help(tmp_path):
     own_address()
-    env = {"NODE_RANK": "0", "MASTER_PORT": free_port()}
+    env = {"NODE_RANK": "0", "MASTER_PORT": str(free_port())}
     _, tokens, _ = dry_run("tools/export_hf.py", "--x", cwd=tmp_path, **env)
     assert tokens[-2:] == [str(REPO / "tools/export_hf.py"), "--x"]
     (tmp_path / "own.py").touch()
@@ -164,7 +159,7 @@ def test_a_port_that_is_taken():
 
 
 def test_a_head_that_never_comes():
-    env = {"NODE_RANK": "1", "MASTER_ADDR": own_address(), "MASTER_PORT": free_port()}
+    env = {"NODE_RANK": "1", "MASTER_ADDR": own_address(), "MASTER_PORT": str(free_port())}
     result = launch("--x", code=1, RDZV_TIMEOUT="2", **env)
     place = f"{env['MASTER_ADDR']} port {env['MASTER_PORT']}"
     assert f"waiting for machine 0: nothing answers at {place} yet" in result.stderr

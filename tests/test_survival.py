@@ -9,7 +9,6 @@ where a run goes on, its weights and optimizer states are those of a run without
 also writes the README's table of faults, what the user sees, and seconds from the fault until it is seen.
 """
 
-import contextlib
 import functools
 import json
 import math
@@ -23,23 +22,19 @@ import sys
 import threading
 import time
 
+import cluster_runs
 import psutil
 import pytest
 import torch
-from helpers import ENGLISH, REPO, make_tokenizer, read_checkpoint, read_metrics, run_script
+from cluster_runs import STEPS, assert_same_bits, assert_same_state
+from helpers import mounted, read_checkpoint, read_metrics, run_script
 from quick_runs import free_port, quick_run, quick_runs
 
 import train_llm
 
-STEPS = 16
 slow = pytest.mark.slow
-STRIKES_BEFORE = "def run_and_report() -> None:\n"
-STRIKE = """def strike():
-    with open(os.environ["STRUCK"], "w") as file:
-        file.write(repr(time.time()))
-
-
-"""
+# In front of AT_STEP: lets it note when the fault comes.
+STRIKE = "strike = lambda: Path(os.environ['STRUCK']).write_text(repr(time.time()))\n"
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -48,37 +43,22 @@ STRIKE = """def strike():
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a tokenizer, texts and the script that can be prodded."""
-    folder = tmp_path_factory.mktemp("survival")
-    make_tokenizer(folder / "tokenizer", 500)
-    texts = [" ".join(ENGLISH[(5 * i + j) % 4] for j in range(1 + i % 4)) for i in range(50)]
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    source = (REPO / "train_llm.py").read_text()
-    line = '        note_step(watch, progress["step"], saver.seconds)\n'
-    assert source.count(line) == source.count(STRIKES_BEFORE) == 1
-    source = source.replace(line, line + (
-        '        step = progress["step"]\n        exec(os.environ.get("AT_STEP", ""))\n'))
-    (folder / "train_llm.py").write_text(source.replace(STRIKES_BEFORE, STRIKE + STRIKES_BEFORE))
-    return folder
+    return cluster_runs.prepare(tmp_path_factory.mktemp("survival"))
 
 
-def flags_for(place, run_dir, *more):
-    return [str(token) for token in (
-        "--from-scratch", "--model-size", "test", "--tokenizer", place / "tokenizer", "--dataset",
-        place / "texts.jsonl", "--data-cache", place / "cache", "--seq-len", 32, "--batch-size", 4,
-        "--max-steps", STEPS, "--warmup-steps", 3, "--max-lr", 1e-3, "--log-interval", 1, "--device", "cpu",
-        "--checkpoint-interval", 4, "--keep-checkpoints", 0, "--no-export", "--no-mixed-precision",
-        "--checkpoint-dir", run_dir, *more)]
+def flags_for(place, run_dir, *more, nproc=2):
+    return cluster_runs.flags_for(place, run_dir, nproc, "--keep-checkpoints", "0", *more)
 
 
 def prod(place, run_dir, *more, at_step="", code=0, nproc=2, env=None):
     """A run of the copy on `nproc` ranks; returns their results."""
-    envs = [{"AT_STEP": at_step, "STRUCK": str(run_dir.parent / "struck"), **(env or {})}]
+    envs = [{"AT_STEP": STRIKE + at_step, "STRUCK": str(run_dir.parent / "struck"), **(env or {})}]
     if nproc > 1:
         common = {"WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "MASTER_ADDR": "127.0.0.1",
                   "MASTER_PORT": free_port()}
         envs = [{**envs[0], **{key: str(value) for key, value in common.items()}, "RANK": str(rank),
                  "LOCAL_RANK": str(rank)} for rank in range(nproc)]
-    results = quick_runs(flags_for(place, run_dir, *more), envs, script=place / "train_llm.py")
+    results = quick_runs(flags_for(place, run_dir, *more, nproc=nproc), envs, script=place / "prodded.py")
     codes = [result.returncode for result in results]
     expected = code if isinstance(code, list) else [code] * nproc
     assert codes == expected, "\n".join(f"{r.returncode}\n{r.stdout}\n{r.stderr}" for r in results)
@@ -113,25 +93,6 @@ def checkpoint(run_dir, step):
     return run_dir / "checkpoints" / f"step_{step:06d}"
 
 
-def assert_same_weights(run_dir, straight):
-    """And optimizer states, random states, progress: to the last bit, after the last step."""
-    found, expected = (read_checkpoint(checkpoint(path, STEPS)) for path in (run_dir, straight))
-    assert found.keys() == expected.keys() and any(name.startswith("optim.") for name in found)
-    for name in expected:
-        assert torch.equal(found[name], expected[name]), name
-    progress = [json.loads((checkpoint(path, STEPS) / "progress.json").read_text())
-                for path in (run_dir, straight)]
-    assert progress[0] == progress[1]
-
-
-def assert_losses_as(run_dir, straight):
-    """Each step's row stands in the metrics, once or more, with the same loss."""
-    expected = {row["step"]: row["train/loss"] for row in read_metrics(straight)}
-    rows = [row for row in read_metrics(run_dir) if "train/loss" in row]
-    assert {row["step"] for row in rows} == set(range(1, STEPS + 1))
-    assert all(row["train/loss"] == expected[row["step"]] for row in rows)
-
-
 # ----------------------------------------------------------------------------------------------------
 # 2. Asked to stop
 
@@ -146,8 +107,7 @@ def test_a_signal_to_one_rank_stops_all(place, straight, tmp_path, name, code):
     assert 6 <= int(saved.name[5:]) <= 9 and not list(saved.parent.glob("*.partial"))
     again = prod(place, tmp_path / "run")[0]
     assert f"resumed    {saved}: step" in again.stdout
-    assert_same_weights(tmp_path / "run", straight)
-    assert_losses_as(tmp_path / "run", straight)
+    assert_same_bits(tmp_path / "run", straight)
 
 
 @slow
@@ -173,7 +133,7 @@ def test_stop_file(place, straight, tmp_path):
     assert train_llm.checkpoints_in(tmp_path / "run/checkpoints") == before
     stop.unlink()
     prod(place, tmp_path / "run")
-    assert_same_weights(tmp_path / "run", straight)
+    assert_same_state(tmp_path / "run", straight)
 
 
 @slow
@@ -187,7 +147,7 @@ def test_a_second_interrupt_ends_at_once(place, tmp_path):
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
               "MASTER_PORT": str(free_port()), "AT_STEP": hang}
     results = quick_runs(flags_for(place, tmp_path / "run"), [
-        {**common, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"], script=place / "train_llm.py")
+        {**common, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"], script=place / "prodded.py")
     assert results[0].returncode == 130
     assert "SIGINT: this step is finished, then saved, then the run ends; again ends it at once" in (
         results[0].stderr)
@@ -239,7 +199,7 @@ def test_a_rank_killed_in_a_collective(place, straight, tmp_path):
               "another rank ended: its own last line says why, or the kernel's log if it was killed; the "
               "same command goes on from the newest checkpoint")
     prod(place, tmp_path / "run")
-    assert_same_weights(tmp_path / "run", straight)
+    assert_same_state(tmp_path / "run", straight)
 
 
 def test_a_rank_that_fails_takes_along_those_that_do_not_wait_for_it(place, tmp_path):
@@ -278,7 +238,7 @@ def test_a_frozen_process_is_noticed_by_its_missing_sign_of_life(place, tmp_path
               "if step == 6: time.sleep(1000)")
     env = {**os.environ, "AT_STEP": freeze, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, str(place / "train_llm.py"), *flags_for(place, tmp_path / "run")]
+    command = [sys.executable, str(place / "prodded.py"), *flags_for(place, tmp_path / "run")]
     first, second = (subprocess.Popen(command, env={**env, "RANK": rank, "LOCAL_RANK": rank}, text=True,
                                       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for rank in "01")
     try:
@@ -297,12 +257,12 @@ def test_torchrun_brings_a_dead_rank_back(place, straight, tmp_path):
     kill = (f"if step == 10 and ranks.rank == 1 and not os.path.exists({str(marker)!r}):\n"
             f"    open({str(marker)!r}, 'w').close()\n    os.kill(os.getpid(), signal.SIGKILL)")
     flags = flags_for(place, tmp_path / "run", "--nproc", 2, "--max-restarts", 1)
-    result = run_script(flags, env={"AT_STEP": kill}, script=place / "train_llm.py")
+    result = run_script(flags, env={"AT_STEP": kill}, script=place / "prodded.py")
     assert marker.exists() and "resumed    " in result.stdout
-    assert_same_weights(tmp_path / "run", straight)
+    assert_same_state(tmp_path / "run", straight)
     marker.unlink()
     failed = run_script(flags_for(place, tmp_path / "none", "--nproc", 2), env={"AT_STEP": kill},
-                        script=place / "train_llm.py", check=False)
+                        script=place / "prodded.py", check=False)
     assert failed.returncode == 1
     assert "another rank ended" in failed.stderr
 
@@ -313,7 +273,7 @@ def test_signals_to_the_launcher(place, straight, tmp_path, to_launcher, code):
     """torchrun, in the process that the user started, passes them on; the ranks do not outlive it."""
     ready = tmp_path / "ready"
     wait = f"step == 6 and open({str(ready)!r}, 'w').close(); step >= 6 and time.sleep(0.3)"
-    command = [sys.executable, str(place / "train_llm.py"), *flags_for(place, tmp_path / "run", "--nproc", 2)]
+    command = [sys.executable, str(place / "prodded.py"), *flags_for(place, tmp_path / "run", "--nproc", 2)]
     env = {**os.environ, "AT_STEP": wait, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not ready.exists():
@@ -326,13 +286,13 @@ def test_signals_to_the_launcher(place, straight, tmp_path, to_launcher, code):
     assert len(ranks) >= 2 and not psutil.wait_procs(ranks, timeout=20)[1]
     assert ("stopped (" in out) == (to_launcher != "SIGKILL")
     prod(place, tmp_path / "run")
-    assert_same_weights(tmp_path / "run", straight)
+    assert_same_state(tmp_path / "run", straight)
 
 
 def test_rendezvous_that_cannot_work(place, tmp_path):
     def alone(**env):
         variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", **env}
-        [result] = quick_runs(flags_for(place, tmp_path / "run"), [variables], script=place / "train_llm.py")
+        [result] = quick_runs(flags_for(place, tmp_path / "run"), [variables], script=place / "prodded.py")
         assert result.returncode == 1
         return result
 
@@ -385,7 +345,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(place, straight, 
     assert (run_dir / "checkpoints/step_000012.damaged").is_dir()  # kept, for a look
     if kind in ("truncated", "flipped"):
         table_row(f"newest checkpoint {kind}", started, result, f"is damaged ({message}")
-    assert_same_weights(run_dir, straight)
+    assert_same_state(run_dir, straight)
 
 
 @slow
@@ -399,23 +359,11 @@ def test_when_every_checkpoint_is_damaged_nothing_is_touched(place, straight, tm
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_000008", "step_000012"]
 
 
-@contextlib.contextmanager
-def tmpfs(folder, options):
-    folder.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("cannot mount a tmpfs here: needs root")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
-
-
 @pytest.mark.parametrize("flag", [
     "--async-checkpoint", pytest.param("--no-async-checkpoint", marks=slow)])
 def test_a_disk_that_fills_up_and_is_emptied(place, straight, tmp_path, flag):
     """The save of step 8 fails, its rows of metrics wait; that of step 12 is there again. Nothing is lost."""
-    with tmpfs(tmp_path / "disk", "size=20m") as disk:
+    with mounted(tmp_path / "disk", "size=20m") as disk:
         fill = (f"fill = {str(disk / 'fill')!r}\n"
                 "if step == 6 and ranks.is_main:\n"
                 "    finish = wait_for_copy(saver), saver.saving.result(), strike()\n"
@@ -435,16 +383,14 @@ def test_a_disk_that_fills_up_and_is_emptied(place, straight, tmp_path, flag):
         assert [path.name for path in train_llm.checkpoints_in(disk / "run/checkpoints")] == [
             "step_000004", "step_000012", "step_000016"]
         assert not list((disk / "run/checkpoints").glob("*.partial"))
-        assert_same_weights(disk / "run", straight)
-        rows = read_metrics(disk / "run")
-        assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-        assert_losses_as(disk / "run", straight)
+        assert_same_bits(disk / "run", straight)
+        assert [row["step"] for row in read_metrics(disk / "run")] == list(range(1, STEPS + 1))
 
 
 @slow
 def test_a_folder_that_is_read_only_for_a_while(place, straight, tmp_path):
     """As a file system that fails once; also for the run that its first save hits."""
-    with tmpfs(tmp_path / "run/checkpoints", "size=50m") as disk:
+    with mounted(tmp_path / "run/checkpoints", "size=50m") as disk:
         remount = (f"disk = {str(disk)!r}\n"
                    "if step in (2, 6) and ranks.is_main:\n"
                    "    mode = 'ro' if step == 2 else 'rw'\n"
@@ -455,7 +401,7 @@ def test_a_folder_that_is_read_only_for_a_while(place, straight, tmp_path):
         table_row("checkpoint folder read-only (the run goes on)", tmp_path / "struck", results[0],
                   "step 4 could not be saved (OSError: [Errno 30] Read-only file system")
         assert "newest good checkpoint is none" in said and said.count("could not be saved") == 1
-        assert_same_weights(tmp_path / "run", straight)
+        assert_same_state(tmp_path / "run", straight)
 
 
 @slow
@@ -477,7 +423,7 @@ def test_a_second_run_on_the_folder_is_refused(place, straight, tmp_path):
     assert f"{tmp_path / 'run'} is in use by process " in second.stderr
     assert "waiting 20 s for its end" in second.stderr
     assert "give this run another --checkpoint-dir" in last_error(second)
-    assert_same_weights(tmp_path / "run", straight)
+    assert_same_state(tmp_path / "run", straight)
 
 
 # ----------------------------------------------------------------------------------------------------
