@@ -33,9 +33,10 @@ def flags_for(folder, run, nproc, *more):
 
 
 def straight_run(folder, nproc):
-    """The run that nothing happens to; returns its folder."""
+    """The run that nothing happens to, made once; returns its folder."""
     name = f"straight-{nproc}"
-    run_script(flags_for(folder, name, nproc), nproc=nproc)
+    if not (folder / name).exists():
+        run_script(flags_for(folder, name, nproc), nproc=nproc)
     return folder / name
 
 

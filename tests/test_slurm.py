@@ -332,4 +332,4 @@ def test_a_rank_that_is_killed_once(cluster, folder):
     assert facts(cluster, job)["Restarts"] == "0"
     assert "a process was killed: all start again" in printed(folder, job)
     assert "resumed" in log(folder, job).read_text()
-    assert_same_bits(folder / "killed", folder / "straight-2")
+    assert_same_bits(folder / "killed", straight_run(folder, 2))
