@@ -57,6 +57,8 @@ from torch import Tensor, nn
 
 IGNORE = -100  # the label of a token that is not trained, the value that torch and transformers use
 
+# >>> shared: errors
+NAME = Path(__file__).name  # stands in front of every error
 
 # Exit codes: 0 finished, 1 an error that the last line explains, 2 wrong arguments; of a run that was asked
 # to stop, has saved, and goes on with the same command: these two, or 128 + the signal's number.
@@ -67,20 +69,25 @@ class UserError(Exception):
     """Something that the user can mend: shown as one line, without a traceback, exit code 1."""
 
 
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+# <<< shared: errors
+
+
 # ------------------------------------------------------------------------------------------------
 # 1. Arguments: the flags, a YAML or JSON file as a saved command line, and every check that needs no data
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="train_llm.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+        prog=NAME, description=__doc__.split("\n\n")[0], allow_abbrev=False,
         usage="%(prog)s [--config FILE] (--hf-model NAME_OR_FOLDER | --from-scratch) [other flags]",
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=34, width=110))
     parser.error = usage_error
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON of flags; the command line wins")
     add_model_and_data_flags(parser.add_argument_group("model"), parser.add_argument_group("data"))
-    add_training_flags(parser.add_argument_group("training"))
-    add_system_flags(parser.add_argument_group("devices, sharding and memory"))
-    add_record_flags(parser.add_argument_group("checkpoints, evaluation and logging"))
+    add_training_flags(parser.add_argument_group("training, evaluation and logging"))
+    add_system_flags(parser.add_argument_group("devices, sharding and memory"), recompute="none")
+    add_run_flags(parser.add_argument_group("checkpoints and record"), "checkpoints", save_every=1000)
     for action in parser._actions:
         if action.default not in (None, "", argparse.SUPPRESS) and "%(default)s" not in action.help:
             action.help += " (default: %(default)s)"
@@ -133,9 +140,14 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
         "gradient norm is so many standard deviations above its running mean; 0: off, 6 is usual")
     add("--max-bad-steps", type=int, default=10, help="stop after so many skipped steps in a row")
     add("--seed", type=int, default=0, help="of initial weights, sample order, held-out share and dropout")
+    add("--log-interval", type=int, default=10, help="steps between logged rows")
+    add("--eval-interval", type=int, default=0, help="steps between evaluations; 0: at the end only")
+    add("--sample-tokens", type=int, default=0, help="print so many tokens of the model's at the end")
+    add("--sample-prompt", default="", help="text that the sample continues")
 
 
-def add_system_flags(group: argparse._ArgumentGroup) -> None:
+# >>> shared: flags
+def add_system_flags(group: argparse._ArgumentGroup, recompute: str) -> None:
     onoff, add = argparse.BooleanOptionalAction, group.add_argument
     add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: GPUs if there are any")
     add("--nproc", type=int, metavar="N", help="start N processes with torchrun; if not given: one per GPU")
@@ -147,7 +159,7 @@ def add_system_flags(group: argparse._ArgumentGroup) -> None:
     add("--hsdp-shard-size", type=int, metavar="N", help="shard over N processes, replicate over the "
         "rest; if not given: shard over all")
     add("--reshard-after-forward", action=onoff, default=True, help="free gathered weights until backward")
-    add("--activation-checkpointing", choices=["none", "full", "selective"], default="none",
+    add("--activation-checkpointing", choices=["none", "full", "selective"], default=recompute,
         help="recompute blocks in the backward, to save memory")
     add("--compile", action=onoff, help="torch.compile each block; if not given: on CUDA only")
     add("--cpu-offload", action=onoff, default=False, help="masters and optimizer in host memory")
@@ -155,10 +167,10 @@ def add_system_flags(group: argparse._ArgumentGroup) -> None:
         help="reduce gradients after each micro-batch, not once a step: more traffic, less memory")
 
 
-def add_record_flags(group: argparse._ArgumentGroup) -> None:
+def add_run_flags(group: argparse._ArgumentGroup, folder: str, save_every: int) -> None:
     onoff, add = argparse.BooleanOptionalAction, group.add_argument
-    add("--checkpoint-dir", metavar="DIR", default="checkpoints", help="the run's folder")
-    add("--checkpoint-interval", type=int, default=1000, help="steps between checkpoints")
+    add("--checkpoint-dir", metavar="DIR", default=folder, help="the run's folder")
+    add("--checkpoint-interval", type=int, default=save_every, help="steps between checkpoints")
     add("--keep-checkpoints", type=int, default=3, help="newest checkpoints kept; 0 keeps all")
     add("--async-checkpoint", action=onoff, default=True, help="write while training goes on")
     add("--resume", default="auto", metavar="{auto,none,FOLDER}", help="auto: --checkpoint-dir's newest")
@@ -168,15 +180,20 @@ def add_record_flags(group: argparse._ArgumentGroup) -> None:
         "when no step ends for so long; after twice that the run ends")
     add("--export", action=onoff, default=True, help="end with a Hugging Face folder")
     add("--export-dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: as computed")
-    add("--log-interval", type=int, default=10, help="steps between logged rows")
-    add("--eval-interval", type=int, default=0, help="steps between evaluations; 0: at the end only")
-    add("--sample-tokens", type=int, default=0, help="print so many tokens of the model's at the end")
-    add("--sample-prompt", default="", help="text that the sample continues")
     add("--tensorboard", action=onoff, default=False, help="needs the tensorboard package")
     add("--wandb", metavar="PROJECT", help="log to this Weights & Biases project (needs wandb)")
+# <<< shared: flags
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
+    args = read_args(argv)
+    if args.min_lr is None:
+        args.min_lr = min(3e-5, args.max_lr / 10)
+    return args
+
+
+# >>> shared: arguments
+def read_args(argv: list[str] | None) -> Namespace:
     """Default < config file < command line. Exits with code 2 and one line for each problem."""
     argv = sys.argv[1:] if argv is None else argv
     parser, finder = build_parser(), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -187,8 +204,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     del args.config
     if problems := list(find_problems(args)):
         usage_error("\n".join(problems))
-    if args.min_lr is None:
-        args.min_lr = min(3e-5, args.max_lr / 10)
     return args
 
 
@@ -215,22 +230,56 @@ def config_tokens(path: str, parser: argparse.ArgumentParser) -> list[str]:
     return tokens
 
 
-def find_problems(args: Namespace) -> Iterator[str]:
-    """Every argument that cannot work, before anything is downloaded, tokenised or started."""
-    positive = ("seq_len batch_size grad_accum_steps num_epochs loss_chunk_tokens max_bad_steps log_interval "
-                "checkpoint_interval max_steps steps_per_epoch nproc hsdp_shard_size vocab_size "
-                "stall_timeout").split()
-    not_negative = ("warmup_steps weight_decay grad_clip keep_checkpoints eval_interval sample_tokens min_lr "
-                    "max_lr skip_spikes max_restarts").split()
-    at_least = dict.fromkeys(positive, 1) | dict.fromkeys(not_negative, 0)
+def usage_error(message: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for line in message.splitlines():
+            print(f"{NAME}: error: {line}", file=sys.stderr)
+        print(f"{NAME}: --help lists all flags", file=sys.stderr)
+    sys.exit(2)
+# <<< shared: arguments
+
+
+# >>> shared: problems
+def looks_like_path(name: str) -> bool:
+    """A hub name is NAME or OWNER/NAME; whatever else is a path."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in DATA_SUFFIXES
+
+
+def find_common_problems(args: Namespace, positive: str, not_negative: str, sources: str) -> Iterator[str]:
+    """Of flags that all scripts have. The three texts name flags: at least 1, at least 0, hub name or path."""
+    at_least = dict.fromkeys(positive.split(), 1) | dict.fromkeys(not_negative.split(), 0)
     for name, least in at_least.items():
         value = getattr(args, name)
         if value is not None and not value >= least:
             yield f"--{name.replace('_', '-')} must be at least {least}, not {value}"
-    if args.from_scratch == bool(args.hf_model):
-        yield "choose one: --hf-model NAME_OR_FOLDER or --from-scratch"
     if args.min_lr is not None and args.min_lr > args.max_lr:
         yield f"--min-lr {args.min_lr} is above --max-lr {args.max_lr}: lower --min-lr as well"
+    if args.gpu_ranks and not re.fullmatch(r"\d+(,\d+)*", args.gpu_ranks):
+        yield f"--gpu-ranks {args.gpu_ranks}: expected numbers with commas, such as 0,2,3"
+    for name in args.stop_signals.split(",") if args.stop_signals else []:
+        if name in ("SIGKILL", "SIGSTOP") or not isinstance(getattr(signal, name, None), signal.Signals):
+            yield f"--stop-signals {name}: not a signal that can be caught, such as SIGTERM or SIGUSR2"
+    if args.chat_template and not Path(args.chat_template).is_file():
+        yield f"--chat-template {args.chat_template}: no such file"
+    for name in sources.split():
+        value = getattr(args, name)
+        if value and looks_like_path(value) and not Path(value).exists():
+            yield f"--{name.replace('_', '-')} {value}: no such file or folder"
+    if args.resume not in ("auto", "none") and not (Path(args.resume) / ".metadata").is_file():
+        yield f"--resume {args.resume}: not a checkpoint (a folder such as RUN/checkpoints/step_001000)"
+# <<< shared: problems
+
+
+def find_problems(args: Namespace) -> Iterator[str]:
+    """Every argument that cannot work, before anything is downloaded, tokenised or started."""
+    positive = ("seq_len batch_size grad_accum_steps num_epochs loss_chunk_tokens max_bad_steps log_interval "
+                "checkpoint_interval max_steps steps_per_epoch nproc hsdp_shard_size vocab_size "
+                "stall_timeout")
+    not_negative = ("warmup_steps weight_decay grad_clip keep_checkpoints eval_interval sample_tokens min_lr "
+                    "max_lr skip_spikes max_restarts")
+    yield from find_common_problems(args, positive, not_negative, "dataset hf_model tokenizer")
+    if args.from_scratch == bool(args.hf_model):
+        yield "choose one: --hf-model NAME_OR_FOLDER or --from-scratch"
     if not 0 <= args.eval_fraction < 1:
         yield "--eval-fraction must be at least 0 and below 1"
     if args.eval_fraction and (args.eval_split or args.streaming):
@@ -243,41 +292,16 @@ def find_problems(args: Namespace) -> Iterator[str]:
         yield "--streaming from scratch needs --tokenizer: none can be trained on text that is not read yet"
     if args.dataset_split != "train" and (args.dataset == "stdlib" or Path(args.dataset).is_file()):
         yield f"--dataset-split {args.dataset_split}: {args.dataset} has no splits; leave it out"
-    if args.gpu_ranks and not re.fullmatch(r"\d+(,\d+)*", args.gpu_ranks):
-        yield f"--gpu-ranks {args.gpu_ranks}: expected numbers with commas, such as 0,2,3"
-    for name in args.stop_signals.split(",") if args.stop_signals else []:
-        if name in ("SIGKILL", "SIGSTOP") or not isinstance(getattr(signal, name, None), signal.Signals):
-            yield f"--stop-signals {name}: not a signal that can be caught, such as SIGTERM or SIGUSR2"
-    if args.chat_template and not Path(args.chat_template).is_file():
-        yield f"--chat-template {args.chat_template}: no such file"
-    for name in ("dataset", "hf_model", "tokenizer"):
-        value = getattr(args, name)
-        if value and looks_like_path(value) and not Path(value).exists():
-            yield f"--{name.replace('_', '-')} {value}: no such file or folder"
     if args.eval_split and not Path(args.eval_split).is_file() and (
             looks_like_path(args.eval_split) or args.dataset == "stdlib" or Path(args.dataset).is_file()):
         yield (f"--eval-split {args.eval_split}: no such file, and {args.dataset} has no splits; "
                "--eval-fraction cuts one")
-    if args.resume not in ("auto", "none") and not (Path(args.resume) / ".metadata").is_file():
-        yield f"--resume {args.resume}: not a checkpoint (a folder such as RUN/checkpoints/step_001000)"
-
-
-def looks_like_path(name: str) -> bool:
-    """A hub name is NAME or OWNER/NAME; whatever else is a path."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in DATA_SUFFIXES
-
-
-def usage_error(message: str) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        for line in message.splitlines():
-            print(f"train_llm.py: error: {line}", file=sys.stderr)
-        print("train_llm.py: --help lists all flags", file=sys.stderr)
-    sys.exit(2)
 
 
 # ------------------------------------------------------------------------------------------------
 # 2. Distributed: who am I, which device, which mesh; the watch over signals, stalls and other ranks
 
+# >>> shared: ranks
 @dataclasses.dataclass
 class Ranks:
     """This process among the others; rank, local_rank and world_size mean what torchrun's variables mean."""
@@ -337,8 +361,10 @@ def select_gpus(gpu_ranks: str | None) -> None:
         usage_error(f"--gpu-ranks {gpu_ranks} and CUDA_VISIBLE_DEVICES={visible} disagree: unset one of them")
     if torch.cuda.device_count() != len(gpu_ranks.split(",")):
         usage_error(f"--gpu-ranks {gpu_ranks}: only {torch.cuda.device_count()} of these GPUs exist here")
+# <<< shared: ranks
 
 
+# >>> shared: process-group
 def read_ranks(args: Namespace) -> Ranks:
     """From torchrun's or accelerate's variables, from srun's, or alone."""
     env = os.environ
@@ -403,8 +429,10 @@ def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceM
         return init_device_mesh(ranks.device.type, (shard,), mesh_dim_names=("shard",))
     shape = (ranks.world_size // shard, shard)
     return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+# <<< shared: process-group
 
 
+# >>> shared: rendezvous
 def find_rendezvous(ranks: Ranks) -> None:
     """Says in seconds what init_process_group would say after its timeout, or not at all."""
     if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
@@ -451,8 +479,10 @@ def gather_objects(value: object, group: object = None) -> list:
     values = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(values, value, group=group)
     return values
+# <<< shared: rendezvous
 
 
+# >>> shared: watch
 # The watch is a thread on each rank, because the loop may be stuck in a collective. It takes signals, looks
 # for a STOP file and the end of SLURM's time limit, and hands the wish to stop to the loop, where all ranks
 # agree on it in a collective that each step has anyway. It says where a stalled rank is, and ends this one
@@ -490,6 +520,26 @@ def close_watch(watch: Watch) -> None:
     watch.thread.join()
 
 
+def enter(watch: Watch, phase: str) -> None:
+    """Of what is no step: an evaluation, the export."""
+    watch.phase, watch.since = phase, time.monotonic()
+
+
+def note_step(watch: Watch, step: int, save_s: float) -> None:
+    now = time.monotonic()
+    watch.step, watch.step_s, watch.since = step, now - watch.since, now
+    watch.save_s = save_s or watch.save_s
+
+
+def refuse_stop_file(run_dir: Path, ranks: Ranks) -> None:
+    if (run_dir / "STOP").exists():
+        if ranks.is_main:
+            print(f"{NAME}: error: {run_dir / 'STOP'} exists: remove it to train", file=sys.stderr)
+        sys.exit(STOP_CODES["STOP file"])
+# <<< shared: watch
+
+
+# >>> shared: signals
 def catch_signals(watch: Watch) -> None:
     """From here on a stop signal means: finish the step, save, end. Until here it ends the process."""
     watch.signals[1].setblocking(False)
@@ -517,24 +567,27 @@ def release_signals(watch: Watch) -> None:
         signal.signal(getattr(signal, name), default)
 
 
-def enter(watch: Watch, phase: str) -> None:
-    """Of what is no step: an evaluation, the export."""
-    watch.phase, watch.since = phase, time.monotonic()
+def note_signals(watch: Watch, ranks: Ranks) -> None:
+    for number in watch.signals[0].recv(64):
+        name = signal.Signals(number).name
+        if name == "SIGINT" and name in watch.asked:
+            end_now("interrupted twice: ended at once", ranks.is_main, code=130)
+        if name in watch.codes:
+            ask_to_stop(watch, name, ranks)
 
 
-def note_step(watch: Watch, step: int, save_s: float) -> None:
-    now = time.monotonic()
-    watch.step, watch.step_s, watch.since = step, now - watch.since, now
-    watch.save_s = save_s or watch.save_s
-
-
-def refuse_stop_file(run_dir: Path, ranks: Ranks) -> None:
-    if (run_dir / "STOP").exists():
+def ask_to_stop(watch: Watch, reason: str, ranks: Ranks) -> None:
+    if reason not in watch.asked:
+        again = "; again ends it at once" if reason == "SIGINT" else ""
         if ranks.is_main:
-            print(f"train_llm.py: error: {run_dir / 'STOP'} exists: remove it to train", file=sys.stderr)
-        sys.exit(STOP_CODES["STOP file"])
+            print(f"\n{reason}: this step is finished, then saved, then the run ends{again}", file=sys.stderr,
+                  flush=True)
+        watch.asked.add(reason)
+        watch.votes = torch.tensor([float(name in watch.asked) for name in watch.codes], device=ranks.device)
+# <<< shared: signals
 
 
+# >>> shared: watch-turns
 def watch_run(watch: Watch, stall_timeout: float, ranks: Ranks, run_dir: Path) -> None:
     """The watching thread, in turns of a second; a signal wakes it at once."""
     deadline = slurm_deadline() if ranks.is_main else math.inf
@@ -578,25 +631,6 @@ def slurm_deadline() -> float:
         return math.inf
 
 
-def note_signals(watch: Watch, ranks: Ranks) -> None:
-    for number in watch.signals[0].recv(64):
-        name = signal.Signals(number).name
-        if name == "SIGINT" and name in watch.asked:
-            end_now("interrupted twice: ended at once", ranks.is_main, code=130)
-        if name in watch.codes:
-            ask_to_stop(watch, name, ranks)
-
-
-def ask_to_stop(watch: Watch, reason: str, ranks: Ranks) -> None:
-    if reason not in watch.asked:
-        again = "; again ends it at once" if reason == "SIGINT" else ""
-        if ranks.is_main:
-            print(f"\n{reason}: this step is finished, then saved, then the run ends{again}", file=sys.stderr,
-                  flush=True)
-        watch.asked.add(reason)
-        watch.votes = torch.tensor([float(name in watch.asked) for name in watch.codes], device=ranks.device)
-
-
 def agreed_stop(watch: Watch, votes: Tensor) -> str | None:
     """The reason to stop that some rank had, from the sum of `votes` over ranks: the same on each of them.
 
@@ -612,8 +646,10 @@ def agreed_stop(watch: Watch, votes: Tensor) -> str | None:
         host, event = before
         event.synchronize()  # sync point: with the step before
     return next((reason for reason, count in zip(watch.codes, host.tolist()) if count), None)
+# <<< shared: watch-turns
 
 
+# >>> shared: peers
 def peer_store(ranks: Ranks) -> torch.distributed.Store | None:
     """A connection to the rendezvous store of this thread's own: the main thread's may be waiting."""
     if ranks.world_size == 1:
@@ -649,6 +685,15 @@ def look_after_peers(store: torch.distributed.Store, seen: dict, watch: Watch, r
         end_now(message, show=True)
 
 
+def tell_others(message: str) -> None:
+    """Ranks that wait in a collective for this one end, too."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        with contextlib.suppress(RuntimeError):
+            torch.distributed.distributed_c10d._get_default_store().set("ended", message)
+# <<< shared: peers
+
+
+# >>> shared: stalls
 def report_stall(watch: Watch, waited: float, store: torch.distributed.Store | None, ranks: Ranks) -> None:
     """Where this rank is, and on rank 0 where all are: the one that differs is the one to look at."""
     stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident])[-8:]
@@ -675,15 +720,9 @@ def where_is(store: torch.distributed.Store, rank: int) -> str:
 def end_now(message: str, show: bool, code: int = 1) -> None:
     """From any thread, whatever the others wait for."""
     if show:
-        print(f"\ntrain_llm.py: error: {message}", file=sys.stderr, flush=True)
+        print(f"\n{NAME}: error: {message}", file=sys.stderr, flush=True)
     os._exit(code)
-
-
-def tell_others(message: str) -> None:
-    """Ranks that wait in a collective for this one end, too."""
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        with contextlib.suppress(RuntimeError):
-            torch.distributed.distributed_c10d._get_default_store().set("ended", message)
+# <<< shared: stalls
 
 
 # ------------------------------------------------------------------------------------------------
@@ -765,10 +804,6 @@ def open_with_datasets(args: Namespace, split: str, path: Path | None = None):
         hint = " (is the name right, the hub reachable, --dataset-config or --dataset-split needed?)"
         raise UserError(f"--dataset {path or args.dataset} ({split}): {first_line(error)}"
                         f"{'' if path else hint}") from error
-
-
-def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
@@ -919,6 +954,7 @@ def train_tokenizer(args: Namespace, vocab_size: int, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END).save_pretrained(folder)
 
 
+# >>> shared: hub
 @functools.lru_cache  # a hub name costs a round trip for each of its files
 def fetch(name: str) -> Path:
     """The local folder of a model or tokenizer. A hub name is downloaded once per node: the hub's library
@@ -941,6 +977,7 @@ def fetch(name: str) -> Path:
     except Exception as error:  # offline, no space, a proxy's answer: the hub's library has dozens of types
         raise UserError(f"{name}: no such folder, and {page} could not be fetched ({first_line(error)}); "
                         "give a local folder, or see: hf auth login") from None
+# <<< shared: hub
 
 
 def build_once(target: Path, build: Callable[[Path], object]) -> None:
@@ -1210,6 +1247,7 @@ def collate(samples: list[dict[str, Tensor]], device: torch.device, mask_documen
     return batch
 
 
+# >>> shared: order
 @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
 def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
     # crc32, not hash(): Python salts the hashes of texts in each process anew.
@@ -1223,6 +1261,7 @@ def sample_at(position: int, num_samples: int, seed: int) -> int:
     Ranks and batch size do not enter: all a resume must know, on any number of ranks, is the position."""
     epoch, index = divmod(position, num_samples)
     return int(epoch_order(num_samples, seed, epoch)[index])
+# <<< shared: order
 
 
 def ordered_batches(dataset: TokenDataset, args: Namespace, ranks: Ranks, start: int) -> Iterator[dict]:
@@ -1379,7 +1418,7 @@ class CausalLM(nn.Module):
         self.config, self.loss_chunk = config, loss_chunk
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.head_loss = head_loss  # `shard_model` may put its compiled form here
+        self.head_loss = head_loss  # `compile_head_loss` puts its compiled form here
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None
                 ) -> Tensor:
@@ -1470,6 +1509,7 @@ def attach_chunked_loss(model: nn.Module, loss_chunk: int) -> None:
     model.forward = forward
 
 
+# >>> shared: shard
 def find_blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks, outermost first: of the classes not to be split, else the longest list."""
     names = set(getattr(model, "_no_split_modules", None) or ["Block"])  # EDIT: the layer class to shard
@@ -1492,7 +1532,6 @@ def shard_model(model: nn.Module, args: Namespace, mesh: torch.distributed.Devic
     from torch.distributed.fsdp import fully_shard
     torch.backends.cuda.enable_flash_sdp(args.use_flash_attn)
     cuda = mesh.device_type == "cuda"
-    use_compile = cuda if args.compile is None else args.compile
     options = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
@@ -1501,20 +1540,21 @@ def shard_model(model: nn.Module, args: Namespace, mesh: torch.distributed.Devic
     for block in find_blocks(model):
         if args.activation_checkpointing != "none":
             recompute_in_backward(block, selective=args.activation_checkpointing == "selective")
-        if use_compile:
+        if wants_compile(args, mesh.device_type):
             block.compile()
         fully_shard(block, reshard_after_forward=args.reshard_after_forward, **options)
-    if use_compile:
-        scale_and_cap = getattr(model.head_loss, "keywords", {})
-        model.head_loss = functools.partial(torch.compile(head_loss), **scale_and_cap)
     fully_shard(model, **options)  # never resharded after forward: the backward begins with the head
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # FSDP divides by the number of ranks by default. Here gradients are plain sums, divided once, by
-            # the global number of trained tokens, which is known after the last micro-batch. Without the
-            # forced sum FSDP asks for a pre-multiplied one, which gloo does not have.
+            # what the loss is a mean over, counted on all ranks after the last micro-batch (`reduce_stats`).
+            # Without the forced sum FSDP asks for a pre-multiplied one, which gloo does not have.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def wants_compile(args: Namespace, device_type: str) -> bool:
+    return device_type == "cuda" if args.compile is None else args.compile
 
 
 def recompute_in_backward(block: nn.Module, selective: bool) -> None:
@@ -1539,8 +1579,10 @@ def save_expensive() -> Callable:
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return policy
+# <<< shared: shard
 
 
+# >>> shared: materialise
 def materialise(model: nn.Module, device: torch.device, cpu_offload: bool) -> dict[str, str]:
     """Give the sharded meta model memory, filled with NaN: `prove_filled` then finds what was never written.
 
@@ -1577,6 +1619,7 @@ def fill(param: Tensor, value: Tensor) -> None:
         # src_data_rank=None: each rank slices its own copy, nothing is sent.
         value = distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
     local_part(param).copy_(local_part(value))
+# <<< shared: materialise
 
 
 def init_from_scratch(model: CausalLM, seed: int, device: torch.device) -> None:
@@ -1592,6 +1635,7 @@ def init_from_scratch(model: CausalLM, seed: int, device: torch.device) -> None:
         fill(param, torch.empty(param.shape, device=device).normal_(std=std, generator=generator))
 
 
+# >>> shared: load
 def fill_buffers(model: nn.Module) -> None:
     """What no file holds: rotary tables and other non-persistent buffers of a transformers model, in fp32."""
     for param in model.parameters():
@@ -1599,7 +1643,7 @@ def fill_buffers(model: nn.Module) -> None:
     model.initialize_weights()
 
 
-def load_hf_weights(model: nn.Module, folder: Path, args: Namespace, ranks: Ranks) -> None:
+def load_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ranks: Ranks) -> None:
     """Each rank reads its slices of the safetensors files, or rank 0 loads and broadcasts (all ranks)."""
     import torch.distributed.checkpoint as dcp
     names = {}
@@ -1610,9 +1654,9 @@ def load_hf_weights(model: nn.Module, folder: Path, args: Namespace, ranks: Rank
         dcp.load(names, storage_reader=reader)
         return
     if ranks.is_main:
-        print(f"{args.hf_model}: names on disk differ from names in memory; "
+        print(f"{folder}: names on disk differ from names in memory; "
               "rank 0 loads the model and broadcasts it")
-    broadcast_hf_weights(model, folder, args, ranks)
+    broadcast_hf_weights(model, folder, trust_remote_code, ranks)
 
 
 def match_names(model: nn.Module, on_disk: dict) -> dict[str, Tensor]:
@@ -1634,7 +1678,7 @@ def match_names(model: nn.Module, on_disk: dict) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def broadcast_hf_weights(model: nn.Module, folder: Path, args: Namespace, ranks: Ranks) -> None:
+def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ranks: Ranks) -> None:
     """For families that transformers renames or fuses while loading (Mixtral's experts), .bin files, remote
     code: the whole model in rank 0's host memory, then one tensor at a time to everybody (all ranks)."""
     source = {}
@@ -1644,7 +1688,7 @@ def broadcast_hf_weights(model: nn.Module, folder: Path, args: Namespace, ranks:
         logging.disable_progress_bar()
         logging.set_verbosity_error()  # its report on missing tensors: the error below says it
         full, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=args.trust_remote_code, output_loading_info=True)
+            folder, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True)
         lacking = sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]})
         if lacking:
             raise UserError(f"{folder} lacks {len(lacking)} of the model's tensors, {lacking[0]} for one")
@@ -1654,8 +1698,10 @@ def broadcast_hf_weights(model: nn.Module, folder: Path, args: Namespace, ranks:
                  else torch.empty(tensor.shape, dtype=tensor.dtype, device=ranks.device))
         torch.distributed.broadcast(value, src=0)
         fill(tensor, value)
+# <<< shared: load
 
 
+# >>> shared: prove
 def prove_filled(model: nn.Module, ties: dict[str, str]) -> None:
     """Every parameter is a DTensor, all was written, ties hold; else training would start from garbage."""
     from torch.distributed.tensor import DTensor
@@ -1670,6 +1716,26 @@ def prove_filled(model: nn.Module, ties: dict[str, str]) -> None:
     for name, source in ties.items():
         if model.get_parameter(name) is not model.get_parameter(source):
             raise UserError(f"{name} and {source} are no longer tied")
+
+
+def describe_model(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Lines for the start of a run: sizes, and this rank's parameters, gradients and optimizer states."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    by_dtype: dict[str, int] = {}
+    for param in model.parameters():
+        key = str(param.dtype).removeprefix("torch.")
+        by_dtype[key] = by_dtype.get(key, 0) + local_part(param).nbytes
+    sizes = ", ".join(f"{nbytes / 2**20:,.1f} MiB {key}" for key, nbytes in by_dtype.items())
+    gradients, blocks = sum(local_part(param).nbytes for param in trainable) / 2**20, find_blocks(model)
+    block_class = type(blocks[0]).__name__.removeprefix("FSDP")
+    return [
+        f"model      {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{sum(p.numel() for p in trainable):,} trainable",
+        f"sharded    {len(blocks)} x {block_class}, and the root with what is left",
+        f"this rank  parameters {sizes}; gradients {gradients:,.1f} MiB float32; "
+        f"{type(optimizer).__name__} states {2 * gradients:,.1f} MiB float32",
+    ]
+# <<< shared: prove
 
 
 @torch.no_grad()
@@ -1711,28 +1777,10 @@ def prove_packing(model: nn.Module, ranks: Ranks) -> None:
     model.train()
 
 
-def describe_model(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Lines for the start of a run: sizes, and this rank's parameters, gradients and optimizer states."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    by_dtype: dict[str, int] = {}
-    for param in model.parameters():
-        key = str(param.dtype).removeprefix("torch.")
-        by_dtype[key] = by_dtype.get(key, 0) + local_part(param).nbytes
-    sizes = ", ".join(f"{nbytes / 2**20:,.1f} MiB {key}" for key, nbytes in by_dtype.items())
-    gradients, blocks = sum(local_part(param).nbytes for param in trainable) / 2**20, find_blocks(model)
-    block_class = type(blocks[0]).__name__.removeprefix("FSDP")
-    return [
-        f"model      {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{sum(p.numel() for p in trainable):,} trainable",
-        f"sharded    {len(blocks)} x {block_class}, and the root with what is left",
-        f"this rank  parameters {sizes}; gradients {gradients:,.1f} MiB float32; "
-        f"{type(optimizer).__name__} states {2 * gradients:,.1f} MiB float32",
-    ]
-
-
 # ------------------------------------------------------------------------------------------------
 # 5. Optimizer and schedule
 
+# >>> shared: optimizer
 def build_optimizer(model: nn.Module, args: Namespace) -> torch.optim.AdamW:
     """Fused AdamW on fp32 masters; weight decay on matrices only, not on norms, biases and embeddings."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -1752,6 +1800,40 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, max_lr: float,
     return min_lr + 0.5 * (max_lr - min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+@torch.no_grad()
+def reduce_stats(model: nn.Module, loss_sum: Tensor, count: Tensor, num_replicas: int, votes: Tensor
+                 ) -> tuple[Tensor, ...]:
+    """(mean loss, count, gradient norm, sums of votes) over all ranks and micro-batches, by one collective.
+
+    `count` is what the loss is a mean over: trained tokens, or sequences. Gradients here are those of the
+    summed loss, so that their norm is divided by the count. Under HSDP each replica holds the whole reduced
+    gradient, hence the division by `num_replicas`."""
+    grads = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
+    norms = torch._foreach_norm([g for g in grads if g.numel()]) or [torch.zeros(())]
+    square = torch.stack(norms).square().sum().to(loss_sum.device)
+    total = all_sum(torch.cat([torch.stack([loss_sum, count, square / num_replicas]), votes]))
+    return total[0] / total[1], total[1], total[2].sqrt() / total[1], total[3:]
+
+
+@torch.no_grad()
+def clip_and_step(optimizer: torch.optim.AdamW, grad_norm: Tensor, count: Tensor, grad_clip: float,
+                  is_spike: Tensor | None = None) -> Tensor:
+    """One update, or none for a spike or a gradient that is not finite: decided on the device, on all ranks.
+
+    The fused kernel divides gradients by `grad_scale` and does nothing if `found_inf` is 1 (GradScaler's
+    protocol): dividing by `count` (see `reduce_stats`), clipping and skipping cost no pass over the gradients
+    and no host-device synchronisation. Returns `found_inf`."""
+    found_inf = (~torch.isfinite(grad_norm)).float()
+    if is_spike is not None:
+        found_inf = torch.maximum(found_inf, is_spike)
+    over = torch.clamp(grad_norm / grad_clip, min=1.0) if grad_clip else torch.ones_like(grad_norm)
+    where = local_part(optimizer.param_groups[0]["params"][0]).device  # the host with --cpu-offload
+    optimizer.grad_scale, optimizer.found_inf = (count * over).to(where), found_inf.to(where)
+    optimizer.step()
+    return found_inf
+# <<< shared: optimizer
+
+
 def resolve_steps(args: Namespace, dataset: TokenDataset | None, ranks: Ranks) -> tuple[int, int, str]:
     """(total steps, warm-up steps, a line that says why)."""
     samples_per_step = args.batch_size * args.grad_accum_steps * ranks.world_size
@@ -1766,21 +1848,6 @@ def resolve_steps(args: Namespace, dataset: TokenDataset | None, ranks: Ranks) -
     line = (f"steps      {total:,} ({known}), {warmup:,} of warm-up; {samples_per_step:,} sequences, "
             f"{samples_per_step * args.seq_len:,} tokens a step")
     return total, warmup, line
-
-
-@torch.no_grad()
-def reduce_stats(model: nn.Module, loss_sum: Tensor, token_count: Tensor, num_replicas: int, votes: Tensor
-                 ) -> tuple[Tensor, ...]:
-    """(loss a token, trained tokens, gradient norm, sums of votes) over all ranks and micro-batches, by one
-    collective.
-
-    Gradients here are those of the summed loss, so that their norm is divided by the token count. Under HSDP
-    each replica holds the whole reduced gradient, hence the division by `num_replicas`."""
-    grads = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
-    norms = torch._foreach_norm([g for g in grads if g.numel()]) or [torch.zeros(())]
-    square = torch.stack(norms).square().sum().to(loss_sum.device)
-    total = all_sum(torch.cat([torch.stack([loss_sum, token_count, square / num_replicas]), votes]))
-    return total[0] / total[1], total[1], total[2].sqrt() / total[1], total[3:]
 
 
 @torch.no_grad()
@@ -1799,24 +1866,6 @@ def leaves_band(values: Tensor, band: Tensor, sigma: float) -> Tensor:
     taken_in = torch.cat([mean + weight * delta, (1 - weight) * (variance + weight * delta**2), band[4:] + 1])
     band.copy_(torch.where(torch.isfinite(taken_in).all(), taken_in, band))
     return outside.float()
-
-
-@torch.no_grad()
-def clip_and_step(optimizer: torch.optim.AdamW, grad_norm: Tensor, token_count: Tensor, grad_clip: float,
-                  is_spike: Tensor | None = None) -> Tensor:
-    """One update, or none for a spike or a gradient that is not finite: decided on the device, on all ranks.
-
-    The fused kernel divides gradients by `grad_scale` and does nothing if `found_inf` is 1 (GradScaler's
-    protocol): dividing by the token count, clipping and skipping cost no pass over the gradients and no
-    host-device synchronisation. Returns `found_inf`."""
-    found_inf = (~torch.isfinite(grad_norm)).float()
-    if is_spike is not None:
-        found_inf = torch.maximum(found_inf, is_spike)
-    over = torch.clamp(grad_norm / grad_clip, min=1.0) if grad_clip else torch.ones_like(grad_norm)
-    where = local_part(optimizer.param_groups[0]["params"][0]).device  # the host with --cpu-offload
-    optimizer.grad_scale, optimizer.found_inf = (token_count * over).to(where), found_inf.to(where)
-    optimizer.step()
-    return found_inf
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1881,9 +1930,15 @@ def chunked_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Linear, loss_
     return ChunkedHeadLoss.apply(hidden.flatten(0, 1), head.weight, bias, labels.flatten(), loss_fn, chunk)
 
 
+def compile_head_loss(model: nn.Module) -> None:
+    scale_and_cap = getattr(model.head_loss, "keywords", {})
+    model.head_loss = functools.partial(torch.compile(head_loss), **scale_and_cap)
+
+
 # ------------------------------------------------------------------------------------------------
 # 7. Checkpoints and export: asynchronous, published by a rename, resumed exactly; a Hugging Face folder
 
+# >>> shared: checkpointer
 @dataclasses.dataclass
 class Checkpointer:
     """The run's checkpoints and the save under way. RUN/checkpoints/step_000100 holds DCP's files (model,
@@ -1949,8 +2004,10 @@ def open_stager(saver: Checkpointer, cuda: bool) -> None:
     saver.stager._state_dict_stager.close = lambda: None
     saver.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=1))
     saver.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+# <<< shared: checkpointer
 
 
+# >>> shared: saved-state
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name; tied parameters once, under their first name."""
     persistent = set(model.state_dict())
@@ -1982,6 +2039,13 @@ def random_states(ranks: Ranks) -> dict[str, Tensor]:
     return states
 
 
+def checkpoint_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
+    return {"model": model_tensors(model), "optim": optimizer_tensors(model, optimizer),
+            "random": random_states(ranks)}
+# <<< shared: saved-state
+
+
+# >>> shared: save
 def start_save(saver: Checkpointer, tensors: dict, progress: dict, files: dict[str, str], ranks: Ranks
                ) -> None:
     """Begin a save (all ranks). Tensors are copied while the next forward runs: `wait_for_copy` comes before
@@ -2037,8 +2101,10 @@ def write_checkpoint(saver: Checkpointer, staged: Future, files: dict[str, str],
     problem = gather_objects(problem, saver.group)[0]
     saver.seconds = max(saver.seconds, time.perf_counter() - saver.started)
     return problem
+# <<< shared: save
 
 
+# >>> shared: publish
 def checksum(path: Path) -> tuple[int, int]:
     """(bytes, CRC-32), in pieces, while other threads run."""
     size = crc = 0
@@ -2090,8 +2156,10 @@ def save_before_end(saver: Checkpointer, start: Callable[[], None]) -> None:
     kept = checkpoints_in(saver.folder)
     raise UserError(f"could not save step {saver.step} ({problem}) in three tries: make room, then start the "
                     f"same command again; it goes on from {kept[-1] if kept else 'the beginning'}")
+# <<< shared: publish
 
 
+# >>> shared: find-checkpoint
 def checkpoints_in(folder: Path) -> list[Path]:
     """Published checkpoints, oldest first."""
     found = [path for path in folder.glob("step_*")
@@ -2146,8 +2214,10 @@ def damage(path: Path, ranks: Ranks) -> str | None:
     except (OSError, ValueError) as error:
         return first_line(error)
     return None
+# <<< shared: find-checkpoint
 
 
+# >>> shared: load-checkpoint
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
     """Fill model, optimizer and random state, on any number of ranks; returns the progress (all ranks)."""
     import torch.distributed.checkpoint as dcp
@@ -2168,8 +2238,10 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     for name, state in here.items():
         torch.set_rng_state(state) if name[:3] == "cpu" else torch.cuda.set_rng_state(state, ranks.device)
     return json.loads((path / "progress.json").read_text())
+# <<< shared: load-checkpoint
 
 
+# >>> shared: export-files
 def hf_tensors(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype
                ) -> Iterator[tuple[str, Tensor]]:
     """Names and layout of the family's files on disk, where transformers renames or fuses while loading."""
@@ -2219,34 +2291,27 @@ def write_safetensors(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def write_model_files(folder: Path, model: nn.Module, tokenizer, dtype: torch.dtype, source: Path | None
-                      ) -> None:
-    """Configuration, generation configuration, tokenizer with its chat template, the code of a remote model.
+def hf_parts(model: nn.Module, tokenizer) -> tuple:
+    """What stands beside a transformers model's weights: configurations, tokenizer with its chat template."""
+    config = type(model.config).from_dict(model.config.to_dict() | {"use_cache": True})
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    return config, model.generation_config, tokenizer
 
-    `source` is the Hugging Face folder that training started from, None for the model of this file."""
-    from transformers import GenerationConfig, LlamaConfig
+
+def write_parts(folder: Path, parts: tuple, dtype: torch.dtype, source: Path | None) -> None:
+    """`parts` as of `hf_parts`; `source` is the folder that a model came from, which may hold its code."""
     folder.mkdir(parents=True, exist_ok=True)
-    c = model.config
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    if source is None:
-        config = LlamaConfig(
-            vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.ffn_size,
-            num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads,
-            num_key_value_heads=c.num_kv_heads, max_position_embeddings=c.max_positions,
-            rms_norm_eps=c.norm_eps, tie_word_embeddings=False,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, **ends)
-        config.architectures, generation = ["LlamaForCausalLM"], GenerationConfig(**ends)
-    else:
-        config, generation = type(c).from_dict(c.to_dict() | {"use_cache": True}), model.generation_config
-        config.architectures = [type(model).__name__.removeprefix("FSDP")]
-        for code in source.glob("*.py"):
-            shutil.copy(code, folder)
+    for code in source.glob("*.py") if source else ():
+        shutil.copy(code, folder)
+    config, _, tokenizer = parts
     config.dtype = dtype
     tokenizer.model_max_length = getattr(config, "max_position_embeddings", None) or int(1e30)
-    for part in filter(None, (config, generation, tokenizer)):
+    for part in filter(None, parts):
         part.save_pretrained(folder)
+# <<< shared: export-files
 
 
+# >>> shared: export
 def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remote_code: bool) -> float | None:
     """Load the folder with transformers, on the CPU, and compare logits: the largest difference over the
     largest logit, or None where memory is short. Raises UserError beyond what the precision explains."""
@@ -2267,6 +2332,51 @@ def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remot
             f"{folder}: the exported model's logits differ from the trained model's by {error:.1e} of the "
             f"largest (bound {bound:.0e}); the checkpoint is intact, please report this")
     return error
+
+
+def export_model(args: Namespace, model: nn.Module, parts: tuple | None, ranks: Ranks, source: Path | None,
+                 dtype: torch.dtype) -> tuple[Path, Tensor, Tensor]:
+    """Write RUN/hf (all ranks; rank 0 writes, and it alone needs `parts`, see `write_parts`). Returns the
+    folder, 32 tokens and their logits."""
+    input_ids = torch.arange(32, device=ranks.device)[None]
+    model.eval()
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        logits = model(input_ids)
+    folder = Path(args.checkpoint_dir) / "hf"
+    partial = folder.with_name("hf.partial")
+    if args.export_dtype != "auto":
+        dtype = getattr(torch, args.export_dtype)
+    tensors = gathered_tensors(model, ranks)
+    if not ranks.is_main:
+        list(tensors)  # yields nothing here, but takes part in every gather
+        return folder, input_ids, logits
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        write_safetensors(partial, hf_tensors(model, tensors, dtype))
+        write_parts(partial, parts, dtype, source)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"could not write {folder}: {error.strerror}; the checkpoint is intact: make room, "
+                        "then run the same command again") from error
+    return folder, input_ids, logits
+# <<< shared: export
+
+
+def model_parts(model: nn.Module, tokenizer) -> tuple:
+    """`hf_parts`, also for the model of this file, which loads as a Llama."""
+    if not isinstance(model, CausalLM):
+        return hf_parts(model, tokenizer)
+    from transformers import GenerationConfig, LlamaConfig
+    c, ends = model.config, {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.ffn_size,
+        num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads,
+        num_key_value_heads=c.num_kv_heads, max_position_embeddings=c.max_positions,
+        rms_norm_eps=c.norm_eps, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, **ends)
+    config.architectures = ["LlamaForCausalLM"]
+    return config, GenerationConfig(**ends), tokenizer
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2325,6 +2435,7 @@ def peak_flops(device: torch.device) -> float | None:
     return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if key in name), None)
 
 
+# >>> shared: record
 def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
@@ -2375,8 +2486,10 @@ def write_record(folder: Path, args: Namespace, ranks: Ranks) -> dict[str, str]:
         write_once(folder / Path(__file__).name, source)
         write_once(folder / "env.json", json.dumps(environment, indent=1))
     return {"config.yaml": config, Path(__file__).name: source}
+# <<< shared: record
 
 
+# >>> shared: trackers
 def open_trackers(args: Namespace, ranks: Ranks) -> list[Callable[[dict], None]]:
     """Rank 0: functions that take a row of metrics: the file's, and TensorBoard's or W&B's if asked for."""
     if not ranks.is_main:
@@ -2425,6 +2538,14 @@ def check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another folder") from None
+
+
+def open_bar(total_steps: int, step: int, ranks: Ranks):
+    """A progress bar where rank 0 writes to a terminal, else a silent one."""
+    from tqdm import tqdm
+    return tqdm(total=total_steps, initial=step, desc="training", unit="step", dynamic_ncols=True,
+                smoothing=0.05, disable=not (ranks.is_main and sys.stderr.isatty()))
+# <<< shared: trackers
 
 
 def format_row(row: dict, total_steps: int) -> str:
@@ -2520,23 +2641,6 @@ def open_stream(args: Namespace, ranks: Ranks, resume_from: Path | None) -> tupl
     return streamed_batches(args, ranks, state), state
 
 
-def report_finished(args: Namespace, ranks: Ranks, found: list[Path], total_steps: int) -> bool:
-    """True, and a line on rank 0, if the newest checkpoint is the run's last and the export stands."""
-    exported = Path(args.checkpoint_dir) / "hf"
-    try:
-        if not found or json.loads((found[-1] / "progress.json").read_text())["step"] < total_steps:
-            return False
-    except (OSError, ValueError):  # damaged, which `newest_intact` will say
-        return False
-    if args.export and not exported.is_dir():
-        return False
-    if ranks.is_main:
-        model = f", {exported} the model" if args.export else ""
-        print(f"this run is finished: {found[-1]} holds all {total_steps} steps{model}. A larger "
-              "--max-steps goes on from there; another --checkpoint-dir starts anew")
-    return True
-
-
 def note_bad_steps(recent: list[tuple[float, ...]], progress: dict) -> list[dict]:
     """Count the skipped among the last steps, (skipped, loss, gradient norm) each, in `progress`; returns a
     record of each skipped one."""
@@ -2576,13 +2680,6 @@ def describe_data(train_set: TokenDataset | None, eval_set: TokenDataset | None)
     return lines
 
 
-def open_bar(total_steps: int, step: int, ranks: Ranks):
-    """A progress bar where rank 0 writes to a terminal, else a silent one."""
-    from tqdm import tqdm
-    return tqdm(total=total_steps, initial=step, desc="training", unit="step", dynamic_ncols=True,
-                smoothing=0.05, disable=not (ranks.is_main and sys.stderr.isatty()))
-
-
 def show_row(bar, row: dict, total_steps: int, ranks: Ranks) -> None:
     if not bar.disable:
         bar.set_postfix_str(f"loss {row['train/loss']:.4f}, {row['perf/tokens_per_s']:,.0f} tokens/s")
@@ -2596,11 +2693,6 @@ def show_evaluation(bar, step: int, evaluation: dict, ranks: Ranks) -> None:
                   f"{evaluation['eval/perplexity']:.2f}  over {evaluation['eval/tokens']:,} tokens")
 
 
-def checkpoint_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
-    return {"model": model_tensors(model), "optim": optimizer_tensors(model, optimizer),
-            "random": random_states(ranks)}
-
-
 def explain_bad_steps(streak: int, has_band: bool, run_dir: Path) -> str:
     kept = checkpoints_in(run_dir / "checkpoints")
     spike = " or that --skip-spikes refused" if has_band else ""
@@ -2610,41 +2702,8 @@ def explain_bad_steps(streak: int, has_band: bool, run_dir: Path) -> str:
             "trained token counts too)")
 
 
-def export_model(args: Namespace, model: nn.Module, ranks: Ranks, source: Path | None,
-                 dtype: torch.dtype) -> tuple[Path, Tensor, Tensor]:
-    """Write RUN/hf (all ranks; rank 0 writes). Returns the folder, 32 tokens and their logits."""
-    input_ids = torch.arange(32, device=ranks.device)[None]
-    model.eval()
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        logits = model(input_ids)
-    folder = Path(args.checkpoint_dir) / "hf"
-    partial = folder.with_name("hf.partial")
-    if args.export_dtype != "auto":
-        dtype = getattr(torch, args.export_dtype)
-    tensors = gathered_tensors(model, ranks)
-    if not ranks.is_main:
-        list(tensors)  # yields nothing here, but takes part in every gather
-        return folder, input_ids, logits
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        write_safetensors(partial, hf_tensors(model, tensors, dtype))
-        write_model_files(partial, model, load_tokenizer(args), dtype, source)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    except OSError as error:
-        raise UserError(f"could not write {folder}: {error.strerror}; the checkpoint is intact: make room, "
-                        "then run the same command again, or tools/export_hf.py") from error
-    return folder, input_ids, logits
-
-
 def indent(text: str) -> str:
     return "\n".join("    " + line for line in text.splitlines())
-
-
-def write_summary(run_dir: Path, progress: dict, last_row: dict, seconds: float) -> None:
-    measured = {key: value for key, value in last_row.items() if "/" in key}
-    summary = progress | measured | {"seconds": round(seconds, 1)}
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
 def closing_lines(args: Namespace, run_dir: Path, error: float | None) -> list[str]:
@@ -2659,7 +2718,32 @@ def closing_lines(args: Namespace, run_dir: Path, error: float | None) -> list[s
     return lines
 
 
-def run_and_report() -> None:
+# >>> shared: ending
+def report_finished(args: Namespace, ranks: Ranks, found: list[Path], total_steps: int, flag: str) -> bool:
+    """True, and a line on rank 0 that names the `flag` for the number of steps, if the newest checkpoint is
+    the run's last and the export stands."""
+    exported = Path(args.checkpoint_dir) / "hf"
+    try:
+        if not found or json.loads((found[-1] / "progress.json").read_text())["step"] < total_steps:
+            return False
+    except (OSError, ValueError):  # damaged, which `newest_intact` will say
+        return False
+    if args.export and not exported.is_dir():
+        return False
+    if ranks.is_main:
+        model = f", {exported} the model" if args.export else ""
+        print(f"this run is finished: {found[-1]} holds all {total_steps} steps{model}. A larger "
+              f"{flag} goes on from there; another --checkpoint-dir starts anew")
+    return True
+
+
+def write_summary(run_dir: Path, progress: dict, last_row: dict, seconds: float) -> None:
+    measured = {key: value for key, value in last_row.items() if "/" in key}
+    summary = progress | measured | {"seconds": round(seconds, 1)}
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def run_and_report(saves_memory: str) -> None:
     """main(), with what the user can mend shown as one line, and an exit code that says what it was."""
     try:
         return main()
@@ -2670,8 +2754,7 @@ def run_and_report() -> None:
     except OSError as error:
         message, code = f"{error}: is the disk full, or a folder not yours? Saved checkpoints are intact", 1
     except torch.OutOfMemoryError as error:
-        message, code = (f"out of GPU memory ({str(error).split('.')[0]}): lower --batch-size and raise "
-                         "--grad-accum-steps, or use --activation-checkpointing full, or more GPUs"), 1
+        message, code = f"out of GPU memory ({str(error).split('.')[0]}): {saves_memory}, or more GPUs", 1
     except Exception as error:
         message, code = f"{type(error).__name__}: {first_line(error)}", 1
         if isinstance(error, RuntimeError) and re.search("[Cc]onnection (closed|reset)", str(error)):
@@ -2696,6 +2779,7 @@ def leave_stopped(stop: str, code: int, saver: Checkpointer, ranks: Ranks) -> No
         print(f"stopped ({stop}): {checkpoints_in(saver.folder)[-1]} is saved; {again} same command goes on "
               f"from there. Exit code {code}", flush=True)
     sys.exit(code)
+# <<< shared: ending
 
 
 def main() -> None:
@@ -2717,7 +2801,7 @@ def main() -> None:
     args.mask_documents = masks_documents(args, data_folder)
     train_set, eval_set, vocab_size = open_datasets(args, data_folder)
     total_steps, warmup_steps, steps_line = resolve_steps(args, train_set, ranks)
-    if report_finished(args, ranks, checkpoints, total_steps):
+    if report_finished(args, ranks, checkpoints, total_steps, "--max-steps"):
         return
 
     mesh = init_distributed(args, ranks)
@@ -2730,6 +2814,8 @@ def main() -> None:
     # Shapes, then shards, then memory, then weights: no device needs room for more than its part.
     model = build_model(args, hf_folder, vocab_size)
     shard_model(model, args, mesh, dtype)
+    if wants_compile(args, ranks.device.type):
+        compile_head_loss(model)
     ties = materialise(model, ranks.device, args.cpu_offload)
     optimizer = build_optimizer(model, args)  # after sharding, which replaces the parameters
     if hf_folder:
@@ -2739,7 +2825,7 @@ def main() -> None:
     if resume_from:
         progress = load_checkpoint(resume_from, model, optimizer, ranks)
     elif hf_folder:
-        load_hf_weights(model, hf_folder, args, ranks)
+        load_hf_weights(model, hf_folder, args.trust_remote_code, ranks)
     else:
         init_from_scratch(model, args.seed, ranks.device)
     prove_filled(model, ties)
@@ -2897,7 +2983,8 @@ def main() -> None:
     if args.sample_tokens:
         sample = write_sample(model, load_tokenizer(args), args.sample_prompt, args.sample_tokens, ranks)
     if args.export:
-        exported = export_model(args, model, ranks, hf_folder, dtype)
+        parts = model_parts(model, load_tokenizer(args)) if ranks.is_main else None
+        exported = export_model(args, model, parts, ranks, hf_folder, dtype)
     torch.distributed.barrier()
     close_watch(watch)
     torch.distributed.destroy_process_group()  # rank 0 works alone from here: the others must not time out
@@ -2912,4 +2999,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_and_report()
+    run_and_report(saves_memory="lower --batch-size and raise --grad-accum-steps, or use "
+                                "--activation-checkpointing full")

@@ -40,7 +40,7 @@ def load(folder, args, mesh, ranks):
         ties = train_llm.materialise(model, ranks.device, args.cpu_offload)
         optimizer = train_llm.build_optimizer(model, args)
         train_llm.fill_buffers(model)
-        train_llm.load_hf_weights(model, folder, args, ranks)
+        train_llm.load_hf_weights(model, folder, args.trust_remote_code, ranks)
         train_llm.prove_filled(model, ties)
         train_llm.prove_loss(model, ranks)
         train_llm.prove_packing(model, ranks)

@@ -71,7 +71,7 @@ def main(results, folder):
     done("materialise")
     train_llm.fill_buffers(model)
     done("fill_buffers")
-    train_llm.load_hf_weights(model, folder, args, ranks)
+    train_llm.load_hf_weights(model, folder, args.trust_remote_code, ranks)
     done("load_hf_weights")
     train_llm.prove_filled(model, ties)
     done("prove_filled")

@@ -101,8 +101,8 @@ def test_files_that_are_missing(tmp_path):
                           "t.jinja", "--eval-split", "held.jsonl", "--resume", "run/checkpoints/step_000010"],
                           cwd=tmp_path)
     assert [line.split(":")[0] for line in lines] == [
-        "--chat-template t.jinja", "--dataset rows.jsonl", "--tokenizer ./tok", "--eval-split held.jsonl",
-        "--resume run/checkpoints/step_000010"]
+        "--chat-template t.jinja", "--dataset rows.jsonl", "--tokenizer ./tok",
+        "--resume run/checkpoints/step_000010", "--eval-split held.jsonl"]
     [line] = usage_errors(["--hf-model", "/no/such/model"])
     assert line == "--hf-model /no/such/model: no such file or folder"
     assert usage_errors(["--hf-model", "a", *SCRATCH])[0].startswith("choose one")

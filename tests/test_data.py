@@ -577,7 +577,7 @@ def load_model(args, mesh):
     ties = train_llm.materialise(model, torch.device("cpu"), False)
     if folder:
         train_llm.fill_buffers(model)
-        train_llm.load_hf_weights(model, folder, args, one_rank())
+        train_llm.load_hf_weights(model, folder, args.trust_remote_code, one_rank())
     else:
         train_llm.init_from_scratch(model, args.seed, torch.device("cpu"))
     train_llm.prove_filled(model, ties)

@@ -118,7 +118,7 @@ def main() -> None:
         partial.mkdir(parents=True)
         tensors = read_tensors(model, args.checkpoint)
         train_llm.write_safetensors(partial, train_llm.hf_tensors(model, tensors, dtype))
-        train_llm.write_model_files(partial, model, tokenizer, dtype, source)
+        train_llm.write_parts(partial, train_llm.model_parts(model, tokenizer), dtype, source)
         if args.folder.exists():
             args.folder.rmdir()  # it is empty
         partial.rename(args.folder)
