@@ -78,8 +78,8 @@ def table_row(fault, struck, result, seen):
 
 def last_error(result):
     line = [line for line in result.stderr.splitlines() if line.strip()][-1]
-    assert line.startswith("train_llm.py: error: "), result.stderr
-    return line.removeprefix("train_llm.py: error: ")
+    assert line.startswith("prodded.py: error: "), result.stderr
+    return line.removeprefix("prodded.py: error: ")
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +247,7 @@ def test_a_frozen_process_is_noticed_by_its_missing_sign_of_life(place, tmp_path
         second.kill()
         second.communicate()
     assert first.returncode == 1
-    assert stderr.splitlines()[-1] == "train_llm.py: error: no sign of life from rank 1 for 30 s"
+    assert stderr.splitlines()[-1] == "prodded.py: error: no sign of life from rank 1 for 30 s"
 
 
 @slow
