@@ -246,7 +246,7 @@ def looks_like_path(name: str) -> bool:
 
 
 def find_common_problems(args: Namespace, positive: str, not_negative: str, sources: str) -> Iterator[str]:
-    """Of flags that all scripts have. The three texts name flags: at least 1, at least 0, hub name or path."""
+    """Of flags that all scripts have. The texts name flags: at least 1, at least 0, hub name or path."""
     at_least = dict.fromkeys(positive.split(), 1) | dict.fromkeys(not_negative.split(), 0)
     for name, least in at_least.items():
         value = getattr(args, name)
@@ -1747,6 +1747,7 @@ def prove_loss(model: nn.Module, ranks: Ranks) -> None:
     with torch.compiler.set_stance("force_eager"):
         logits = model(ids)
         expected, chunked = cross_entropy_sum(logits.flatten(0, 1), ids.flatten()), model(ids, labels=ids)
+    model.reshard()  # after a forward alone the root stays gathered, until a backward frees it
     model.train()
     if not torch.isfinite(expected):
         raise UserError("the model's logits are not finite on a plain input: its weights are broken")
@@ -1774,6 +1775,7 @@ def prove_packing(model: nn.Module, ranks: Ranks) -> None:
         else:
             raise UserError("documents in a pack see each other in this model: use --no-packing, or let them "
                             "with --no-mask-documents")
+    model.reshard()
     model.train()
 
 
@@ -2342,6 +2344,7 @@ def export_model(args: Namespace, model: nn.Module, parts: tuple | None, ranks: 
     model.eval()
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         logits = model(input_ids)
+    model.reshard()  # a forward leaves the root gathered, in the compute precision: not what is exported
     folder = Path(args.checkpoint_dir) / "hf"
     partial = folder.with_name("hf.partial")
     if args.export_dtype != "auto":

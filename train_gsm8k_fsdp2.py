@@ -1,0 +1,3401 @@
+"""Train a causal language model with GRPO on GSM8K's questions, with PyTorch FSDP2 (reinforcement learning).
+
+One file, no Trainer: it shards any causal LM of Hugging Face transformers with `fully_shard`, lets it answer
+each question several times, judges the answers by the number that they end with, and makes the better ones of
+each group likelier. Completions come from these processes themselves, or from a vLLM server whose weights
+follow the trainer's (both ends of that wire are in section 7). Checkpoints, signals and export are those of
+train_llm.py. Left out on purpose: learned rewards, tools and several turns, top-p and top-k sampling (they
+bias the ratio), tensor and pipeline parallelism in the trainer, LoRA.
+
+    python train_gsm8k_fsdp2.py --model FOLDER --dataset FOLDER      # one CPU process, or all GPUs
+    torchrun --nproc_per_node 8 train_gsm8k_fsdp2.py --model Qwen/Qwen2.5-1.5B-Instruct --batch-size 4
+    examples/run_gsm8k.sh --config configs/train_gsm8k_fsdp2/qwen2.5_7b.yaml    # vLLM on the first GPU
+    srun --ntasks-per-node 8 python train_gsm8k_fsdp2.py --rollouts vllm --vllm-host 10.0.0.9
+
+Contents: 1 Arguments, 2 Distributed, 3 Data, 4 Model, 5 Optimizer and schedule, 6 Rollouts, 7 Weights to
+vLLM, 8 Advantages and loss, 9 Checkpoints and export, 10 Run record, 11 Evaluation, 12 Training. For another
+task change prompt and reward in section 3, for another objective section 8. `EDIT:` marks the lines that
+people change.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import functools
+import http.client
+import importlib.util
+import itertools
+import json
+import math
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import zlib
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime, timedelta
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# FSDP, DCP, transformers, datasets, yaml and tqdm are imported inside the functions that use them: --help and
+# wrong flags must not wait for them.
+
+
+# >>> shared: errors
+NAME = Path(__file__).name  # stands in front of every error
+
+# Exit codes: 0 finished, 1 an error that the last line explains, 2 wrong arguments; of a run that was asked
+# to stop, has saved, and goes on with the same command: these two, or 128 + the signal's number.
+STOP_CODES = {"STOP file": 3, "time limit": 124}
+
+
+class UserError(Exception):
+    """Something that the user can mend: shown as one line, without a traceback, exit code 1."""
+
+
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+# <<< shared: errors
+
+
+# ------------------------------------------------------------------------------------------------
+# 1. Arguments: the flags, a YAML or JSON file as a saved command line, and every check that needs no data
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=NAME, description=__doc__.split("\n\n")[0], allow_abbrev=False,
+        usage="%(prog)s [--config FILE] [--model NAME_OR_FOLDER] [other flags]",
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=34, width=110))
+    parser.error = usage_error
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON of flags; the command line wins")
+    add_model_and_data_flags(parser.add_argument_group("model and questions"))
+    add_rollout_flags(parser.add_argument_group("rollouts"))
+    add_training_flags(parser.add_argument_group("training"))
+    add_evaluation_flags(parser.add_argument_group("evaluation"))
+    add_system_flags(parser.add_argument_group("devices, sharding and memory"), recompute="full")
+    record = parser.add_argument_group("checkpoints and logging")
+    add_run_flags(record, "checkpoints_gsm8k_fsdp2", save_every=50)
+    add_console_flags(record)
+    parser.set_defaults(stall_timeout=1800.0)  # a step generates first
+    for action in parser._actions:
+        if action.default not in (None, "", argparse.SUPPRESS) and "%(default)s" not in action.help:
+            action.help += " (default: %(default)s)"
+    return parser
+
+
+def add_model_and_data_flags(group: argparse._ArgumentGroup) -> None:
+    onoff, add = argparse.BooleanOptionalAction, group.add_argument
+    add("--model", metavar="NAME_OR_FOLDER", default="Qwen/Qwen2.5-7B-Instruct", help="the policy's first "
+        "weights: any Hugging Face causal LM")
+    add("--chat-template", metavar="FILE", help="Jinja chat template in place of the tokenizer's")
+    add("--trust-remote-code", action=onoff, default=False, help="run code that comes with the model")
+    add("--dataset", default="openai/gsm8k", help="hub name, folder with a file for each split, or a .jsonl "
+        ".json .parquet .csv file; rows are question and answer, the answer ends with '#### number'")
+    add("--dataset-config", metavar="NAME", default="main", help="configuration of a hub data set")
+    add("--dataset-split", default="train", help="split to train on")
+    add("--eval-split", metavar="SPLIT_OR_FILE", default="test", help="split, or file, to evaluate on")
+    add("--limit", type=int, metavar="N", help="train on the first N questions only")
+    add("--prompt-format", choices=["auto", "chat", "plain"], default="auto", help="auto: chat where the "
+        "tokenizer has a chat template")
+    add("--system-prompt", default=SYSTEM_PROMPT, metavar="TEXT", help="'' for none")
+    add("--max-prompt-tokens", type=int, default=512, help="longer questions are left out")
+
+
+def add_rollout_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--rollouts", default="local", metavar="{local,vllm,replay:FILE}", help="who generates: these "
+        "processes, a vLLM server, or nobody, from the logged rollouts of another run")
+    add("--vllm-host", default="127.0.0.1", help="of the server that examples/run_gsm8k.sh starts")
+    add("--vllm-port", type=int, default=8000, help="of the same")
+    add("--vllm-timeout", type=float, metavar="SECONDS", default=300.0,
+        help="for a request, retries included")
+    add("--sync-timeout", type=float, metavar="SECONDS", default=120.0, help="for sending weights to vLLM")
+    add("--concurrency", type=int, default=4, help="requests under way from each process, one a question")
+    add("--async-depth", type=int, choices=[0, 1], default=0, help="1: the next batch is generated while "
+        "this one trains, with weights one step older")
+    add("--batch-size", type=int, default=1, help="questions a step and process")
+    add("--group-size", type=int, default=8, help="completions a question")
+    add("--max-new-tokens", type=int, default=512, help="longest completion")
+    add("--temperature", type=float, default=1.0, help="of sampling; loss and logged logprobs use it, too")
+    add("--rollout-batch", type=int, metavar="N", default=128, help="completions that a process generates "
+        "side by side with --rollouts local")
+    add("--zero-variance", choices=["keep", "drop", "refill"], default="drop", help="groups whose "
+        "rewards are all equal: keep, drop, or replace by further questions")
+    add("--format-reward", type=float, metavar="REWARD", default=0.0, help="for a completion that ends with "
+        "one final answer, beside 1 for a right one")
+
+
+def add_training_flags(group: argparse._ArgumentGroup) -> None:
+    onoff, add = argparse.BooleanOptionalAction, group.add_argument
+    add("--train-steps", type=int, default=50, help="batches; each is --updates-per-batch updates")
+    add("--updates-per-batch", type=int, default=1, help="passes over a batch, with an update each")
+    add("--loss", choices=list(CLIP), default="grpo", help="see `policy_loss` in section 8")
+    add("--clip-low", type=float, help="the ratio is clipped below 1 - this; if not given: 0.2, gspo 3e-4")
+    add("--clip-high", type=float, help="and above 1 + this; if not given: 0.2, dapo 0.28, gspo 4e-4")
+    add("--kl-coef", type=float, default=0.0, help="of the distance to the first weights; needs their memory")
+    add("--tis-cap", type=float, metavar="CAP", default=2.0, help="truncated importance sampling: weigh "
+        "tokens by trainer's over sampler's probability, at most this; 0: do not")
+    add("--mask-truncated", action=onoff, default=False, help="learn nothing from answers cut at "
+        "--max-new-tokens, rather than that they are wrong")
+    add("--micro-batch-tokens", type=int, metavar="N", default=16384, help="padded tokens of a micro-batch")
+    add("--logprob-chunk-tokens", type=int, metavar="N", help="rows of logits that exist at once; if not "
+        "given: 512, on GPUs 2048")
+    add("--max-lr", type=float, default=1e-6, help="learning rate after warm-up")
+    add("--min-lr", type=float, help="where the cosine ends; if not given: --max-lr, so that it is constant")
+    add("--warmup-steps", type=int, default=0, help="of a linear warm-up")
+    add("--weight-decay", type=float, default=0.0, help="on matrices; not on norms, biases and embeddings")
+    add("--grad-clip", type=float, default=1.0, help="largest global gradient norm; 0 is off")
+    add("--seed", type=int, default=0, help="of the order of questions and of sampling")
+
+
+def add_evaluation_flags(group: argparse._ArgumentGroup) -> None:
+    onoff, add = argparse.BooleanOptionalAction, group.add_argument
+    add("--eval-every", type=int, metavar="STEPS", default=0, help="0: at the end only")
+    add("--eval-first", action=onoff, default=False, help="also before the first step")
+    add("--eval-limit", type=int, metavar="N", help="the first N questions of the split; 0: no evaluation")
+    add("--eval-samples", type=int, metavar="K", default=0, help="also sample K answers a question, for "
+        "maj@K and pass@K")
+
+
+def add_console_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--logger", choices=["rich", "print", "none"], default="print", help="rich: a live panel (needs "
+        "rich, else a bar); print: a line a step")
+    add("--log-level", choices=["DEBUG", "INFO", "WARNING"], default="INFO", help="DEBUG: also a completion "
+        "a step; WARNING: only what is wrong")
+
+
+# >>> shared: flags
+def add_system_flags(group: argparse._ArgumentGroup, recompute: str) -> None:
+    onoff, add = argparse.BooleanOptionalAction, group.add_argument
+    add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: GPUs if there are any")
+    add("--nproc", type=int, metavar="N", help="start N processes with torchrun; if not given: one per GPU")
+    add("--max-restarts", type=int, metavar="N", default=0, help="where this script starts the processes: "
+        "start all again, from the last checkpoint, up to N times when one dies")
+    add("--gpu-ranks", metavar="0,2,3", help="use these GPUs of the machine")
+    add("--mixed-precision", action=onoff, default=True, help="bf16 compute, fp32 masters")
+    add("--use-flash-attn", action=onoff, default=True, help="flash attention kernels")
+    add("--hsdp-shard-size", type=int, metavar="N", help="shard over N processes, replicate over the "
+        "rest; if not given: shard over all")
+    add("--reshard-after-forward", action=onoff, default=True, help="free gathered weights until backward")
+    add("--activation-checkpointing", choices=["none", "full", "selective"], default=recompute,
+        help="recompute blocks in the backward, to save memory")
+    add("--compile", action=onoff, help="torch.compile each block; if not given: on CUDA only")
+    add("--cpu-offload", action=onoff, default=False, help="masters and optimizer in host memory")
+    add("--reduce-every-micro-batch", action=onoff, default=False,
+        help="reduce gradients after each micro-batch, not once a step: more traffic, less memory")
+
+
+def add_run_flags(group: argparse._ArgumentGroup, folder: str, save_every: int) -> None:
+    onoff, add = argparse.BooleanOptionalAction, group.add_argument
+    add("--checkpoint-dir", metavar="DIR", default=folder, help="the run's folder")
+    add("--checkpoint-interval", type=int, default=save_every, help="steps between checkpoints")
+    add("--keep-checkpoints", type=int, default=3, help="newest checkpoints kept; 0 keeps all")
+    add("--async-checkpoint", action=onoff, default=True, help="write while training goes on")
+    add("--resume", default="auto", metavar="{auto,none,FOLDER}", help="auto: --checkpoint-dir's newest")
+    add("--stop-signals", metavar="NAMES", default="SIGTERM,SIGINT,SIGUSR1", help="signals that end the run "
+        "after a checkpoint")
+    add("--stall-timeout", type=float, metavar="SECONDS", default=600.0, help="every rank says where it is "
+        "when no step ends for so long; after twice that the run ends")
+    add("--export", action=onoff, default=True, help="end with a Hugging Face folder")
+    add("--export-dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: as computed")
+    add("--tensorboard", action=onoff, default=False, help="needs the tensorboard package")
+    add("--wandb", metavar="PROJECT", help="log to this Weights & Biases project (needs wandb)")
+# <<< shared: flags
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    args = read_args(argv)
+    low, high = CLIP[args.loss]
+    args.clip_low = low if args.clip_low is None else args.clip_low
+    args.clip_high = high if args.clip_high is None else args.clip_high
+    args.min_lr = args.max_lr if args.min_lr is None else args.min_lr
+    return args
+
+
+# >>> shared: arguments
+def read_args(argv: list[str] | None) -> Namespace:
+    """Default < config file < command line. Exits with code 2 and one line for each problem."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser, finder = build_parser(), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    finder.error = usage_error
+    path = finder.parse_known_args(argv)[0].config
+    args = parser.parse_args([*config_tokens(path, parser), *argv] if path else argv)
+    del args.config
+    if problems := list(find_problems(args)):
+        usage_error("\n".join(problems))
+    return args
+
+
+def config_tokens(path: str, parser: argparse.ArgumentParser) -> list[str]:
+    """A config file as command-line tokens, so that one parser checks both and the real command line wins."""
+    import yaml
+    try:
+        entries = yaml.safe_load(Path(path).read_bytes())  # JSON is YAML
+    except OSError as error:
+        usage_error(f"--config {path}: {error.strerror}")
+    except yaml.YAMLError as error:
+        usage_error(f"--config {path} is neither YAML nor JSON: {' '.join(str(error).split())}")
+    if not isinstance(entries, dict):
+        usage_error(f"--config {path}: expected lines of the form 'flag-name: value'")
+    tokens = []
+    for key, value in entries.items():
+        flag = "--" + str(key).replace("_", "-")
+        if isinstance(value, (dict, list)):
+            usage_error(f"--config {path}: {key} must be one value, not a {type(value).__name__}")
+        if isinstance(value, bool) and "--no-" + flag[2:] in parser._option_string_actions:
+            tokens.append(flag if value else "--no-" + flag[2:])
+        elif value is not None:
+            tokens.append(f"{flag}={value}")
+    return tokens
+
+
+def usage_error(message: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for line in message.splitlines():
+            print(f"{NAME}: error: {line}", file=sys.stderr)
+        print(f"{NAME}: --help lists all flags", file=sys.stderr)
+    sys.exit(2)
+# <<< shared: arguments
+
+
+# >>> shared: problems
+def looks_like_path(name: str) -> bool:
+    """A hub name is NAME or OWNER/NAME; whatever else is a path."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in DATA_SUFFIXES
+
+
+def find_common_problems(args: Namespace, positive: str, not_negative: str, sources: str) -> Iterator[str]:
+    """Of flags that all scripts have. The texts name flags: at least 1, at least 0, hub name or path."""
+    at_least = dict.fromkeys(positive.split(), 1) | dict.fromkeys(not_negative.split(), 0)
+    for name, least in at_least.items():
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            yield f"--{name.replace('_', '-')} must be at least {least}, not {value}"
+    if args.min_lr is not None and args.min_lr > args.max_lr:
+        yield f"--min-lr {args.min_lr} is above --max-lr {args.max_lr}: lower --min-lr as well"
+    if args.gpu_ranks and not re.fullmatch(r"\d+(,\d+)*", args.gpu_ranks):
+        yield f"--gpu-ranks {args.gpu_ranks}: expected numbers with commas, such as 0,2,3"
+    for name in args.stop_signals.split(",") if args.stop_signals else []:
+        if name in ("SIGKILL", "SIGSTOP") or not isinstance(getattr(signal, name, None), signal.Signals):
+            yield f"--stop-signals {name}: not a signal that can be caught, such as SIGTERM or SIGUSR2"
+    if args.chat_template and not Path(args.chat_template).is_file():
+        yield f"--chat-template {args.chat_template}: no such file"
+    for name in sources.split():
+        value = getattr(args, name)
+        if value and looks_like_path(value) and not Path(value).exists():
+            yield f"--{name.replace('_', '-')} {value}: no such file or folder"
+    if args.resume not in ("auto", "none") and not (Path(args.resume) / ".metadata").is_file():
+        yield f"--resume {args.resume}: not a checkpoint (a folder such as RUN/checkpoints/step_001000)"
+# <<< shared: problems
+
+
+def find_problems(args: Namespace) -> Iterator[str]:
+    """Every argument that cannot work, before anything is downloaded, tokenised or started."""
+    positive = ("batch_size max_prompt_tokens max_new_tokens rollout_batch concurrency vllm_timeout "
+                "vllm_port sync_timeout train_steps updates_per_batch micro_batch_tokens logprob_chunk_tokens "
+                "checkpoint_interval limit nproc hsdp_shard_size stall_timeout")
+    not_negative = ("clip_low clip_high kl_coef tis_cap max_lr min_lr warmup_steps weight_decay grad_clip "
+                    "format_reward keep_checkpoints eval_every eval_limit eval_samples max_restarts")
+    yield from find_common_problems(args, positive, not_negative, "dataset model")
+    if args.group_size < 2:
+        yield f"--group-size must be at least 2, not {args.group_size}: a group is compared with itself"
+    if not args.temperature > 0:
+        yield f"--temperature must be above 0, not {args.temperature}: what does not differ teaches nothing"
+    kind, _, path = args.rollouts.partition(":")
+    if kind not in ("local", "vllm", "replay") or bool(path) != (kind == "replay"):
+        yield f"--rollouts {args.rollouts}: expected local, vllm or replay:FILE"
+    if kind == "replay" and path and not Path(path).is_file():
+        yield f"--rollouts {args.rollouts}: no such file; a run writes {ROLLOUT_LOG.format(rank=0)}"
+    if args.async_depth and kind != "vllm":
+        yield "--async-depth 1 needs --rollouts vllm: these processes cannot generate and train at once"
+    if args.warmup_steps > args.train_steps:
+        yield f"--warmup-steps {args.warmup_steps} is more than --train-steps {args.train_steps}"
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Distributed: who am I, which device, which mesh; the watch over signals, stalls and other ranks
+
+# >>> shared: ranks
+@dataclasses.dataclass
+class Ranks:
+    """This process among the others; rank, local_rank and world_size mean what torchrun's variables mean."""
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    parent: int = dataclasses.field(default_factory=os.getppid)  # read early, before it can have died unseen
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def relaunch_under_torchrun(args: Namespace) -> None:
+    """Started plainly, with several GPUs or --nproc N: run this same command under torchrun, then exit."""
+    if "RANK" in os.environ or "SLURM_STEP_ID" in os.environ:
+        if args.gpu_ranks and os.environ.get("CUDA_VISIBLE_DEVICES") != args.gpu_ranks:
+            usage_error("--gpu-ranks comes too late under torchrun or srun: set CUDA_VISIBLE_DEVICES")
+        return
+    select_gpus(args.gpu_ranks)
+    num_gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
+    nproc = args.nproc or max(1, num_gpus)
+    if num_gpus and nproc > num_gpus:
+        usage_error(f"--nproc {nproc}: this machine shows {num_gpus} GPUs; use --nproc {num_gpus} or fewer")
+    if nproc == 1:
+        return
+    import logging
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    # Time to save, after a signal that torchrun passes on; torch 2.11 does not read this and gives 30 s.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    passed_on = ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", *filter(None, args.stop_signals.split(","))]
+    # The failing rank has printed one line of its own that says more than the launcher's table.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        torchrun(["--standalone", f"--nproc-per-node={nproc}", f"--max-restarts={args.max_restarts}",
+                  f"--signals-to-handle={','.join(passed_on)}", "--", sys.argv[0], *sys.argv[1:]])
+    except ChildFailedError as error:
+        # A rank that failed by itself has a positive exit code; a signal, often torchrun's, ended the others.
+        killed = 128 - error.get_first_failure()[1].exitcode
+        sys.exit(max((f.exitcode for f in error.failures.values() if f.exitcode > 0), default=killed))
+    except SignalException as error:  # Ctrl-C or SIGTERM; the ranks have had it too
+        sys.exit(128 + error.sigval)
+    sys.exit(0)
+
+
+def select_gpus(gpu_ranks: str | None) -> None:
+    """--gpu-ranks becomes CUDA_VISIBLE_DEVICES before CUDA starts; another value there is a usage error."""
+    if not gpu_ranks:
+        return
+    visible = os.environ.setdefault("CUDA_VISIBLE_DEVICES", gpu_ranks)
+    if visible != gpu_ranks:
+        usage_error(f"--gpu-ranks {gpu_ranks} and CUDA_VISIBLE_DEVICES={visible} disagree: unset one of them")
+    if torch.cuda.device_count() != len(gpu_ranks.split(",")):
+        usage_error(f"--gpu-ranks {gpu_ranks}: only {torch.cuda.device_count()} of these GPUs exist here")
+# <<< shared: ranks
+
+
+# >>> shared: process-group
+def read_ranks(args: Namespace) -> Ranks:
+    """From torchrun's or accelerate's variables, from srun's, or alone."""
+    env = os.environ
+    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        host = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
+        if re.search(r"[\[,]", host):  # a compressed list: n[01-04]
+            host = subprocess.check_output(["scontrol", "show", "hostnames", host], text=True).split()[0]
+        env.setdefault("MASTER_ADDR", host)
+        # Every task computes the same port, and two steps on one node rarely the same one.
+        port = 20000 + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 20000
+        env.setdefault("MASTER_PORT", str(port))
+        env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"],
+                   WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"])
+    rank, local_rank = int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0))
+    world_size = int(env.get("WORLD_SIZE", 1))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        usage_error("--device cuda: torch sees no GPU here; "
+                    "use --device cpu, or install a CUDA build of torch")
+    if args.hsdp_shard_size and world_size % args.hsdp_shard_size:
+        usage_error(f"--hsdp-shard-size {args.hsdp_shard_size} does not divide the {world_size} processes")
+    use_cuda = args.device != "cpu" and torch.cuda.is_available()
+    # The modulo: srun --gpus-per-task shows every task its own device 0.
+    device = torch.device("cuda", local_rank % torch.cuda.device_count()) if use_cuda else torch.device("cpu")
+    return Ranks(rank, local_rank, world_size, device)
+
+
+def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceMesh:
+    """Start the process group (all ranks); returns the mesh: (replicate, shard), or (shard,) without HSDP."""
+    from torch.distributed.device_mesh import init_device_mesh
+    cuda = ranks.device.type == "cuda"
+    # gloo serves tensors in host memory: --cpu-offload keeps the parameters there, an export gathers them.
+    # The timeout comes after the watch has said which rank is stuck, and where.
+    timeout = timedelta(seconds=max(1200, 3 * args.stall_timeout))
+    options = {"backend": "cpu:gloo,cuda:nccl" if cuda else "gloo", "timeout": timeout}
+    if cuda:
+        torch.cuda.set_device(ranks.device)
+        options["device_id"] = ranks.device
+    if "RANK" not in os.environ:  # alone: no port, no address
+        options |= {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+    else:
+        find_rendezvous(ranks)
+    is_old_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and (
+        os.environ["TORCHELASTIC_RESTART_COUNT"] != "0" and os.environ["GROUP_WORLD_SIZE"] == "1")
+    if is_old_store:
+        # HACK(torch 2.13, pytorch#135712): torchrun's store still holds the addresses of the ranks that died.
+        # Nodes count restarts differently: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a new store.
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = torch.distributed.TCPStore(*address, is_master=False, timeout=timeout)
+        store = torch.distributed.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        options |= {"store": store, "rank": ranks.rank, "world_size": ranks.world_size}
+    try:
+        torch.distributed.init_process_group(**options)
+    except torch.distributed.DistNetworkError as error:
+        raise UserError(f"no rendezvous at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
+                        f"({first_line(error)}): is the port taken by something else? Set another "
+                        "MASTER_PORT on all nodes") from error
+    torch.manual_seed(args.seed + ranks.rank)  # for dropout: weights and samples have generators of their own
+    # `fully_shard` shards over the mesh's last dimension. A dimension before it makes this HSDP: every row of
+    # the mesh, neighbouring ranks, holds a whole model, and gradients are summed over the rows as well.
+    shard = args.hsdp_shard_size or ranks.world_size
+    if shard == ranks.world_size:
+        return init_device_mesh(ranks.device.type, (shard,), mesh_dim_names=("shard",))
+    shape = (ranks.world_size // shard, shard)
+    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+# <<< shared: process-group
+
+
+# >>> shared: rendezvous
+def find_rendezvous(ranks: Ranks) -> None:
+    """Says in seconds what init_process_group would say after its timeout, or not at all."""
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise UserError("RANK is set, MASTER_ADDR and MASTER_PORT are not: start this with torchrun or srun")
+    host, port, here = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), socket.gethostname()
+    try:
+        socket.getaddrinfo(host, port)
+    except OSError as error:
+        raise UserError(f"MASTER_ADDR={host} does not resolve on {here} ({error.strerror}): give an address "
+                        "of rank 0's node that every node can reach") from None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        try:  # torchrun's, which listened before this process was started
+            return socket.create_connection((host, port), timeout=30).close()
+        except OSError:
+            end_now("torchrun, which started this process, is gone", ranks.is_main)
+    if ranks.is_main:
+        return  # the store is this process's own
+    for waited in range(1200):
+        try:
+            return socket.create_connection((host, port), timeout=5).close()
+        except OSError as error:
+            if waited == 10:
+                print(f"rank {ranks.rank} on {here} waits for rank 0 at {host}:{port} ({error.strerror}): "
+                      "has it started, is the port open?", file=sys.stderr, flush=True)
+            time.sleep(1)
+
+
+def compute_dtype(mixed_precision: bool, device: torch.device) -> torch.dtype:
+    """bf16 where the device computes in it natively, else fp32 (emulated bf16 is 15 times slower)."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if mixed_precision and native else torch.float32
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def gather_objects(value: object, group: object = None) -> list:
+    """What each rank has, in the order of the ranks (all ranks)."""
+    values = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
+# <<< shared: rendezvous
+
+
+# >>> shared: watch
+# The watch is a thread on each rank, because the loop may be stuck in a collective. It takes signals, looks
+# for a STOP file and the end of SLURM's time limit, and hands the wish to stop to the loop, where all ranks
+# agree on it in a collective that each step has anyway. It says where a stalled rank is, and ends this one
+# when another rank has ended.
+
+@dataclasses.dataclass
+class Watch:
+    """What the loop and its watching thread tell each other."""
+    codes: dict[str, int]  # reasons to stop and their exit codes, in the order of `votes`
+    votes: Tensor  # on the device: 1 for each reason that this rank has
+    signals: tuple[socket.socket, socket.socket]  # (reading end, end that gets each signal's number)
+    asked: set[str] = dataclasses.field(default_factory=set)
+    step: int = 0
+    phase: str = "set-up"
+    since: float = dataclasses.field(default_factory=time.monotonic)  # the end of the last step
+    save_s: float = 0.0  # what a checkpoint takes, then the same for a step
+    step_s: float = 0.0
+    in_flight: tuple[Tensor, torch.cuda.Event] | None = None  # GPU: the votes of the step before
+    closed: bool = False
+    thread: threading.Thread | None = None
+
+
+def open_watch(args: Namespace, ranks: Ranks, run_dir: Path) -> Watch:
+    """Start watching (each rank, once the process group stands)."""
+    codes = {name: 128 + getattr(signal, name) for name in args.stop_signals.split(",") if name} | STOP_CODES
+    watch = Watch(codes, torch.zeros(len(codes), device=ranks.device), socket.socketpair())
+    watch.thread = threading.Thread(target=watch_run, args=(watch, args.stall_timeout, ranks, run_dir),
+                                    daemon=True, name="watch")
+    watch.thread.start()
+    return watch
+
+
+def close_watch(watch: Watch) -> None:
+    watch.closed = True
+    watch.thread.join()
+
+
+def enter(watch: Watch, phase: str) -> None:
+    """Of what is no step: an evaluation, the export."""
+    watch.phase, watch.since = phase, time.monotonic()
+
+
+def note_step(watch: Watch, step: int, save_s: float) -> None:
+    now = time.monotonic()
+    watch.step, watch.step_s, watch.since = step, now - watch.since, now
+    watch.save_s = save_s or watch.save_s
+
+
+def refuse_stop_file(run_dir: Path, ranks: Ranks) -> None:
+    if (run_dir / "STOP").exists():
+        if ranks.is_main:
+            print(f"{NAME}: error: {run_dir / 'STOP'} exists: remove it to train", file=sys.stderr)
+        sys.exit(STOP_CODES["STOP file"])
+# <<< shared: watch
+
+
+# >>> shared: signals
+def catch_signals(watch: Watch) -> None:
+    """From here on a stop signal means: finish the step, save, end. Until here it ends the process."""
+    watch.signals[1].setblocking(False)
+    # Python's own handlers wait for the main thread, which a collective may hold; this socket does not.
+    signal.set_wakeup_fd(watch.signals[1].fileno(), warn_on_full_buffer=False)
+    numbers = [getattr(signal, name) for name in watch.codes.keys() - STOP_CODES.keys()]
+    for number in numbers:
+        signal.signal(number, lambda *_: None)
+        signal.siginterrupt(number, False)  # or system calls inside NCCL would fail with EINTR
+
+    def in_child() -> None:
+        release_signals(watch)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+    # A loader worker would swallow its signals, and wake this process through the socket that it shares.
+    os.register_at_fork(before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, numbers),
+                        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers),
+                        after_in_child=in_child)
+
+
+def release_signals(watch: Watch) -> None:
+    signal.set_wakeup_fd(-1)
+    for name in watch.codes.keys() - STOP_CODES.keys():
+        default = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+        signal.signal(getattr(signal, name), default)
+
+
+def note_signals(watch: Watch, ranks: Ranks) -> None:
+    for number in watch.signals[0].recv(64):
+        name = signal.Signals(number).name
+        if name == "SIGINT" and name in watch.asked:
+            end_now("interrupted twice: ended at once", ranks.is_main, code=130)
+        if name in watch.codes:
+            ask_to_stop(watch, name, ranks)
+
+
+def ask_to_stop(watch: Watch, reason: str, ranks: Ranks) -> None:
+    if reason not in watch.asked:
+        again = "; again ends it at once" if reason == "SIGINT" else ""
+        if ranks.is_main:
+            print(f"\n{reason}: this step is finished, then saved, then the run ends{again}", file=sys.stderr,
+                  flush=True)
+        watch.asked.add(reason)
+        watch.votes = torch.tensor([float(name in watch.asked) for name in watch.codes], device=ranks.device)
+# <<< shared: signals
+
+
+# >>> shared: watch-turns
+def watch_run(watch: Watch, stall_timeout: float, ranks: Ranks, run_dir: Path) -> None:
+    """The watching thread, in turns of a second; a signal wakes it at once."""
+    deadline = slurm_deadline() if ranks.is_main else math.inf
+    parent = ranks.parent if "TORCHELASTIC_RUN_ID" in os.environ else None
+    store, peers = peer_store(ranks), {}
+    stalled_at = None
+    while not watch.closed:
+        if select.select([watch.signals[0]], [], [], 1.0)[0]:
+            note_signals(watch, ranks)
+        if parent is not None and os.getppid() != parent:
+            end_now("torchrun, which started this process, is gone", ranks.is_main)
+        if ranks.is_main and os.path.exists(run_dir / "STOP"):  # Path's own raises where a file system fails
+            ask_to_stop(watch, "STOP file", ranks)
+        margin = 10 + 2 * watch.save_s + 3 * watch.step_s
+        if time.time() > deadline - margin:
+            deadline = slurm_deadline()  # an operator may have extended it
+            if time.time() > deadline - margin:
+                ask_to_stop(watch, "time limit", ranks)
+        if store is not None:
+            look_after_peers(store, peers, watch, ranks)
+        waited = time.monotonic() - watch.since
+        if waited > stall_timeout and stalled_at != watch.since:
+            stalled_at = watch.since
+            report_stall(watch, waited, store, ranks)
+        # These may take longer than any step; a save has a timeout of its own.
+        has_no_limit = watch.phase in ("set-up", "checkpoint", "evaluation", "export")
+        if waited > 2 * stall_timeout and not has_no_limit:
+            end_now(f"no step has ended for {waited:.0f} s; above stands where each rank is", ranks.is_main)
+
+
+def slurm_deadline() -> float:
+    """When SLURM will end this job, in seconds since 1970; inf without a limit."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if not job or not shutil.which("squeue"):
+        return math.inf
+    command = ["squeue", "--noheader", "--job", job, "--format=%e"]
+    try:
+        end = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        return datetime.fromisoformat(end).timestamp()
+    except ValueError:  # N/A, or the controller does not answer: SLURM's signal remains
+        return math.inf
+
+
+def agreed_stop(watch: Watch, votes: Tensor) -> str | None:
+    """The reason to stop that some rank had, from the sum of `votes` over ranks: the same on each of them.
+
+    On a GPU it is the sum of the step before: this one's is not there yet, and nobody waits for it."""
+    cuda = votes.device.type == "cuda"
+    host = torch.empty(votes.shape, pin_memory=cuda).copy_(votes, non_blocking=True)
+    if cuda:
+        event = torch.cuda.Event()
+        event.record()
+        before, watch.in_flight = watch.in_flight, (host, event)
+        if before is None:
+            return None
+        host, event = before
+        event.synchronize()  # sync point: with the step before
+    return next((reason for reason, count in zip(watch.codes, host.tolist()) if count), None)
+# <<< shared: watch-turns
+
+
+# >>> shared: peers
+def peer_store(ranks: Ranks) -> torch.distributed.Store | None:
+    """A connection to the rendezvous store of this thread's own: the main thread's may be waiting."""
+    if ranks.world_size == 1:
+        return None
+    store = torch.distributed.distributed_c10d._get_default_store().clone()
+    store.set_timeout(timedelta(seconds=20))
+    return store
+
+
+def look_after_peers(store: torch.distributed.Store, seen: dict, watch: Watch, ranks: Ranks) -> None:
+    """Show a sign of life, and end when another rank has ended or the next one shows none for 30 s.
+
+    A dead rank that no launcher notices (another node's) would otherwise leave the others in a collective
+    until its timeout. `seen` is what this function remembers."""
+    now, following = time.monotonic(), (ranks.rank + 1) % ranks.world_size
+    seen["turn"] = seen.get("turn", 0) + 1
+    life, lost = seen.get("life"), f"rank {following}"
+    try:
+        place = [seen["turn"], watch.step, watch.phase, socket.gethostname()]
+        store.set(f"life/{ranks.rank}", json.dumps(place))
+        if store.check(["ended"]):
+            time.sleep(3)  # most often the main thread notices, too, and says more
+            end_now(store.get("ended").decode(), ranks.is_main)
+        life = store.get(f"life/{following}") if store.check([f"life/{following}"]) else None
+    except RuntimeError as error:
+        lost = f"rank 0's node, where the rendezvous store is ({first_line(error)})"
+    if life is None or life != seen.get("life"):
+        seen.update(life=life, since=now)
+    elif now - seen["since"] > 30:
+        message = f"no sign of life from {lost} for 30 s"
+        with contextlib.suppress(RuntimeError):
+            store.set("ended", message)
+        end_now(message, show=True)
+
+
+def tell_others(message: str) -> None:
+    """Ranks that wait in a collective for this one end, too."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        with contextlib.suppress(RuntimeError):
+            torch.distributed.distributed_c10d._get_default_store().set("ended", message)
+# <<< shared: peers
+
+
+# >>> shared: stalls
+def report_stall(watch: Watch, waited: float, store: torch.distributed.Store | None, ranks: Ranks) -> None:
+    """Where this rank is, and on rank 0 where all are: the one that differs is the one to look at."""
+    stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident])[-8:]
+    lines = [f"no step has ended for {waited:.0f} s: rank {ranks.rank} on {socket.gethostname()} is in step "
+             f"{watch.step + 1}, {watch.phase}, at\n{''.join(stack)}"]
+    if ranks.is_main and store is not None:
+        places: dict[str, list[int]] = {}
+        for rank in range(ranks.world_size):
+            places.setdefault(where_is(store, rank), []).append(rank)
+        for place, found in places.items():
+            some = ", ".join(map(str, found[:8])) + (" …" if len(found) > 8 else "")
+            lines.append(f"in {place}: rank {some}")
+    print("\n" + "\n".join(lines), file=sys.stderr, flush=True)
+
+
+def where_is(store: torch.distributed.Store, rank: int) -> str:
+    with contextlib.suppress(RuntimeError):
+        if store.check([f"life/{rank}"]):
+            _, step, phase, node = json.loads(store.get(f"life/{rank}"))
+            return f"step {step + 1}, {phase}, on {node}"
+    return "an unknown place, without a sign of life"
+
+
+def end_now(message: str, show: bool, code: int = 1) -> None:
+    """From any thread, whatever the others wait for."""
+    if show:
+        print(f"\n{NAME}: error: {message}", file=sys.stderr, flush=True)
+    os._exit(code)
+# <<< shared: stalls
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. Data: questions, prompts, the reward, one global order
+
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+SYSTEM_PROMPT = r"Reason step by step, and put the final answer, one number, within \boxed{}."
+
+
+def read_questions(args: Namespace, split: str) -> list[dict]:
+    """{'question', 'answer', 'gold'} of each row of a split, in file order; gold is the answer's number.
+
+    Raises UserError that names the first faulty row: unnoticed, it could never earn a reward."""
+    questions, faults = [], []
+    for where, row in raw_rows(args, split):
+        try:
+            questions.append(to_question(row, where))
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        raise UserError(faults[0] + (f" ({len(faults)} rows are at fault)" if len(faults) > 1 else ""))
+    if not questions:
+        raise UserError(f"--dataset {args.dataset} ({split}) holds no questions; give another file or split")
+    return questions
+
+
+def raw_rows(args: Namespace, split: str) -> Iterator[tuple[str, object]]:
+    """(where it stands, row) of each row, unchecked."""
+    for path in split_files(args, split):
+        if path and path.suffix in (".jsonl", ".json"):
+            yield from json_lines(path)
+        else:
+            for number, row in enumerate(open_with_datasets(args, split, path), 1):
+                yield f"{path or args.dataset + ' (' + split + ')'} row {number}", row
+
+
+def split_files(args: Namespace, split: str) -> list[Path | None]:
+    """The local files of a split, [None] for a hub name. Raises UserError where there is none."""
+    source = Path(split if Path(split).suffix in DATA_SUFFIXES else args.dataset)
+    if source.is_dir():
+        # A clone of a hub repository holds a folder for each configuration.
+        configured = source / (args.dataset_config or "")
+        files = (configured if configured.is_dir() else source).rglob("*")
+        named = [path for path in sorted(files) if path.suffix in DATA_SUFFIXES
+                 and split.lower() in re.split(r"[^a-z0-9]+", path.name.lower())]
+        if named:
+            return named
+        raise UserError(f"{source}: no data file has '{split}' as a word in its name (such as {split}.jsonl)")
+    if source.suffix not in DATA_SUFFIXES and not source.is_file():
+        return [None]
+    if source.suffix not in DATA_SUFFIXES or not source.is_file():
+        raise UserError(f"{source}: no such file of questions; they stand in {', '.join(DATA_SUFFIXES)}")
+    if str(source) != str(Path(split)) and split != args.dataset_split:
+        # Or the model would be evaluated on what it was trained on.
+        raise UserError(f"--dataset {source} is one file without a split '{split}': give --eval-split a file "
+                        "of its own, or --dataset a folder with train and test files")
+    return [source]
+
+
+def open_with_datasets(args: Namespace, split: str, path: Path | None):
+    """The rows of a .csv or .parquet file, or of a split of a hub data set."""
+    import datasets
+    try:
+        if path:
+            return datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
+        return datasets.load_dataset(args.dataset, args.dataset_config or None, split=split)
+    except Exception as error:  # the library raises dozens of types; its first line says what is wrong
+        hint = "" if path else " (is the name right, the hub reachable? A local folder or file will do, too)"
+        raise UserError(f"--dataset {path or args.dataset} ({split}): {first_line(error)}{hint}") from error
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, object]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                if line.strip():
+                    yield f"{path}:{number}", json.loads(line)
+            except ValueError as error:  # not JSON, or not UTF-8
+                raise UserError(f"{path}:{number}: not JSON ({error}); expected one object a line") from None
+
+
+def to_question(row: object, where: str) -> dict:
+    texts = [row.get(key) if isinstance(row, dict) else None for key in ("question", "answer")]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        held = f"has: {', '.join(map(str, row))}" if isinstance(row, dict) else f"is a {type(row).__name__}"
+        raise UserError(f"{where}: expected texts called 'question' and 'answer', the row {held}")
+    answer = final_answer(texts[1])
+    # Other data sets give the bare number where GSM8K gives its derivation, too.
+    gold = parse_number(texts[1] if answer is None else answer)
+    if gold is None:
+        raise UserError(f"{where}: no number to compare with in the answer "
+                        f"{(answer or texts[1])[-60:]!r}; it must end with a line such as '#### 18'")
+    return {"question": texts[0], "answer": texts[1], "gold": gold}
+
+
+def prompt_style(tokenizer, wanted: str) -> str:
+    """'chat' or 'plain'; 'auto' is chat where the tokenizer has a chat template."""
+    return wanted if wanted != "auto" else "chat" if tokenizer.chat_template else "plain"
+
+
+def render_prompt(tokenizer, question: str, system_prompt: str, style: str) -> list[int]:  # EDIT: the prompt
+    """Token ids of what the model is asked with; an empty system prompt is left out."""
+    if style == "plain":
+        text = "\n".join([*filter(None, [system_prompt]), f"Question: {question}", "Answer:"])
+        ids, bare = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids[:ids.index(bare[0]) + len(bare)]  # with BOS where the tokenizer adds it, without EOS
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    try:
+        return list(tokenizer.apply_chat_template(
+            [*system, {"role": "user", "content": question}], add_generation_prompt=True, return_dict=False))
+    except Exception as error:  # jinja's raise_exception: some templates know no system turn
+        hint = "; without a system turn: --system-prompt ''" if system else "; pass another --chat-template"
+        raise UserError(f"the chat template refuses the prompt ({first_line(error)}){hint}") from error
+
+
+ANSWER_MARKER = re.compile(r"\\boxed\s*\{|(?<!#)####(?!#)")
+
+
+def marked_answer(text: str) -> tuple[int, str, str]:
+    """(number of markers, what stands in the last one, what follows it); \\boxed without its end holds ''."""
+    markers = list(ANSWER_MARKER.finditer(text))
+    if not markers:
+        return 0, "", ""
+    start, depth = markers[-1].end(), 1
+    if markers[-1][0] == "####":
+        inside, _, after = text[start:].partition("\n")
+        return len(markers), inside.strip(), after
+    for i in range(start, len(text)):
+        depth += (text[i] == "{") - (text[i] == "}")
+        if depth == 0:
+            return len(markers), text[start:i].strip(), text[i + 1:]
+    return len(markers), "", ""
+
+
+def final_answer(text: str) -> str | None:
+    """What stands in the last \\boxed{…} or behind the last ####, whichever comes later; None if nothing."""
+    return marked_answer(text)[1] or None
+
+
+# What LaTeX and Markdown dress a number in, undone in this order, with the plain form.
+UNDRESS = [(re.compile(pattern), plain) for pattern, plain in (
+    (r"\{,\}|,\\!|(?<=[0-9])\\,(?=[0-9]{3})", ","),  # thousands: 1{,}234 1,\!234 1\,234
+    (r"\\([$%])", r"\1"),
+    (r"\\!|\^\{?\\circ\}?", ""),
+    (r"\\[()\[\],;: ]|\\quad|(?<=[0-9{])~|\s+", " "),
+    (r"\\(?:text|mathrm|mathbf|textbf|mathit|textit|mbox)\s*\{([^{}]*)\}", r"\1"),
+    (r"\\[dt]?frac\s*(?:\{([-0-9.,]+)\}|([0-9]))\s*(?:\{([0-9.,]+)\}|([0-9]))", r" \1\2/\3\4 "),
+    (r"\^\{([0-9])\}", r"^\1"),  # a unit's exponent
+    (r"  +", " "),
+)]
+DIGITS = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)"  # commas in groups of three only, none after a lone 0
+DECIMAL = rf"(?:{DIGITS}(?:\.[0-9]*)?|\.[0-9]+)"
+# No digits but an exponent, and no signs: what is left of a sum, a range or a second number does not pass.
+WORD = r"[A-Za-zÀ-ÖØ-öø-ɏ]+(?:[.'’-][A-Za-zÀ-ÖØ-öø-ɏ]+)*\.?(?:\^[0-9]|[²³])?"
+NUMBER = re.compile(
+    rf"(?P<sign>(?:[$€£¥] ?)*[-+]?) ?(?:[$€£¥] ?)*"
+    rf"(?:(?P<whole>{DIGITS}) (?P<part>[0-9]+/[0-9]+)|(?P<top>{DECIMAL})(?: ?/ ?(?P<bottom>{DECIMAL}))?)"
+    rf"(?P<times>(?: ?(?:hundred|thousand|million|billion)s?\b)*)"
+    rf"[$€£¥%¢° ]*(?P<unit>(?:/ ?)?{WORD}(?:(?: ?/ ?| ){WORD}){{0,5}})?", re.IGNORECASE)
+MAGNITUDES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+# Words behind a number that change its value or go on talking: not its unit.
+NOT_UNITS = {*MAGNITUDES, "trillion", "k", "bn", "mn", "M", "B", "x", "y", "n", "and", "or", "to", "is",
+             "not", "plus", "minus", "half", "halves", "third", "thirds", "fourths", "fifths", "tenths",
+             "hundredths", "thousandths"}
+
+
+def parse_number(text: str) -> Fraction | None:
+    """The exact value of a text that is one number, whatever its dress and unit; None for anything else.
+
+    3/4, 1 1/2 and \\frac{1}{2} are fractions, 50% is 50, 2 thousand is 2000; of 'x = 5' the right side."""
+    if len(text) > 200:  # no number, and it bounds the time that the patterns take
+        return None
+    left, equals, text = text.replace("−", "-").rpartition("=")
+    if equals and left.rstrip().endswith(("<", ">", "!", "~")):
+        return None
+    for pattern, plain in UNDRESS * 2:  # \text may stand in \textbf
+        text = pattern.sub(plain, text)
+    dressing = " $*_`{}"
+    match = NUMBER.fullmatch(text.strip(dressing).removesuffix(".").strip(dressing))
+    if match is None:
+        return None
+    words = re.findall(r"[^\W\d_]+", match["unit"] or "")
+    if NOT_UNITS & {*words, *map(str.lower, words)}:
+        return None
+    parts = (match["whole"] or "0", *(match["part"] or f"{match['top']}/{match['bottom'] or 1}").split("/"))
+    whole, top, bottom = (Fraction(part.replace(",", "")) for part in parts)
+    if bottom == 0 or (match["part"] and top >= bottom):  # 1 5/2 is no mixed number
+        return None
+    value = whole + top / bottom
+    for word in match["times"].lower().split():
+        value *= MAGNITUDES[word.removesuffix("s")]
+    return -value if "-" in match["sign"] else value
+
+
+def is_right(completion_text: str, gold: Fraction) -> bool:
+    return parse_number(final_answer(completion_text) or "") == gold
+
+
+def reward(text: str, gold: Fraction, finished: bool, format_weight: float) -> tuple[float, bool]:  # EDIT:
+    """(reward, right) of one completion. `finished`: it ended by itself and was not cut off at the limit."""
+    # The mark spoils a number that the limit may have cut (#### 18 of 180), but not a closed \boxed.
+    right = is_right(text if finished else text + "…", gold)
+    num_markers, answer, after = marked_answer(text)
+    in_form = finished and num_markers == 1 and answer != "" and not after.strip()
+    return float(right) + format_weight * in_form, right
+
+
+# >>> shared: hub
+@functools.lru_cache  # a hub name costs a round trip for each of its files
+def fetch(name: str) -> Path:
+    """The local folder of a model or tokenizer. A hub name is downloaded once per node: the hub's library
+    locks each file, so that the ranks beside the first wait and then find it."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    page = f"https://huggingface.co/{name}"
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+    try:
+        get = functools.partial(snapshot_download, name, ignore_patterns=["original/*", "consolidated*"])
+        folder = Path(get(allow_patterns=wanted))
+        return folder if any(folder.glob("*.safetensors")) else Path(get(allow_patterns=[*wanted, "*.bin"]))
+    except GatedRepoError:
+        raise UserError(f"{name} is gated: accept its licence at {page}, then run: hf auth login") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"{name}: no folder here, no repository at {page} "
+                        "(private? then: hf auth login)") from None
+    except Exception as error:  # offline, no space, a proxy's answer: the hub's library has dozens of types
+        raise UserError(f"{name}: no such folder, and {page} could not be fetched ({first_line(error)}); "
+                        "give a local folder, or see: hf auth login") from None
+# <<< shared: hub
+
+
+# >>> shared: order
+@functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
+def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
+    # crc32, not hash(): Python salts the hashes of texts in each process anew.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {epoch}".encode()))
+    return torch.randperm(num_samples, generator=generator)
+
+
+def sample_at(position: int, num_samples: int, seed: int) -> int:
+    """The sample at a position of the endless global order, a function of seed and epoch only.
+
+    Ranks and batch size do not enter: all a resume must know, on any number of ranks, is the position."""
+    epoch, index = divmod(position, num_samples)
+    return int(epoch_order(num_samples, seed, epoch)[index])
+# <<< shared: order
+
+
+@dataclasses.dataclass
+class Questions:
+    """A split, its prompts rendered; those longer than --max-prompt-tokens left out."""
+    rows: list[dict]  # question, answer, gold
+    prompts: list[list[int]]
+    num_left_out: int
+
+
+def load_questions(args: Namespace, tokenizer, split: str, limit: int | None) -> Questions:
+    rows, style = read_questions(args, split), prompt_style(tokenizer, args.prompt_format)
+    rows, kept, prompts = rows[:limit], [], []
+    for row in rows:
+        prompt = render_prompt(tokenizer, row["question"], args.system_prompt, style)
+        if len(prompt) <= args.max_prompt_tokens:
+            kept.append(row)
+            prompts.append(prompt)
+    if not kept:
+        raise UserError(f"--max-prompt-tokens {args.max_prompt_tokens} leaves no question of '{split}'")
+    return Questions(kept, prompts, len(rows) - len(kept))
+
+
+def load_tokenizer(args: Namespace):
+    """The model's tokenizer. Raises UserError."""
+    from transformers import AutoTokenizer
+    folder = fetch(args.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"no usable tokenizer in {folder} ({first_line(error)})") from error
+    if args.chat_template:
+        tokenizer.chat_template = Path(args.chat_template).read_text()
+    return tokenizer
+
+
+def end_tokens(tokenizer, folder: Path) -> list[int]:
+    """Tokens that end a completion: the tokenizer's and those of generation_config.json. Raises UserError."""
+    found = {tokenizer.eos_token_id} - {None}
+    path = folder / "generation_config.json"
+    more = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    found |= set(more) if isinstance(more, list) else {more} - {None}
+    if not found:
+        raise UserError(f"{folder}: no end-of-text token in the tokenizer or generation_config.json: "
+                        "completions would never end")
+    return sorted(found)
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Model: any causal LM of transformers; shard, materialise, fill, prove
+
+def build_model(args: Namespace, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model on the meta device: shapes, no memory."""
+    import transformers
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {args.model}: {first_line(error)}") from error
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit and args.max_prompt_tokens + args.max_new_tokens > limit:
+        raise UserError(f"{args.model} knows {limit} positions: lower --max-prompt-tokens "
+                        f"{args.max_prompt_tokens} or --max-new-tokens {args.max_new_tokens}")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=args.trust_remote_code)
+    if model.get_output_embeddings() is None:
+        raise UserError(f"{args.model}: a model without an output head (lm_head) cannot be trained here")
+    return model
+
+
+def attach_logprobs(model: nn.Module, chunk: int) -> None:
+    """Give a transformers model the call of this script: logits, or with `rows` and `targets` the logprobs.
+
+    `rows` (N,) are positions in the flattened (B, T), `targets` (N,) the tokens that follow them. Padding
+    stands on the right, where causal attention does not see it: no attention mask is needed."""
+    full_forward, head = model.forward, model.get_output_embeddings()
+    model.to_logits = functools.partial(to_logits, **head_options(model))
+    model.whole_logits = False  # see `prove_logprobs`
+
+    # As an attribute, not as a wrapping module: parameter names stay those of the files on disk.
+    def forward(input_ids: Tensor, rows: Tensor | None = None, targets: Tensor | None = None,
+                temperature: float = 1.0) -> tuple[Tensor, Tensor] | Tensor:
+        if rows is None or model.whole_logits:
+            logits = full_forward(input_ids=input_ids, use_cache=False).logits
+            if rows is None:
+                return logits
+            return token_logprobs(logits.flatten(0, 1)[rows].float() / temperature, targets)
+        hidden = model.base_model(input_ids=input_ids, use_cache=False)[0].flatten(0, 1)[rows]
+        return ChunkedLogprobs.apply(hidden, head.weight, getattr(head, "bias", None), targets,
+                                     functools.partial(model.to_logits, temperature=temperature), chunk)
+
+    model.forward = forward
+
+
+def head_options(model: nn.Module) -> dict[str, float]:
+    """What some families do to their logits: Cohere and Granite scale them, Gemma 2 caps them."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    return {"scale": scale, "cap": getattr(config, "final_logit_softcapping", None) or 0.0}
+
+
+def to_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0, cap: float = 0.0,
+              temperature: float = 1.0) -> Tensor:
+    """Logits over the temperature, in fp32. (N, D), (V, D), (V,) -> (N, V)."""
+    logits = F.linear(hidden, weight, bias).float() * scale
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    return logits / temperature
+
+
+def token_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(target) and the distribution's entropy, without gradient. (N, V), (N,) -> (N,), (N,)."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    with torch.no_grad():
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, targets[:, None])[:, 0], entropy
+
+
+class ChunkedLogprobs(torch.autograd.Function):
+    """`token_logprobs` of hidden states under an output head, in chunks, forward and backward.
+
+    Logits, their softmax and their gradient exist for one chunk only. The backward computes each chunk's
+    logits again: unlike with a summed loss, the gradient of each logprob is not known before all are."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, to_logits, chunk):
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.to_logits, ctx.chunk = to_logits, chunk
+        chunks = [slice(start, start + chunk) for start in range(0, len(hidden), chunk)]
+        found = [token_logprobs(to_logits(hidden[rows], weight, bias), targets[rows]) for rows in chunks]
+        logprobs, entropies = (torch.cat(parts) for parts in zip(*found))
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, _):
+        hidden, weight, bias, targets = ctx.saved_tensors
+        params = [weight] if bias is None else [weight, bias]
+        # fp32: over hundreds of chunks a bf16 sum would lose the small addends.
+        sums = [torch.zeros_like(param, dtype=torch.float32) for param in params]
+        grad_hidden = torch.empty_like(hidden)
+        for start in range(0, len(hidden), ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            with torch.enable_grad():
+                leaves = [tensor.detach().requires_grad_() for tensor in (hidden[rows], *params)]
+                logits = ctx.to_logits(leaves[0], leaves[1], leaves[2] if bias is not None else None)
+                logprobs = torch.log_softmax(logits, dim=-1).gather(-1, targets[rows][:, None])[:, 0]
+            grad_hidden[rows], *grads = torch.autograd.grad(logprobs, leaves, grad_logprobs[rows])
+            for total, grad in zip(sums, grads):
+                total += grad
+        grad_params = [total.to(weight.dtype) for total in sums]
+        return grad_hidden, grad_params[0], grad_params[1] if bias is not None else None, None, None, None
+
+
+# >>> shared: shard
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks, outermost first: of the classes not to be split, else the longest list."""
+    names = set(getattr(model, "_no_split_modules", None) or ["Block"])  # EDIT: the layer class to shard
+    blocks = [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") in names]
+    if blocks:
+        return blocks
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise UserError("no transformer blocks found: the model has no list of layers")
+    return list(max(lists, key=len))
+
+
+def shard_model(model: nn.Module, args: Namespace, mesh: torch.distributed.DeviceMesh,
+                dtype: torch.dtype) -> None:
+    """Recompute, compile and shard each block, then the root, in this order (all ranks).
+
+    The order lets compile see the recomputation and keeps FSDP's hooks out of its graphs. A sharded block is
+    gathered and freed as one unit; the root takes what is left: embeddings, norm, head."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
+    from torch.distributed.fsdp import fully_shard
+    torch.backends.cuda.enable_flash_sdp(args.use_flash_attn)
+    cuda = mesh.device_type == "cuda"
+    options = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy(pin_memory=cuda) if args.cpu_offload else OffloadPolicy(),
+    }
+    for block in find_blocks(model):
+        if args.activation_checkpointing != "none":
+            recompute_in_backward(block, selective=args.activation_checkpointing == "selective")
+        if wants_compile(args, mesh.device_type):
+            block.compile()
+        fully_shard(block, reshard_after_forward=args.reshard_after_forward, **options)
+    fully_shard(model, **options)  # never resharded after forward: the backward begins with the head
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # FSDP divides by the number of ranks by default. Here gradients are plain sums, divided once, by
+            # what the loss is a mean over, counted on all ranks after the last micro-batch (`reduce_stats`).
+            # Without the forced sum FSDP asks for a pre-multiplied one, which gloo does not have.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def wants_compile(args: Namespace, device_type: str) -> bool:
+    return device_type == "cuda" if args.compile is None else args.compile
+
+
+def recompute_in_backward(block: nn.Module, selective: bool) -> None:
+    """Activation checkpointing by replacing the block's forward, so that no parameter changes its name."""
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+    options = {"use_reentrant": False}
+    if selective:
+        options["context_fn"] = lambda: create_selective_checkpoint_contexts(save_expensive())
+    block.forward = functools.partial(checkpoint, block.forward, **options)
+
+
+def save_expensive() -> Callable:
+    """Selective policy, as torchtitan's: keep the attention's and every second matmul's output."""
+    from torch.utils.checkpoint import CheckpointPolicy
+    aten, num_matmuls = torch.ops.aten, {True: 0, False: 0}  # recomputing or not: both count alike
+    kinds = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+    attention = {getattr(aten, f"_scaled_dot_product_{kind}").default for kind in kinds}
+
+    def policy(context, op, *args, **kwargs) -> CheckpointPolicy:
+        num_matmuls[context.is_recompute] += op is aten.mm.default
+        keep = op in attention or (op is aten.mm.default and num_matmuls[context.is_recompute] % 2 == 1)
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy
+# <<< shared: shard
+
+
+# >>> shared: materialise
+def materialise(model: nn.Module, device: torch.device, cpu_offload: bool) -> dict[str, str]:
+    """Give the sharded meta model memory, filled with NaN: `prove_filled` then finds what was never written.
+
+    `to_empty` makes a new tensor for each module's parameter, so that tied ones come apart; they are tied
+    again, and returned as {name: name of the one it shares}."""
+    first_name, ties = {}, {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if first_name.setdefault(id(param), name) != name:
+            ties[name] = first_name[id(param)]
+    model.to_empty(device="cpu" if cpu_offload else device)
+    for name, source in ties.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
+    with torch.no_grad():
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            if tensor.is_floating_point():
+                local_part(tensor).fill_(math.nan)
+    for module in model.modules() if cpu_offload else ():  # only parameters are offloaded
+        module._buffers = {name: b.to(device) for name, b in module._buffers.items() if b is not None}
+    return ties
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor; a plain tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+@torch.no_grad()
+def fill(param: Tensor, value: Tensor) -> None:
+    """Write this rank's slice of a full tensor, which every rank holds, into a sharded parameter."""
+    from torch.distributed.tensor import distribute_tensor
+    value = value.to(local_part(param).device, param.dtype)
+    if hasattr(param, "placements"):
+        # src_data_rank=None: each rank slices its own copy, nothing is sent.
+        value = distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
+    local_part(param).copy_(local_part(value))
+# <<< shared: materialise
+
+
+# >>> shared: load
+def fill_buffers(model: nn.Module) -> None:
+    """What no file holds: rotary tables and other non-persistent buffers of a transformers model, in fp32."""
+    for param in model.parameters():
+        param._is_hf_initialized = True
+    model.initialize_weights()
+
+
+def load_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ranks: Ranks) -> None:
+    """Each rank reads its slices of the safetensors files, or rank 0 loads and broadcasts (all ranks)."""
+    import torch.distributed.checkpoint as dcp
+    names = {}
+    if any(folder.glob("*.safetensors")):
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        names = match_names(model, reader.read_metadata().state_dict_metadata)
+    if names:
+        dcp.load(names, storage_reader=reader)
+        return
+    if ranks.is_main:
+        print(f"{folder}: names on disk differ from names in memory; "
+              "rank 0 loads the model and broadcasts it")
+    broadcast_hf_weights(model, folder, trust_remote_code, ranks)
+
+
+def match_names(model: nn.Module, on_disk: dict) -> dict[str, Tensor]:
+    """{name on disk: tensor to fill}, for every parameter and persistent buffer, tied ones once, or {}."""
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    persistent, groups, found = set(model.state_dict()), {}, {}
+    # Tied parameters are one tensor under several names: a file may hold any of them, and mostly just one.
+    tensors = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers())
+    for name, tensor in tensors:
+        if name in persistent:
+            groups.setdefault(id(tensor), (tensor, []))[1].append(name)
+    for tensor, names in groups.values():
+        spellings = [s for name in names for s in (name, name.removeprefix(prefix), prefix + name)]
+        spelling = next((s for s in spellings if s in on_disk and on_disk[s].size == tensor.shape), None)
+        if spelling is None:
+            return {}
+        found[spelling] = tensor.detach()
+    return found
+
+
+@torch.no_grad()
+def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ranks: Ranks) -> None:
+    """For families that transformers renames or fuses while loading (Mixtral's experts), .bin files, remote
+    code: the whole model in rank 0's host memory, then one tensor at a time to everybody (all ranks)."""
+    source = {}
+    if ranks.is_main:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()  # its report on missing tensors: the error below says it
+        full, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True)
+        lacking = sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]})
+        if lacking:
+            raise UserError(f"{folder} lacks {len(lacking)} of the model's tensors, {lacking[0]} for one")
+        source = dict(itertools.chain(full.named_parameters(), full.named_buffers()))
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        value = (source[name].to(ranks.device) if ranks.is_main
+                 else torch.empty(tensor.shape, dtype=tensor.dtype, device=ranks.device))
+        torch.distributed.broadcast(value, src=0)
+        fill(tensor, value)
+# <<< shared: load
+
+
+# >>> shared: prove
+def prove_filled(model: nn.Module, ties: dict[str, str]) -> None:
+    """Every parameter is a DTensor, all was written, ties hold; else training would start from garbage."""
+    from torch.distributed.tensor import DTensor
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        is_param = isinstance(tensor, nn.Parameter)
+        # The sum is NaN if any element is, and needs no second tensor of the parameter's size.
+        if tensor.is_meta or (tensor.is_floating_point() and torch.isnan(local_part(tensor).sum())):
+            raise UserError(f"the model's {'parameter' if is_param else 'buffer'} {name} was never written: "
+                            "the weights on disk do not fit the model, or hold NaN")
+        if is_param and not isinstance(tensor, DTensor):
+            raise UserError(f"parameter {name} is not sharded")
+    for name, source in ties.items():
+        if model.get_parameter(name) is not model.get_parameter(source):
+            raise UserError(f"{name} and {source} are no longer tied")
+
+
+def describe_model(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Lines for the start of a run: sizes, and this rank's parameters, gradients and optimizer states."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    by_dtype: dict[str, int] = {}
+    for param in model.parameters():
+        key = str(param.dtype).removeprefix("torch.")
+        by_dtype[key] = by_dtype.get(key, 0) + local_part(param).nbytes
+    sizes = ", ".join(f"{nbytes / 2**20:,.1f} MiB {key}" for key, nbytes in by_dtype.items())
+    gradients, blocks = sum(local_part(param).nbytes for param in trainable) / 2**20, find_blocks(model)
+    block_class = type(blocks[0]).__name__.removeprefix("FSDP")
+    return [
+        f"model      {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{sum(p.numel() for p in trainable):,} trainable",
+        f"sharded    {len(blocks)} x {block_class}, and the root with what is left",
+        f"this rank  parameters {sizes}; gradients {gradients:,.1f} MiB float32; "
+        f"{type(optimizer).__name__} states {2 * gradients:,.1f} MiB float32",
+    ]
+# <<< shared: prove
+
+
+@torch.no_grad()
+def prove_logprobs(model: nn.Module, ranks: Ranks) -> None:
+    """Compare the chunked logprobs with the model's own logits on 16 tokens; a model that does more to its
+    logits than `to_logits` knows keeps whole logits, and a line says so (all ranks)."""
+    ids = torch.arange(17, device=ranks.device)[None]
+    rows, targets = torch.arange(16, device=ranks.device), ids[0, 1:]
+    with torch.compiler.set_stance("force_eager"):
+        logits = model(ids)
+        expected, _ = token_logprobs(logits[0, :16].float(), targets)
+        chunked, _ = model(ids, rows, targets)
+    model.reshard()  # after a forward alone the root stays gathered, until a backward frees it
+    if not torch.isfinite(expected).all():
+        raise UserError("the model's logits are not finite on a plain input: its weights are broken")
+    bound = 1e-4 if logits.dtype == torch.float32 else 1e-2
+    if not (chunked - expected).abs().max() <= bound * expected.abs().max():
+        model.whole_logits = True
+        if ranks.is_main:
+            print("this model transforms its logits in a way of its own: whole logits are used (more memory)")
+
+
+def fsdp_modules(model: nn.Module) -> list[nn.Module]:
+    """The units that are gathered as one: the blocks, then the root with what is left."""
+    from torch.distributed.fsdp import FSDPModule
+    return [*(m for m in model.modules() if isinstance(m, FSDPModule) and m is not model), model]
+
+
+@contextlib.contextmanager
+def unsharded(modules: list[nn.Module]) -> Iterator[None]:
+    """Whole parameters, in the compute precision, on every rank (all ranks, at the start; inside, no rank
+    waits for another)."""
+    for module in modules:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.reshard()
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Optimizer and schedule
+
+# >>> shared: optimizer
+def build_optimizer(model: nn.Module, args: Namespace) -> torch.optim.AdamW:
+    """Fused AdamW on fp32 masters; weight decay on matrices only, not on norms, biases and embeddings."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decayed = [p for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings]
+    others = [p for p in model.parameters() if p.dim() <= 1 or id(p) in embeddings]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    # EDIT: another optimizer (`clip_and_step` relies on fused)
+    return torch.optim.AdamW(groups, lr=args.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+def learning_rate(step: int, total_steps: int, warmup_steps: int, max_lr: float, min_lr: float) -> float:
+    """For the update after `step` updates: linear warm-up to max_lr, then a cosine that ends at min_lr."""
+    if step < warmup_steps:
+        return max_lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+    return min_lr + 0.5 * (max_lr - min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+@torch.no_grad()
+def reduce_stats(model: nn.Module, loss_sum: Tensor, count: Tensor, num_replicas: int, votes: Tensor
+                 ) -> tuple[Tensor, ...]:
+    """(mean loss, count, gradient norm, sums of votes) over all ranks and micro-batches, by one collective.
+
+    `count` is what the loss is a mean over: trained tokens, or sequences. Gradients here are those of the
+    summed loss, so that their norm is divided by the count. Under HSDP each replica holds the whole reduced
+    gradient, hence the division by `num_replicas`."""
+    grads = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
+    norms = torch._foreach_norm([g for g in grads if g.numel()]) or [torch.zeros(())]
+    square = torch.stack(norms).square().sum().to(loss_sum.device)
+    total = all_sum(torch.cat([torch.stack([loss_sum, count, square / num_replicas]), votes]))
+    return total[0] / total[1], total[1], total[2].sqrt() / total[1], total[3:]
+
+
+@torch.no_grad()
+def clip_and_step(optimizer: torch.optim.AdamW, grad_norm: Tensor, count: Tensor, grad_clip: float,
+                  is_spike: Tensor | None = None) -> Tensor:
+    """One update, or none for a spike or a gradient that is not finite: decided on the device, on all ranks.
+
+    The fused kernel divides gradients by `grad_scale` and does nothing if `found_inf` is 1 (GradScaler's
+    protocol): dividing by `count` (see `reduce_stats`), clipping and skipping cost no pass over the gradients
+    and no host-device synchronisation. Returns `found_inf`."""
+    found_inf = (~torch.isfinite(grad_norm)).float()
+    if is_spike is not None:
+        found_inf = torch.maximum(found_inf, is_spike)
+    over = torch.clamp(grad_norm / grad_clip, min=1.0) if grad_clip else torch.ones_like(grad_norm)
+    where = local_part(optimizer.param_groups[0]["params"][0]).device  # the host with --cpu-offload
+    optimizer.grad_scale, optimizer.found_inf = (count * over).to(where), found_inf.to(where)
+    optimizer.step()
+    return found_inf
+# <<< shared: optimizer
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. Rollouts: local, from vLLM, from a file
+
+ROLLOUT_LOG = "fsdp2_gsm8k_rollouts.rank{rank}.jsonl"
+NUM_REFILLS = 4  # rounds of further questions that --zero-variance refill asks for in a step, at the most
+
+
+@dataclasses.dataclass
+class Completion:
+    ids: list[int]  # with the end token
+    logprobs: list[float]  # of each, under the distribution that it was drawn from
+    finish: str  # "stop" or "length"
+
+
+@dataclasses.dataclass
+class Group:
+    """A question's completions. Plain values, because ranks send them to one another."""
+    position: int  # in the endless global order of questions
+    question: int  # the row in the data set
+    version: int  # steps that the sampler's weights had been trained for
+    prompt_ids: list[int]
+    completions: list[Completion]
+    rewards: list[float] = dataclasses.field(default_factory=list)
+    correct: list[bool] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Tasks:
+    """What is asked, and how it is judged."""
+    train: Questions | None  # None: replayed
+    held_out: Questions | None
+    tokenizer: object
+    replayed: dict[int, list[Group]]  # by step
+
+
+@dataclasses.dataclass
+class Sampling:
+    """How completions are drawn; temperature 0 is greedy."""
+    temperature: float
+    max_new_tokens: int
+    ends: list[int]
+
+
+@torch.no_grad()
+def draw_tokens(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """One token a row, and its logprob in the distribution drawn from. (N, V), (N,) -> (N,), (N,).
+
+    By inverting the cumulative distribution at `uniform` (in [0, 1)): what is drawn depends on nothing but
+    the row's logits and its number, not on the rows beside it."""
+    logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        tokens = logprobs.argmax(-1)
+    else:
+        cumulative = logprobs.exp().cumsum(-1)
+        found = torch.searchsorted(cumulative, (uniform[:, None] * cumulative[:, -1:]), right=True)
+        tokens = found[:, 0].clamp(max=logits.shape[-1] - 1)  # the product may round up to the sum
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+def uniforms(seeds: list[int], n: int, length: int, device: torch.device) -> Tensor:
+    """(P * n, length) numbers in [0, 1), each prompt's from its own seed, the same on any device."""
+    drawn = [torch.rand(n, length, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.cat(drawn).to(device)
+
+
+def share_parameters(model: nn.Module, generator: nn.Module) -> None:
+    """Let the plain, hook-free generator use the model's gathered parameters and its buffers; no copy."""
+    for name, param in model.named_parameters(remove_duplicate=False):
+        owner, _, leaf = name.rpartition(".")
+        generator.get_submodule(owner)._parameters[leaf] = param
+    for name, buffer in model.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        generator.get_submodule(owner)._buffers[leaf] = buffer
+
+
+@torch.no_grad()
+def generate(generator: nn.Module, prompts: list[list[int]], n: int, uniform: Tensor, sampling: Sampling
+             ) -> list[Completion]:
+    """n completions of each prompt, prompt by prompt, with a key-value cache.
+
+    `uniform` is (P * n, new tokens). Prompts are read once and padded on the left. When half of the rows have
+    ended, the rest goes on alone."""
+    from transformers import DynamicCache
+    device, width, total = uniform.device, max(map(len, prompts)), len(prompts) * n
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    cache, head = DynamicCache(config=generator.config), generator.get_output_embeddings()
+    options = head_options(generator)
+
+    def next_logits(ids: Tensor, position: Tensor) -> Tensor:
+        call = {"input_ids": ids, "attention_mask": mask, "position_ids": position, "use_cache": True}
+        if generator.whole_logits:
+            return generator(past_key_values=cache, **call).logits[:, -1]
+        hidden = generator.base_model(past_key_values=cache, **call)[0][:, -1]
+        return to_logits(hidden, head.weight, getattr(head, "bias", None), **options)
+
+    logits = next_logits(ids, position).repeat_interleave(n, 0)
+    cache.batch_repeat_interleave(n)
+    mask, position = mask.repeat_interleave(n, 0), position[:, -1:].repeat_interleave(n, 0)
+    ends = torch.tensor(sampling.ends, device=device)
+    tokens = torch.zeros(total, sampling.max_new_tokens, dtype=torch.int64, device=device)
+    logprobs, lengths = torch.zeros(tokens.shape, device=device), torch.zeros_like(tokens[:, 0])
+    rows, running = torch.arange(total, device=device), torch.ones(total, dtype=torch.bool, device=device)
+    for t in range(sampling.max_new_tokens):
+        drawn, logprob = draw_tokens(logits, sampling.temperature, uniform[rows, t])
+        tokens[rows, t], logprobs[rows, t] = drawn, logprob
+        lengths[rows] += running
+        running = running & ~torch.isin(drawn, ends)
+        num_running = int(running.sum())  # sync point
+        if not num_running or t + 1 == sampling.max_new_tokens:
+            break
+        if num_running <= len(rows) // 2:
+            kept = running.nonzero()[:, 0]
+            rows, running, drawn, mask, position = (x[kept] for x in (rows, running, drawn, mask, position))
+            cache.batch_select_indices(kept)
+        mask, position = F.pad(mask, (0, 1), value=1), position + 1
+        logits = next_logits(drawn[:, None], position)
+    return cut_completions(tokens.tolist(), logprobs.tolist(), lengths.tolist(), set(sampling.ends))
+
+
+def cut_completions(tokens: list, logprobs: list, lengths: list[int], ends: set[int]) -> list[Completion]:
+    return [Completion(ids[:length], found[:length], "stop" if ids[length - 1] in ends else "length")
+            for ids, found, length in zip(tokens, logprobs, lengths)]
+
+
+@dataclasses.dataclass
+class Server:
+    """A vLLM server, and this process's requests under way to it."""
+    host: str
+    port: int
+    timeout_s: float
+    pool: ThreadPoolExecutor
+    model: str = ""
+
+    @property
+    def address(self) -> str:
+        return f"vLLM at {self.host}:{self.port}"
+
+
+def request_once(server: Server, path: str, body: dict | None, timeout_s: float) -> object:
+    """The answer's JSON (None for an empty one). Raises OSError or HTTPException where trying again may help,
+    UserError where the server refuses."""
+    connection = http.client.HTTPConnection(server.host, server.port, timeout=timeout_s)
+    try:
+        # vLLM's routes want a JSON body even where they take nothing.
+        data = None if body is None else json.dumps(body)
+        headers = {"Content-Type": "application/json"}
+        connection.request("GET" if body is None else "POST", path, data, headers)
+        response = connection.getresponse()
+        text = response.read().decode(errors="replace")
+    finally:
+        connection.close()
+    if response.status == 404:
+        raise UserError(f"{server.address} has no {path.partition('?')[0]}: start it as "
+                        "examples/run_gsm8k.sh does (VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls)")
+    if 400 <= response.status < 500:
+        raise UserError(f"{server.address} refuses {path}: {text[:300]}")
+    if response.status >= 500:
+        raise http.client.HTTPException(f"{path}: status {response.status}, {text[:300]}")
+    return json.loads(text) if text.strip() else None
+
+
+def request(server: Server, path: str, body: dict | None = None) -> object:
+    """As `request_once`, tried again until the server's deadline. Raises UserError."""
+    deadline, pause_s = time.monotonic() + server.timeout_s, 0.1
+    while True:
+        try:
+            return request_once(server, path, body, max(1.0, deadline - time.monotonic()))
+        except (OSError, http.client.HTTPException) as error:
+            if time.monotonic() + pause_s > deadline:
+                raise UserError(
+                    f"{server.address} did not answer {path} within {server.timeout_s:.0f} s "
+                    f"({first_line(error)}): is it running? The same command goes on from the newest "
+                    "checkpoint"
+                ) from error
+        time.sleep(pause_s)
+        pause_s = min(2.0, 2 * pause_s)
+
+
+def complete(server: Server, prompt_ids: list[int], n: int, seed: int, sampling: Sampling
+             ) -> list[Completion]:
+    """n completions of a prompt, token ids in and out. Raises UserError."""
+    body = {"model": server.model, "prompt": prompt_ids, "n": n, "seed": seed, "logprobs": 0,
+            "temperature": sampling.temperature, "max_tokens": sampling.max_new_tokens,
+            "stop_token_ids": sampling.ends, "return_token_ids": True, "skip_special_tokens": False}
+    for _ in range(5):
+        choices = request(server, "/v1/completions", body)["choices"]
+        if all(choice["finish_reason"] in ("stop", "length") for choice in choices):
+            break  # else somebody has paused the server and aborted what was running
+    else:
+        raise UserError(f"{server.address} aborted a request five times: does somebody else update it?")
+    found = [Completion(c["token_ids"], c["logprobs"]["token_logprobs"], c["finish_reason"]) for c in choices]
+    for choice, completion in zip(choices, found):
+        if choice["prompt_token_ids"] != prompt_ids or len(completion.ids) != len(completion.logprobs):
+            raise UserError(f"{server.address} answered for other tokens than were sent: is its version too "
+                            "old for return_token_ids?")
+    if len(found) != n:
+        raise UserError(f"{server.address} gave {len(found)} completions in place of {n}")
+    return found
+
+
+def open_server(args: Namespace) -> Server:
+    """Wait until the server is there. Raises UserError."""
+    # One request more than --concurrency: a push of weights must not queue behind the completions.
+    pool = ThreadPoolExecutor(args.concurrency, thread_name_prefix="vllm")
+    server = Server(args.vllm_host, args.vllm_port, args.vllm_timeout, pool)
+    request(server, "/health")
+    server.model = request(server, "/v1/models")["data"][0]["id"]
+    return server
+
+
+@dataclasses.dataclass
+class Sampler:
+    """Who generates: the server, or the generator, which borrows the model's parameters."""
+    model: nn.Module
+    generator: nn.Module | None
+    server: Server | None
+    batch: int  # completions side by side, for the generator
+    device: torch.device
+    sampling: Sampling
+
+
+def start_completions(sampler: Sampler, prompts: list[list[int]], n: int, seeds: list[int], sampling: Sampling
+                      ) -> list[Callable[[], list[Completion]]]:
+    """For each prompt a function that waits for its n completions. With a server the requests are under way
+    when this returns; locally the work is done here (all ranks)."""
+    if sampler.server:
+        return [sampler.server.pool.submit(complete, sampler.server, prompt, n, seed, sampling).result
+                for prompt, seed in zip(prompts, seeds)]
+    found, per_call = [], max(1, sampler.batch // n)
+    with unsharded(fsdp_modules(sampler.model)):
+        share_parameters(sampler.model, sampler.generator)
+        for start in range(0, len(prompts), per_call):
+            some = slice(start, start + per_call)
+            uniform = uniforms(seeds[some], n, sampling.max_new_tokens, sampler.device)
+            found += generate(sampler.generator, prompts[some], n, uniform, sampling)
+    groups = [found[start:start + n] for start in range(0, len(found), n)]
+    return [functools.partial(list, group) for group in groups]
+
+
+def start_groups(sampler: Sampler, questions: Questions, positions: range, version: int, args: Namespace
+                 ) -> list[tuple[Group, Callable]]:
+    """Groups of this rank's part of `positions`, without completions yet, and what will have them."""
+    groups = []
+    for position in positions:
+        question = sample_at(position, len(questions.prompts), args.seed)
+        groups.append(Group(position, question, version, questions.prompts[question], []))
+    # crc32, not hash(): Python salts the hashes of texts in each process anew.
+    seeds = [zlib.crc32(f"{args.seed} sample {group.position}".encode()) for group in groups]
+    prompts = [group.prompt_ids for group in groups]
+    waiting = start_completions(sampler, prompts, args.group_size, seeds, sampler.sampling)
+    return list(zip(groups, waiting))
+
+
+def score(groups: list[Group], questions: Questions, tokenizer, format_weight: float) -> None:
+    """Fill in rewards."""
+    for group in groups:
+        gold = questions.rows[group.question]["gold"]
+        for completion in group.completions:
+            text = tokenizer.decode(completion.ids, skip_special_tokens=True)
+            value, correct = reward(text, gold, completion.finish == "stop", format_weight)
+            group.rewards.append(value)
+            group.correct.append(correct)
+
+
+def rollout_rows(groups: list[Group], step: int) -> Iterator[dict]:
+    """What the log keeps: all that `--rollouts replay:` needs, a row per completion."""
+    for group in groups:
+        for sample, completion in enumerate(group.completions):
+            yield {"step": step, "position": group.position, "sample": sample, "question": group.question,
+                   "version": group.version, "reward": group.rewards[sample],
+                   "correct": group.correct[sample], "finish": completion.finish,
+                   "prompt_ids": group.prompt_ids, "completion_ids": completion.ids,
+                   "logprobs": completion.logprobs}
+
+
+def read_rollouts(path: Path) -> dict[int, list[Group]]:
+    """{step: groups in the order of their positions} from the logs of all ranks of a run; of a step that was
+    repeated after a resume, the later one. Raises UserError."""
+    found: dict[int, dict[int, dict[int, dict]]] = {}
+    for log in sorted(path.parent.glob(re.sub(r"rank\d+", "rank*", path.name))):
+        for row in rollout_log(log):
+            found.setdefault(row["step"], {}).setdefault(row["position"], {})[row["sample"]] = row
+    return {step: [group_of(by_position[position]) for position in sorted(by_position)]
+            for step, by_position in found.items()}
+
+
+def rollout_log(path: Path) -> list[dict]:
+    rows: list[dict] = []
+    with path.open() as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                place = row["step"], row["position"], row["sample"]
+            except (ValueError, KeyError, TypeError) as error:
+                message = f"{path}:{number}: not a row of a rollout log ({first_line(error)})"
+                raise UserError(message) from error
+            # Back to an earlier place: resumed, and what stands behind it was done again.
+            while rows and place <= (rows[-1]["step"], rows[-1]["position"], rows[-1]["sample"]):
+                rows.pop()
+            rows.append(row)
+    return rows
+
+
+def group_of(rows: dict[int, dict]) -> Group:
+    rows = [rows[sample] for sample in sorted(rows)]
+    completions = [Completion(row["completion_ids"], row["logprobs"], row["finish"]) for row in rows]
+    same = {key: rows[0][key] for key in ("position", "question", "version", "prompt_ids")}
+    return Group(**same, completions=completions, rewards=[row["reward"] for row in rows],
+                 correct=[row["correct"] for row in rows])
+
+
+def has_variance(group: Group) -> bool:
+    return max(group.rewards) > min(group.rewards)
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Weights to vLLM
+
+# A process group of its own joins rank 0 (its rank 0) and vLLM's workers (1 …). A push is a stream: for each
+# FSDP unit a header (JSON: names, dtypes, shapes) and one flat tensor of bytes, then an empty header. Workers
+# stage all of it in host memory, while requests go on with the old weights, and swap only when rank 0 says
+# that everybody has everything: a trainer that dies on the way changes nothing.
+
+class WeightReceiver:
+    """vLLM's end: `--worker-extension-cls train_gsm8k_fsdp2.WeightReceiver` adds these methods to each
+    worker, and rank 0 calls them through /collective_rpc. They run in vLLM's processes, and use torch and
+    what the worker has (`rank`, `device`, `reload_weights`, `get_model`)."""
+
+    def open_weights(self, host: str, port: int, world_size: int, backend: str, timeout_s: float) -> None:
+        self.close_weights()
+        store = torch.distributed.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+        self.weight_group = join_group(store, 1 + self.rank, world_size, backend, local_address(host, port),
+                                       timeout_s)
+        self.weight_timeout_s, self.weight_backend, self.staged = timeout_s, backend, {}
+
+    def receive_weights(self) -> dict[str, int]:
+        """Stage a whole stream; returns the number of tensors. Raises if it breaks off."""
+        self.staged = {}
+        device = self.device if self.weight_backend == "nccl" else torch.device("cpu")
+        while (header := self.receive_bytes(device)) is not None:
+            layout = json.loads(bytes(header.cpu().tolist()))
+            data = self.receive_bytes(device).cpu()  # a GPU has no room for a second model
+            for name, dtype, shape in layout:
+                dtype = getattr(torch, dtype)
+                size = math.prod(shape) * dtype.itemsize
+                part, data = data[:size], data[size:]
+                self.staged[name] = part.clone().view(dtype).view(shape)
+        return {"tensors": len(self.staged)}
+
+    def receive_bytes(self, device: torch.device) -> Tensor | None:
+        size = torch.zeros(1, dtype=torch.int64, device=device)
+        broadcast(self.weight_group, size, self.weight_timeout_s)
+        if not int(size):
+            return None
+        data = torch.empty(int(size), dtype=torch.uint8, device=device)
+        broadcast(self.weight_group, data, self.weight_timeout_s)
+        return data
+
+    def swap_weights(self, version: int) -> dict[str, int]:
+        """Bring the staged weights into the model, by the same path as loading from disk."""
+        self.reload_weights(weights_iterator=iter(self.staged.items()))
+        self.staged = {}
+        self.mend_tied_head()
+        self.version = version
+        return self.weights_version()
+
+    def mend_tied_head(self) -> None:
+        """HACK(vLLM 0.32, CPU): a reload leaves the packed copy of an output head that shares the embedding's
+        weight as it was. Remove when a reload packs it anew."""
+        modules = [m for m in self.get_model().modules() if isinstance(getattr(m, "weight", None), Tensor)]
+        pointers = [module.weight.data_ptr() for module in modules]
+        for module, pointer in zip(modules, pointers):
+            if hasattr(module, "cpu_linear") and pointers.count(pointer) > 1:
+                module.quant_method.process_weights_after_loading(module)
+
+    def weights_version(self) -> dict[str, int]:
+        """-1: those that the server loaded itself."""
+        return {"version": getattr(self, "version", -1)}
+
+    def close_weights(self) -> None:
+        self.weight_group, self.staged = None, {}
+
+
+def join_group(store: torch.distributed.Store, rank: int, world_size: int, backend: str, address: str,
+               timeout_s: float) -> torch.distributed.ProcessGroup:
+    """A process group beside the default one, which belongs to the trainer alone, or to vLLM."""
+    store = torch.distributed.PrefixStore("weights", store)
+    if backend == "nccl":
+        options = torch.distributed.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=timeout_s)
+        return torch.distributed.ProcessGroupNCCL(store, rank, world_size, options)
+    options = torch.distributed.ProcessGroupGloo._Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    options._devices = [torch.distributed.ProcessGroupGloo.create_device(hostname=address)]
+    return torch.distributed.ProcessGroupGloo(store, rank, world_size, options)
+
+
+def local_address(host: str, port: int) -> str:
+    """This machine's address as a peer at host:port sees it."""
+    with socket.create_connection((host, port), timeout=30) as connection:
+        return connection.getsockname()[0]
+
+
+def broadcast(group: torch.distributed.ProcessGroup, tensor: Tensor, timeout_s: float,
+              call: Future | None = None) -> None:
+    """From rank 0. Raises RuntimeError after the deadline, or at once when `call`, the peers' side, ends."""
+    options = torch.distributed.BroadcastOptions()
+    options.rootRank = 0
+    work, deadline = group.broadcast([tensor], options), time.monotonic() + timeout_s
+    while call is not None and not work.is_completed():
+        if call.done():
+            raise RuntimeError(f"vLLM's workers left the transfer with {call.result()}")
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"no progress for {timeout_s:.0f} s")
+        time.sleep(1e-4)
+    work.wait()
+    if tensor.is_cuda:
+        torch.cuda.current_stream().synchronize()  # sync point: before any other communicator goes on
+
+
+@dataclasses.dataclass
+class WeightLink:
+    """Rank 0's end of the wire; the others hold one without a group, and take part in the gathers."""
+    server: Server
+    timeout_s: float
+    dtype: torch.dtype  # that the trainer computes in
+    group: object = None
+    store: object = None
+    pool: ThreadPoolExecutor | None = None
+    version: int = -1  # of the weights that the server has
+
+
+def rpc(link: WeightLink, method: str, *args: object, timeout_s: float | None = None) -> list:
+    """A method of `WeightReceiver` on every worker; their answers. Raises UserError."""
+    timeout_s = timeout_s or link.timeout_s
+    body = {"method": method, "args": list(args), "timeout": timeout_s}
+    try:
+        return request_once(link.server, "/collective_rpc", body, timeout_s + 5)["results"]
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(
+            f"{link.server.address} failed in {method} ({first_line(error)}): its log says why. If it runs, "
+            "it serves the weights that it had; the same command goes on from the newest checkpoint") from error
+
+
+def open_link(args: Namespace, server: Server, dtype: torch.dtype, ranks: Ranks) -> WeightLink:
+    """Join vLLM's workers in a group (rank 0). Raises UserError."""
+    link = WeightLink(server, args.sync_timeout, dtype)
+    if not ranks.is_main:
+        return link
+    request(server, "/resume", {})  # a trainer that died in a push may have left it paused
+    rpc(link, "weights_version")  # before anybody waits for anybody: is the extension there?
+    num_workers = request(server, "/get_world_size")["world_size"]
+    timeout = timedelta(seconds=args.sync_timeout)
+    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    address = local_address(server.host, server.port)
+    link.store = torch.distributed.TCPStore(
+        "0.0.0.0", 0, is_master=True, timeout=timeout, wait_for_workers=False)
+    link.pool = ThreadPoolExecutor(1, thread_name_prefix="weights")
+    call = link.pool.submit(rpc, link, "open_weights", address, link.store.port, 1 + num_workers, backend,
+                            args.sync_timeout)
+    try:
+        link.group = join_group(link.store, 0, 1 + num_workers, backend, address, args.sync_timeout)
+    except RuntimeError as error:
+        if call.done():
+            call.result()  # says more
+        raise UserError(f"{server.address}: its workers did not reach {address}:{link.store.port} "
+                        f"({first_line(error)}): can that machine connect to this one?") from error
+    call.result()
+    return link
+
+
+def push_weights(link: WeightLink, model: nn.Module, version: int, ranks: Ranks) -> None:
+    """Give the server the model's weights, as `version` (all ranks). Raises UserError.
+
+    Units are gathered one by one, so that no rank ever holds the whole model. Rank 0 has sent a unit before
+    it takes part in the next gather: gathers and sends never wait for each other crosswise."""
+    call = link.pool.submit(rpc, link, "receive_weights") if ranks.is_main else None
+    units = named_units(model)
+    try:
+        sent = 0
+        for module, names in units:
+            module.unshard()
+            if ranks.is_main:
+                sent += send_unit(link, model, names, call)
+            module.reshard()
+        if ranks.is_main:
+            end = torch.zeros(1, dtype=torch.int64, device=ranks.device)
+            broadcast(link.group, end, link.timeout_s, call)
+            swap(link, call, sent, version)
+    except RuntimeError as error:
+        if not ranks.is_main:
+            raise
+        raise UserError(
+            f"the weights of step {version} did not reach {link.server.address} ({first_line(error)}): it "
+            "serves those that it had; the same command goes on from the newest checkpoint") from error
+    link.version = version
+
+
+def named_units(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
+    """Each FSDP unit with its parameters' names; tied ones once, as in files."""
+    units = fsdp_modules(model)
+    owner = {id(param): unit for unit in reversed(units) for param in unit.parameters()}
+    names: dict[int, list[str]] = {id(unit): [] for unit in units}
+    for name, param in model.named_parameters():
+        names[id(owner[id(param)])].append(name)
+    return [(unit, names[id(unit)]) for unit in units]
+
+
+def send_unit(link: WeightLink, model: nn.Module, names: list[str], call: Future) -> int:
+    """Rank 0: header and bytes of a gathered unit; returns the number of tensors sent."""
+    gathered = ((name, model.get_parameter(name).detach()) for name in names)
+    tensors = list(hf_tensors(model, gathered, model.get_parameter(names[0]).dtype))
+    layout = [(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
+              for name, tensor in tensors]
+    data = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in tensors])
+    header = torch.tensor(list(json.dumps(layout).encode()), dtype=torch.uint8, device=data.device)
+    for part in (header, data):
+        size = torch.tensor([part.numel()], dtype=torch.int64, device=data.device)
+        broadcast(link.group, size, link.timeout_s, call)
+        broadcast(link.group, part, link.timeout_s, call)
+    return len(tensors)
+
+
+def swap(link: WeightLink, call: Future, sent: int, version: int) -> None:
+    """Rank 0: when all workers have everything, wait for running requests, change over, forget cached
+    prompts, which hold keys and values of the old weights. Raises UserError."""
+    received = call.result(link.timeout_s)
+    if any(answer["tensors"] != sent for answer in received):
+        raise UserError(f"{link.server.address} received {received} of {sent} tensors")
+    patient = dataclasses.replace(link.server, timeout_s=link.timeout_s)
+    request(patient, "/pause?mode=wait", {})
+    try:
+        versions = {answer["version"] for answer in rpc(link, "swap_weights", version)}
+        request(patient, "/reset_prefix_cache", {})
+    finally:
+        request(patient, "/resume", {})
+    if versions != {version}:
+        raise UserError(f"{link.server.address} has version {versions} after version {version} was sent")
+
+
+@torch.no_grad()
+def prove_push(link: WeightLink, model: nn.Module, prompt: list[int], sampling: Sampling, ranks: Ranks
+               ) -> float:
+    """Let the server continue a prompt by 8 tokens and compare its logprobs with the trainer's; returns the
+    largest difference (all ranks). Raises UserError beyond what the precision explains."""
+    found = None
+    if ranks.is_main:
+        short = dataclasses.replace(sampling, max_new_tokens=min(8, sampling.max_new_tokens))
+        found = complete(link.server, prompt, 1, 0, short)[0]
+    found = gather_objects(found)[0]
+    ids = torch.tensor([prompt + found.ids], device=ranks.device)
+    rows = torch.arange(len(prompt) - 1, ids.shape[1] - 1, device=ranks.device)
+    logprobs, _ = model(ids, rows, ids[0, len(prompt):], sampling.temperature)
+    model.reshard()
+    error = float((logprobs.cpu() - torch.tensor(found.logprobs)).abs().max())
+    bound = 1e-3 if link.dtype == torch.float32 else 0.5
+    if not error <= bound:
+        raise UserError(
+            f"{link.server.address} serves other weights than were sent: its logprobs differ by {error:.2g} "
+            f"(bound {bound}). Is it another model, another --dtype, or was it started without "
+            "--logprobs-mode processed_logprobs?")
+    return error
+
+
+def update_server(link: WeightLink, model: nn.Module, step: int, probe: tuple[list[int], Sampling],
+                  ranks: Ranks) -> float:
+    """Push and prove, unless the server has this step's weights; returns the proof's error (all ranks)."""
+    if link.version == step:
+        return 0.0
+    push_weights(link, model, step, ranks)
+    return prove_push(link, model, *probe, ranks)
+
+
+def check_server(link: WeightLink) -> None:
+    """Rank 0: a server that was started again meanwhile has answered with the weights of its folder."""
+    versions = {answer["version"] for answer in rpc(link, "weights_version")}
+    if versions != {link.version}:
+        raise UserError(
+            f"{link.server.address} has weights {versions} in place of {link.version}: it was started again, "
+            "or somebody else updates it. The same command goes on from the newest checkpoint")
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. Advantages and loss
+
+# The ratio is clipped to [1 - low, 1 + high]; the papers' values.
+CLIP = {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "dr_grpo": (0.2, 0.2), "gspo": (3e-4, 4e-4)}
+RATIO_BINS = 2001  # of log(ratio) between -1 and 1, from which the percentiles are read
+
+
+def group_advantages(rewards: Tensor, loss: str) -> Tensor:
+    """Reward above the group's mean, over the group's standard deviation. (P, G) -> (P, G).
+
+    GRPO (Shao et al. 2024, arXiv:2402.03300). Dr. GRPO (Liu et al. 2025, arXiv:2503.20783) leaves the
+    division out, since it weighs questions by how easy or hard they are."""
+    above = rewards - rewards.mean(dim=1, keepdim=True)
+    return above if loss == "dr_grpo" else above / (rewards.std(dim=1, keepdim=True) + 1e-4)
+
+
+def policy_loss(kind: str, logprobs: Tensor, batch: dict[str, Tensor], clip: tuple[float, float],
+                kl_coef: float, max_tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Summed loss of a micro-batch, to be divided by the number of sequences (dapo: tokens) over all
+    micro-batches and ranks; so it does not matter how they are split. All tensors are (N,) over the
+    completions' tokens: logprobs (with gradient), and in `batch` old_logprobs (trainer's policy before this
+    batch), weights (truncated importance sampling), advantages, sequence (which one of `num_sequences`), and
+    ref_logprobs where kl_coef is not 0.
+
+        r = exp(logprobs - old_logprobs)          gspo: one r a sequence, exp of the mean over its tokens
+        token = -weight * min(r * A, clip(r, 1 - low, 1 + high) * A) + kl_coef * k3
+        k3 = exp(ref - logprobs) - (ref - logprobs) - 1      (Schulman 2020: unbiased, never negative)
+
+        grpo     sum over sequences of the mean of their tokens, over sequences   arXiv:2402.03300, eq. 3
+        dapo     sum over tokens, over tokens                                     arXiv:2503.14476, eq. 8
+        dr_grpo  sum over tokens / max_tokens, over sequences                     arXiv:2503.20783
+        gspo     as grpo, with the sequence's ratio                               arXiv:2507.18071, eq. 5
+    """
+    sequence, advantages = batch["sequence"], batch["advantages"]
+    lengths = torch.bincount(sequence, minlength=int(batch["num_sequences"])).clamp(min=1)
+    log_ratio = logprobs - batch["old_logprobs"]
+    if kind == "gspo":
+        log_ratio = log_ratio.new_zeros(len(lengths)).index_add(0, sequence, log_ratio) / lengths
+        log_ratio = log_ratio[sequence]
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
+    tokens = -batch["weights"] * torch.minimum(ratio * advantages, clipped * advantages)
+    if kl_coef:
+        difference = batch["ref_logprobs"] - logprobs
+        tokens = tokens + kl_coef * (difference.exp() - difference - 1)
+    if kind in ("grpo", "gspo"):
+        tokens = tokens / lengths[sequence]
+    elif kind == "dr_grpo":
+        tokens = tokens / max_tokens
+    is_clipped = (clipped * advantages < ratio * advantages).detach()
+    return (tokens * batch["counted"]).sum(), {"clipped": is_clipped, "ratio": ratio.detach()}
+
+
+def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
+    """min(p_trainer / p_sampler, cap) of each token: corrects what the sampler's kernels, precision or age
+    changed (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training")."""
+    if not cap:
+        return torch.ones_like(old_logprobs)
+    return (old_logprobs - sampler_logprobs).exp().clamp(max=cap)
+
+
+@dataclasses.dataclass
+class Sequence:
+    """A completion with its prompt, as the loss sees it."""
+    ids: list[int]
+    num_prompt: int
+    sampler_logprobs: list[float]
+    advantage: float
+
+
+def choose_groups(groups: list[Group], zero_variance: str, wanted: int) -> list[Group]:
+    """Those to train on: all, or up to `wanted` whose rewards differ, in the order of positions."""
+    if zero_variance == "keep":
+        return groups
+    return [group for group in groups if has_variance(group)][:wanted]
+
+
+def to_sequences(groups: list[Group], loss: str, mask_truncated: bool) -> list[Sequence]:
+    if not groups:
+        return []
+    advantages = group_advantages(torch.tensor([group.rewards for group in groups]), loss).tolist()
+    return [Sequence(group.prompt_ids + completion.ids, len(group.prompt_ids), completion.logprobs, advantage)
+            for group, row in zip(groups, advantages) for completion, advantage in zip(group.completions, row)
+            if completion.finish == "stop" or not mask_truncated]
+
+
+def deal(sequences: list[Sequence], world_size: int, max_tokens: int) -> list[list[list[Sequence]]]:
+    """Micro-batches of each rank: sequences by length, dealt to and fro, then as many side by side as
+    max_tokens allow with their padding. Every rank gets the same number; those with fewer get empty ones."""
+    longest_first = sorted(sequences, key=lambda s: -len(s.ids))
+    hands = [[] for _ in range(world_size)]
+    for i, sequence in enumerate(longest_first):
+        turn, place = divmod(i, world_size)
+        hands[place if turn % 2 == 0 else world_size - 1 - place].append(sequence)
+    dealt = []
+    for hand in hands:
+        micro_batches = []
+        for sequence in hand:
+            if not micro_batches or (len(micro_batches[-1]) + 1) * len(micro_batches[-1][0].ids) > max_tokens:
+                micro_batches.append([])
+            micro_batches[-1].append(sequence)
+        dealt.append(micro_batches)
+    most = max(1, *map(len, dealt))  # one at least: every step has its collectives
+    return [micro_batches + [[] for _ in range(most - len(micro_batches))] for micro_batches in dealt]
+
+
+def collate(sequences: list[Sequence], device: torch.device) -> dict[str, Tensor]:
+    """input_ids (B, T), padded on the right, and over the N completion tokens rows, targets, sequence,
+    sampler_logprobs, advantages, counted. An empty micro-batch becomes one token that does not count."""
+    counted = float(bool(sequences))
+    sequences = sequences or [Sequence([0, 0], 1, [0.0], 0.0)]
+    T = max(len(s.ids) for s in sequences)
+    input_ids = torch.tensor([s.ids + [0] * (T - len(s.ids)) for s in sequences])
+    lengths = torch.tensor([len(s.ids) - s.num_prompt for s in sequences])
+    rows = torch.cat([torch.arange(i * T + s.num_prompt - 1, i * T + len(s.ids) - 1)
+                      for i, s in enumerate(sequences)])
+    batch = {
+        "input_ids": input_ids, "rows": rows, "targets": input_ids.flatten()[rows + 1],
+        "sequence": torch.arange(len(sequences)).repeat_interleave(lengths),
+        "sampler_logprobs": torch.tensor([value for s in sequences for value in s.sampler_logprobs]),
+        "advantages": torch.tensor([s.advantage for s in sequences]).repeat_interleave(lengths),
+        "counted": torch.full((len(rows),), counted),
+    }
+    batch = {key: value.to(device) for key, value in batch.items()}
+    # On the host, where it is known: no synchronisation to learn it.
+    return batch | {"num_sequences": torch.tensor(len(sequences)), "count": torch.tensor([
+        counted * len(sequences), counted * len(rows)])}
+
+
+def loss_denominator(batch: dict[str, Tensor], kind: str) -> Tensor:
+    """What this micro-batch adds to the number that the summed loss is divided by: sequences, or tokens."""
+    return batch["count"][1 if kind == "dapo" else 0]
+
+
+@torch.no_grad()
+def add_old_logprobs(model: nn.Module, ref_model: nn.Module | None, batches: list[dict], args: Namespace
+                     ) -> None:
+    """The trainer's logprobs before this batch's first update, where several updates follow (with one they
+    are the update's own), and the frozen first model's (all ranks)."""
+    for batch in batches:
+        call = batch["input_ids"], batch["rows"], batch["targets"], args.temperature
+        if args.updates_per_batch > 1:
+            batch["old_logprobs"] = model(*call)[0]
+        if ref_model is not None:
+            batch["ref_logprobs"] = ref_model(*call)[0]
+
+
+def micro_batch_loss(model: nn.Module, batch: dict[str, Tensor], args: Namespace, totals: Tensor) -> Tensor:
+    """Summed loss of a micro-batch; what `UPDATE_STATS` names is added to `totals` (all ranks)."""
+    logprobs, entropy = model(batch["input_ids"], batch["rows"], batch["targets"], args.temperature)
+    batch = {"old_logprobs": logprobs.detach()} | batch
+    batch["weights"] = importance_weights(batch["old_logprobs"], batch["sampler_logprobs"], args.tis_cap)
+    loss, found = policy_loss(args.loss, logprobs, batch, (args.clip_low, args.clip_high), args.kl_coef,
+                              args.max_new_tokens)
+    with torch.no_grad():
+        counted, log_ratio = batch["counted"], logprobs - batch["sampler_logprobs"]
+        mismatch = batch["old_logprobs"] - batch["sampler_logprobs"]
+        to_ref = batch.get("ref_logprobs", logprobs) - logprobs
+        each = torch.stack([torch.ones_like(counted), entropy, found["clipped"],
+                            mismatch.exp() - mismatch - 1, mismatch.exp() > args.tis_cap, to_ref.exp() - to_ref - 1])
+        sums = (each * counted).sum(1)
+        where = ((log_ratio.clamp(-1, 1) + 1) / 2 * (RATIO_BINS - 1)).round().long()
+        totals += torch.cat([sums, torch.bincount(where, counted, minlength=RATIO_BINS)]).to(totals.dtype)
+    return loss
+
+
+def update_stats(totals: list[float]) -> dict[str, float]:
+    """Rows of metrics from the sums over all ranks, micro-batches and updates of a step."""
+    tokens = max(1.0, totals[0])
+    keys = ("entropy", "clip_frac", "mismatch_kl", "tis_capped_frac", "ref_kl")
+    stats = {f"train/{key}": total / tokens for key, total in zip(keys, totals[1:6])}
+    cumulative = list(itertools.accumulate(totals[6:]))
+    for percent in (1, 50, 99):
+        reached = (i for i, total in enumerate(cumulative) if total >= percent / 100 * tokens)
+        place = next(reached, RATIO_BINS // 2)
+        stats[f"train/ratio_p{percent:02d}"] = math.exp(2 * place / (RATIO_BINS - 1) - 1)
+    return stats
+
+
+# ------------------------------------------------------------------------------------------------
+# 9. Checkpoints and export: asynchronous, published by a rename, resumed exactly; a Hugging Face folder
+
+# >>> shared: checkpointer
+@dataclasses.dataclass
+class Checkpointer:
+    """The run's checkpoints and the save under way. RUN/checkpoints/step_000100 holds DCP's files (model,
+    optimizer, each rank's random state), progress.json, config.yaml, the script's source, and checksums.json
+    with size and CRC-32 of each of them."""
+    folder: Path
+    keep: int
+    group: object = None  # gloo, of its own: a save must not meet training's collectives
+    stager: object = None
+    writer: ThreadPoolExecutor | None = None
+    staging: Future | None = None  # the copy that frees the parameters for the next update
+    saving: Future | None = None  # of what went wrong, "" if nothing: the same text on every rank
+    step: int = 0  # of that save
+    started: float = 0.0
+    seconds: float = 0.0  # the longest save so far
+
+
+def open_checkpoints(args: Namespace, ranks: Ranks) -> Checkpointer:
+    folder = Path(args.checkpoint_dir) / "checkpoints"
+    if ranks.is_main:
+        for stale in folder.glob("*.partial"):  # a save that a kill interrupted
+            shutil.rmtree(stale, ignore_errors=True)
+    return Checkpointer(folder, args.keep_checkpoints)
+
+
+def lock_run(folder: Path, ranks: Ranks):
+    """Rank 0: the run folder's lock, held until the process ends, however it ends. Raises UserError after
+    20 s, since a run that was killed a moment ago may still be ending."""
+    if not ranks.is_main:
+        return None
+    lock = (folder / "lock").open("a+")
+    for attempt in range(20):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip()
+            if attempt == 0:
+                print(f"{folder} is in use by {owner}: waiting 20 s for its end", file=sys.stderr, flush=True)
+            time.sleep(1)
+        except OSError as error:  # a network file system without locks
+            print(f"{folder} cannot be locked ({error.strerror}): take care that no second run uses it")
+            return None
+    else:
+        raise UserError(f"{folder} is in use by {owner}: give this run another --checkpoint-dir, or end that")
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+    lock.flush()
+    return lock
+
+
+def open_stager(saver: Checkpointer, cuda: bool) -> None:
+    """At the first save (all ranks), so that the start of training does not wait for it.
+
+    Two stages, both in threads. Staging copies the tensors to host memory (pinned, or a GPU's copy would
+    block); the writer then brings that copy to files while training changes the parameters."""
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+    saver.stager = DefaultStager(StagingOptions(use_pinned_memory=cuda, use_shared_memory=False,
+                                                use_async_staging=True, use_non_blocking_copy=cuda))
+    # HACK(torch 2.11): its stager closes this part after every copy, so that the next save fails. Remove when
+    # 2.12 is the oldest supported; never closing it costs nothing, the process ends with it.
+    saver.stager._state_dict_stager.close = lambda: None
+    saver.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=1))
+    saver.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+# <<< shared: checkpointer
+
+
+# >>> shared: saved-state
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; tied parameters once, under their first name."""
+    persistent = set(model.state_dict())
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    return {name: tensor.detach() for name, tensor in tensors if name in persistent}
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """{parameter name: {step, exp_avg, exp_avg_sq}}, made of zeros where no update has happened yet."""
+    states = {}
+    for name, param in ((n, p) for n, p in model.named_parameters() if p.requires_grad):
+        if not optimizer.state[param]:
+            step = torch.zeros((), dtype=torch.float32, device=local_part(param).device)
+            optimizer.state[param] = {"step": step, "exp_avg": torch.zeros_like(param),
+                                      "exp_avg_sq": torch.zeros_like(param)}
+        states[name] = optimizer.state[param]
+    return states
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """This rank's part of a checkpoint: parameters and two moments."""
+    return 3 * sum(local_part(param).nbytes for param in model.parameters())
+
+
+def random_states(ranks: Ranks) -> dict[str, Tensor]:
+    states = {f"cpu_{ranks.rank}": torch.get_rng_state()}
+    if ranks.device.type == "cuda":
+        states[f"cuda_{ranks.rank}"] = torch.cuda.get_rng_state(ranks.device)
+    return states
+
+
+def checkpoint_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
+    return {"model": model_tensors(model), "optim": optimizer_tensors(model, optimizer),
+            "random": random_states(ranks)}
+# <<< shared: saved-state
+
+
+# >>> shared: save
+def start_save(saver: Checkpointer, tensors: dict, progress: dict, files: dict[str, str], ranks: Ranks
+               ) -> None:
+    """Begin a save (all ranks). Tensors are copied while the next forward runs: `wait_for_copy` comes before
+    the next update. `files` are this rank's texts that go beside the tensors."""
+    finish_save(saver)
+    if saver.stager is None:
+        open_stager(saver, cuda=ranks.device.type == "cuda")
+    own = files | {"progress.json": json.dumps(progress)} if ranks.is_main else files
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize()  # sync point: the copy runs on a stream of its own
+    saver.step, saver.started = progress["step"], time.perf_counter()
+    saver.staging = saver.stager.stage(tensors)
+    saver.saving = saver.writer.submit(write_checkpoint, saver, saver.staging, own, ranks)
+
+
+def wait_for_copy(saver: Checkpointer) -> None:
+    if saver.staging is not None:
+        saver.staging.result()
+        saver.staging = None
+
+
+def write_checkpoint(saver: Checkpointer, staged: Future, files: dict[str, str], ranks: Ranks) -> str:
+    """In the writer's thread (all ranks): tensors, texts, checksums; rank 0 publishes when all are done.
+    Returns what went wrong on any rank, else ""."""
+    import torch.distributed.checkpoint as dcp
+    partial = saver.folder / f"step_{saver.step:06d}.partial"
+    sums, problem = {}, ""
+    try:
+        dcp.save(staged.result(), checkpoint_id=partial, process_group=saver.group)
+        for name, text in files.items():
+            (partial / name).write_text(text)
+        names = [*files, ".metadata"] if ranks.is_main else files
+        own = [*partial.glob(f"__{ranks.rank}_*"), *(partial / name for name in names)]
+        sums = {path.name: checksum(path) for path in own}
+    except (Exception, dcp.CheckpointException) as error:  # the latter is a BaseException
+        # DCP's message holds the traceback of the rank that failed: a line such as "OSError: …" says why.
+        reasons = re.findall(r"\w*Error: .+", str(error)) or [f"{type(error).__name__}: {first_line(error)}"]
+        problem = next((reason for reason in reasons if "[Errno" in reason), reasons[-1])
+        problem += f", {shutil.disk_usage(saver.folder.parent).free >> 20} MiB are free"
+    found = gather_objects((sums, problem), saver.group)
+    problem = next((text for _, text in found if text), "")
+    if ranks.is_main:
+        try:
+            if not problem:
+                publish(saver, partial, dict(itertools.chain(*(part.items() for part, _ in found))))
+        except OSError as error:
+            problem = f"{type(error).__name__}: {error}"
+        if problem:
+            shutil.rmtree(partial, ignore_errors=True)
+            kept = checkpoints_in(saver.folder)
+            print(f"\nstep {saver.step} could not be saved ({problem}): is the disk full or read-only? The "
+                  f"newest good checkpoint is {kept[-1] if kept else 'none'}", file=sys.stderr, flush=True)
+    problem = gather_objects(problem, saver.group)[0]
+    saver.seconds = max(saver.seconds, time.perf_counter() - saver.started)
+    return problem
+# <<< shared: save
+
+
+# >>> shared: publish
+def checksum(path: Path) -> tuple[int, int]:
+    """(bytes, CRC-32), in pieces, while other threads run."""
+    size = crc = 0
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(1 << 22):
+            size, crc = size + len(piece), zlib.crc32(piece, crc)
+    return size, crc
+
+
+def publish(saver: Checkpointer, partial: Path, sums: dict[str, tuple[int, int]]) -> None:
+    """Rank 0: rename a complete save into place and drop the oldest. Raises OSError."""
+    for name, (size, _) in sums.items():
+        if not (partial / name).is_file() or (partial / name).stat().st_size != size:
+            raise FileNotFoundError(f"rank 0 does not see the {name} that another rank wrote: "
+                                    "--checkpoint-dir must be one folder that all nodes share")
+    (partial / "checksums.json").write_text(json.dumps(sums))
+    for path in (*partial.iterdir(), partial):  # DCP has done so for its own
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    partial.rename(partial.with_suffix(""))
+    descriptor = os.open(partial.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    for old in checkpoints_in(saver.folder)[:-saver.keep] if saver.keep else []:
+        # Renamed first, or a kill in the middle would leave half a checkpoint under a good name.
+        with contextlib.suppress(OSError):
+            shutil.rmtree(old.rename(old.with_suffix(".partial")), ignore_errors=True)
+
+
+def finish_save(saver: Checkpointer) -> str:
+    """Wait for the save under way (all ranks). Returns what went wrong, which has been said: training goes
+    on, and the next interval saves again."""
+    if saver.saving is None:
+        return ""
+    wait_for_copy(saver)
+    problem, saver.saving = saver.saving.result(), None
+    return problem
+
+
+def save_before_end(saver: Checkpointer, start: Callable[[], None]) -> None:
+    """A save that the run must not end without (all ranks): three tries. Raises UserError."""
+    for wait_s in (2, 10, 0):
+        start()
+        problem = finish_save(saver)
+        if not problem:
+            return
+        time.sleep(wait_s)
+    kept = checkpoints_in(saver.folder)
+    raise UserError(f"could not save step {saver.step} ({problem}) in three tries: make room, then start the "
+                    f"same command again; it goes on from {kept[-1] if kept else 'the beginning'}")
+# <<< shared: publish
+
+
+# >>> shared: find-checkpoint
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Published checkpoints, oldest first."""
+    found = [path for path in folder.glob("step_*")
+             if re.fullmatch(r"step_\d+", path.name) and (path / ".metadata").is_file()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def checkpoints_to_resume(args: Namespace) -> list[Path]:
+    """What --resume names, oldest first. Refuses to mix a new run into a folder that holds an old one."""
+    found = checkpoints_in(Path(args.checkpoint_dir) / "checkpoints")
+    if args.resume not in ("auto", "none"):
+        step = json.loads((Path(args.resume) / "progress.json").read_text())["step"]
+        if found and int(found[-1].name[5:]) > step:
+            raise UserError(f"--resume {args.resume}: {args.checkpoint_dir} holds {found[-1].name}, which is "
+                            "newer; give this run another --checkpoint-dir")
+        return [Path(args.resume)]
+    if args.resume == "none" and found:
+        raise UserError(f"--resume none: {args.checkpoint_dir} already holds {found[-1].name}; give this run "
+                        "another --checkpoint-dir, or delete the old one")
+    return found
+
+
+def newest_intact(found: list[Path], ranks: Ranks) -> Path | None:
+    """The newest whose files are what was written (all ranks; each reads a part). Damaged ones are named, and
+    renamed once a good one is found. Raises UserError if there is none."""
+    for number, path in reversed(list(enumerate(found))):
+        problem = next(filter(None, gather_objects(damage(path, ranks))), None)
+        if problem is None:
+            if ranks.is_main:
+                for damaged in found[number + 1:]:
+                    damaged.rename(damaged.with_name(f"{damaged.name}.damaged"))
+            return path
+        if ranks.is_main:
+            print(f"{path} is damaged ({problem}): trying the one before it", file=sys.stderr, flush=True)
+    if found:
+        raise UserError(f"no intact checkpoint in {found[0].parent}: give this run another --checkpoint-dir, "
+                        "or remove the damaged ones to begin anew")
+    return None
+
+
+def damage(path: Path, ranks: Ranks) -> str | None:
+    """What is wrong with this rank's part of a checkpoint's files."""
+    try:
+        sums = json.loads((path / "checksums.json").read_text())
+        for name in sorted(sums)[ranks.rank::ranks.world_size]:
+            size, crc = checksum(path / name)
+            if [size, crc] != sums[name]:
+                return f"{name}: " + (f"{size:,} bytes in place of {sums[name][0]:,}" if size != sums[name][0]
+                                      else "its checksum differs")
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError) as error:
+        return first_line(error)
+    return None
+# <<< shared: find-checkpoint
+
+
+# >>> shared: load-checkpoint
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
+    """Fill model, optimizer and random state, on any number of ranks; returns the progress (all ranks)."""
+    import torch.distributed.checkpoint as dcp
+    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    tensors = {"model": model_tensors(model), "optim": optimizer_tensors(model, optimizer)}
+    for name, tensor in tensors["model"].items():
+        found = saved.get(f"model.{name}")
+        if found is None or found.size != tensor.shape:
+            shape = "nothing" if found is None else tuple(found.size)
+            raise UserError(f"{path} is a checkpoint of another model: {name} is {tuple(tensor.shape)} here "
+                            f"and {shape} there; give this run another --checkpoint-dir")
+    extra = {name for name in saved if name.startswith("model.") and name[6:] not in tensors["model"]}
+    if extra:
+        raise UserError(f"{path} is a checkpoint of another model: it also holds {min(extra)}; give this run "
+                        "another --checkpoint-dir")
+    here = {name: state for name, state in random_states(ranks).items() if f"random.{name}" in saved}
+    dcp.load(tensors | ({"random": here} if here else {}), checkpoint_id=path)
+    for name, state in here.items():
+        torch.set_rng_state(state) if name[:3] == "cpu" else torch.cuda.set_rng_state(state, ranks.device)
+    return json.loads((path / "progress.json").read_text())
+# <<< shared: load-checkpoint
+
+
+# >>> shared: export-files
+def hf_tensors(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype
+               ) -> Iterator[tuple[str, Tensor]]:
+    """Names and layout of the family's files on disk, where transformers renames or fuses while loading."""
+    convert = None
+    if hasattr(model, "base_model_prefix"):
+        from transformers.core_model_loading import revert_weight_conversion as convert
+    for name, tensor in tensors:
+        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        yield from (convert(model, {name: tensor}) if convert else {name: tensor}).items()
+
+
+def gathered_tensors(model: nn.Module, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
+    """One full tensor at a time, in host memory, for rank 0; each gather needs every rank (all ranks)."""
+    for name, tensor in model_tensors(model).items():
+        full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if ranks.is_main:
+            yield name, full.cpu()
+
+
+def write_safetensors(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_gib: float = 5.0) -> None:
+    """model-00001-of-0000N.safetensors and their index, as `save_pretrained` does; one shard in memory."""
+    from safetensors.torch import save_file
+    folder.mkdir(parents=True, exist_ok=True)
+    shards, shard, size, total = [], {}, 0, 0
+
+    def flush() -> None:
+        path = folder / f"part-{len(shards):05d}"
+        save_file(shard, path, metadata={"format": "pt"})
+        shards.append((path, list(shard)))
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > shard_gib * 2**30:
+            flush()
+            size = 0
+        shard[name] = tensor.contiguous()
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
+    weight_map = {}
+    for number, (path, names) in enumerate(shards, 1):
+        numbers = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file = f"model{numbers}.safetensors"
+        path.rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def hf_parts(model: nn.Module, tokenizer) -> tuple:
+    """What stands beside a transformers model's weights: configurations, tokenizer with its chat template."""
+    config = type(model.config).from_dict(model.config.to_dict() | {"use_cache": True})
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    return config, model.generation_config, tokenizer
+
+
+def write_parts(folder: Path, parts: tuple, dtype: torch.dtype, source: Path | None) -> None:
+    """`parts` as of `hf_parts`; `source` is the folder that a model came from, which may hold its code."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for code in source.glob("*.py") if source else ():
+        shutil.copy(code, folder)
+    config, _, tokenizer = parts
+    config.dtype = dtype
+    tokenizer.model_max_length = getattr(config, "max_position_embeddings", None) or int(1e30)
+    for part in filter(None, parts):
+        part.save_pretrained(folder)
+# <<< shared: export-files
+
+
+# >>> shared: export
+def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remote_code: bool) -> float | None:
+    """Load the folder with transformers, on the CPU, and compare logits: the largest difference over the
+    largest logit, or None where memory is short. Raises UserError beyond what the precision explains."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if nbytes * 1.2 > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        return None
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code).eval()
+    with torch.no_grad():
+        logits = model(input_ids.cpu(), use_cache=False).logits.float()
+    expected = expected.cpu().float()
+    error = float((logits - expected).abs().max() / expected.abs().max())
+    bound = 1e-4 if model.dtype == torch.float32 else 5e-2
+    if not error <= bound:
+        raise UserError(
+            f"{folder}: the exported model's logits differ from the trained model's by {error:.1e} of the "
+            f"largest (bound {bound:.0e}); the checkpoint is intact, please report this")
+    return error
+
+
+def export_model(args: Namespace, model: nn.Module, parts: tuple | None, ranks: Ranks, source: Path | None,
+                 dtype: torch.dtype) -> tuple[Path, Tensor, Tensor]:
+    """Write RUN/hf (all ranks; rank 0 writes, and it alone needs `parts`, see `write_parts`). Returns the
+    folder, 32 tokens and their logits."""
+    input_ids = torch.arange(32, device=ranks.device)[None]
+    model.eval()
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        logits = model(input_ids)
+    model.reshard()  # a forward leaves the root gathered, in the compute precision: not what is exported
+    folder = Path(args.checkpoint_dir) / "hf"
+    partial = folder.with_name("hf.partial")
+    if args.export_dtype != "auto":
+        dtype = getattr(torch, args.export_dtype)
+    tensors = gathered_tensors(model, ranks)
+    if not ranks.is_main:
+        list(tensors)  # yields nothing here, but takes part in every gather
+        return folder, input_ids, logits
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        write_safetensors(partial, hf_tensors(model, tensors, dtype))
+        write_parts(partial, parts, dtype, source)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"could not write {folder}: {error.strerror}; the checkpoint is intact: make room, "
+                        "then run the same command again") from error
+    return folder, input_ids, logits
+# <<< shared: export
+
+
+# ------------------------------------------------------------------------------------------------
+# 10. Run record: metrics, console, timing
+
+# Rows of metrics.jsonl, one per step or evaluation; a step that was repeated after a resume stands there
+# twice, and the later row counts. Rollout metrics are over all completions of the step, trained on or not.
+METRICS = {
+    "step": "batches trained on; with --updates-per-batch 1 the same as optimizer updates",
+    "samples": "questions asked, the position in the global order",
+    "rollout/reward_mean": "mean reward of a completion",
+    "rollout/accuracy": "share of completions with the right answer",
+    "rollout/zero_variance_frac": "share of groups whose rewards are all equal",
+    "rollout/truncated_frac": "share of completions cut at --max-new-tokens",
+    "rollout/length_mean": "tokens of a completion",
+    "rollout/length_right": "tokens of a right one",
+    "rollout/length_wrong": "tokens of a wrong one",
+    "rollout/version_lag": "steps that the trainer was ahead of the sampler's weights",
+    "rollout/groups": "groups trained on",
+    "train/loss": "the --loss of the step's last update, over all ranks and micro-batches",
+    "train/lr": "learning rate of this step",
+    "train/grad_norm": "global L2 norm of the last update's gradient before clipping; 0 without an update",
+    "train/skipped_updates": "updates since the start that were left out: nothing to train on, or a gradient "
+                             "that is not finite",
+    "train/tokens": "completion tokens trained on since the start, each once",
+    "train/entropy": "mean entropy of the policy's next-token distribution, in nats",
+    "train/clip_frac": "share of tokens whose ratio to the policy before this batch was clipped",
+    "train/mismatch_kl": "mean of exp(d) - d - 1, d = log p of trainer - log p of sampler before the update",
+    "train/tis_capped_frac": "share of tokens whose importance weight was cut at --tis-cap",
+    "train/ref_kl": "mean of the same with d = log p of the first model - log p now; 0 without --kl-coef",
+    "train/ratio_p01": "1st percentile of the ratio of policy now to sampler, a token each, to 0.1 %",
+    "train/ratio_p50": "its median",
+    "train/ratio_p99": "its 99th percentile",
+    "sync/probe_error": "largest difference of the server's logprobs to the trainer's after the last push",
+    "perf/completion_tokens_per_s": "completion tokens over all ranks, over the whole step's time",
+    "perf/peak_mem_gib": "rank 0's largest allocated GPU memory (on CPU: largest resident memory)",
+    "time/step_s": "seconds since the last row",
+    "time/generate_s": "of which generating, or waiting for the server",
+    "time/reward_s": "of which judging, and exchanging what the ranks generated",
+    "time/sync_s": "of which sending weights to the server and proving that it has them",
+    "time/logprob_s": "of which logprobs before the update (several updates a batch, or --kl-coef)",
+    "time/train_s": "of which forward, backward and update",
+    "time/checkpoint_s": "of which standing still for checkpoints",
+    "eval/accuracy": "pass@1, greedy, over the held-out questions",
+    "eval/accuracy_low": "lower end of its 95 % confidence interval (Wilson 1927)",
+    "eval/accuracy_high": "its upper end",
+    "eval/maj_at_k": "share of questions where the most frequent of --eval-samples answers is right",
+    "eval/pass_at_k": "share where at least one of them is",
+    "eval/length_mean": "tokens of a greedy completion",
+    "eval/truncated_frac": "share of greedy completions cut at --max-new-tokens",
+    "eval/questions": "how many were asked",
+    "eval/time_s": "seconds that the evaluation took",
+}
+PHASES = ("generate", "reward", "sync", "logprob", "train", "checkpoint")
+
+
+# >>> shared: record
+def peak_memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@contextlib.contextmanager
+def timed(times: dict[str, float], watch: Watch, key: str) -> Iterator[None]:
+    """Adds the block's seconds to times[key], and lets the watch know where the loop is."""
+    start, watch.phase = time.perf_counter(), key
+    yield
+    watch.phase = "between phases"
+    times[key] = times.get(key, 0.0) + time.perf_counter() - start
+
+
+def write_once(path: Path, text: str) -> None:
+    """Never over an older file: config.yaml, then config.1.yaml, …; the same text is not written again."""
+    for number in itertools.count():
+        candidate = path.with_suffix(f".{number}{path.suffix}") if number else path
+        if not candidate.exists():
+            candidate.write_text(text)
+        if candidate.read_text() == text:
+            return
+
+
+def write_record(folder: Path, args: Namespace, ranks: Ranks) -> dict[str, str]:
+    """Configuration, command, source and environment in the run's folder; returns the files that every
+    checkpoint carries too. --config takes config.yaml back."""
+    import yaml
+    source = Path(__file__).read_text()
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    config = yaml.safe_dump(given, sort_keys=False)
+    if ranks.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        git = ["git", "-C", str(Path(__file__).resolve().parent)]
+        run = functools.partial(subprocess.run, capture_output=True, text=True, check=False)
+        commit = run([*git, "rev-parse", "HEAD"]).stdout.strip() if shutil.which("git") else ""
+        dirty = bool(run([*git, "status", "--porcelain"]).stdout.strip()) if commit else None
+        modules = {name: sys.modules[name].__version__ for name in ("torch", "transformers", "datasets")
+                   if name in sys.modules}
+        cuda = ranks.device.type == "cuda"
+        device = torch.cuda.get_device_name(ranks.device) if cuda else f"{os.cpu_count()} CPU cores"
+        environment = {"commit": commit or None, "dirty": dirty, "python": sys.version.split()[0], **modules,
+                       "device": device, "world_size": ranks.world_size}
+        write_once(folder / "config.yaml", config)
+        write_once(folder / "command.txt", " ".join([sys.executable, *sys.argv]) + "\n")
+        write_once(folder / Path(__file__).name, source)
+        write_once(folder / "env.json", json.dumps(environment, indent=1))
+    return {"config.yaml": config, Path(__file__).name: source}
+# <<< shared: record
+
+
+# >>> shared: trackers
+def open_trackers(args: Namespace, ranks: Ranks) -> list[Callable[[dict], None]]:
+    """Rank 0: functions that take a row of metrics: the file's, and TensorBoard's or W&B's if asked for."""
+    if not ranks.is_main:
+        return []
+    trackers = [functools.partial(append_lines, Path(args.checkpoint_dir) / "metrics.jsonl", unwritten=[])]
+    if args.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(Path(args.checkpoint_dir) / "tensorboard")
+        trackers.append(lambda row: [board.add_scalar(key, value, row["step"]) for key, value in row.items()])
+    if args.wandb:
+        import wandb
+        wandb.init(project=args.wandb, name=Path(args.checkpoint_dir).name, config=vars(args))
+        trackers.append(lambda row: wandb.log(row, step=row["step"]))
+    return trackers
+
+
+def append_lines(path: Path, *rows: dict, unwritten: list[str]) -> None:
+    """JSON lines; what a full disk refuses is kept in `unwritten`, said once, written when there is room."""
+    was_written = not unwritten
+    unwritten += [json.dumps(row) + "\n" for row in rows]
+    data = "".join(unwritten).encode()
+    try:
+        with path.open("ab", buffering=0) as file:  # a buffer would write its rest when the file is closed
+            size = file.tell()
+            if file.write(data) < len(data):
+                file.truncate(size)  # no half line
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        unwritten.clear()
+    except OSError as error:
+        if was_written:
+            print(f"\n{path} cannot be written ({error.strerror}): its rows are kept in memory, training "
+                  "goes on", file=sys.stderr, flush=True)
+
+
+def check_trackers(args: Namespace) -> None:
+    for asked, package in ((args.tensorboard, "tensorboard"), (args.wandb, "wandb")):
+        if asked and not importlib.util.find_spec(package):
+            raise UserError(f"--{package} needs the {package} package: pip install {package}")
+
+
+def check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_bytes(b"\0" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another folder") from None
+
+
+def open_bar(total_steps: int, step: int, ranks: Ranks):
+    """A progress bar where rank 0 writes to a terminal, else a silent one."""
+    from tqdm import tqdm
+    return tqdm(total=total_steps, initial=step, desc="training", unit="step", dynamic_ncols=True,
+                smoothing=0.05, disable=not (ranks.is_main and sys.stderr.isatty()))
+# <<< shared: trackers
+
+
+def rollout_metrics(groups: list[Group], step: int) -> dict[str, float]:
+    """Over the groups of all ranks."""
+    lengths = {True: [], False: []}
+    for group in groups:
+        for completion, correct in zip(group.completions, group.correct):
+            lengths[correct].append(len(completion.ids))
+    both = lengths[True] + lengths[False]
+    rewards = [value for group in groups for value in group.rewards]
+    finishes = [completion.finish for group in groups for completion in group.completions]
+    return {
+        "rollout/reward_mean": mean(rewards), "rollout/accuracy": len(lengths[True]) / max(1, len(both)),
+        "rollout/zero_variance_frac": mean([not has_variance(group) for group in groups]),
+        "rollout/truncated_frac": mean([finish == "length" for finish in finishes]),
+        "rollout/length_mean": mean(both), "rollout/length_right": mean(lengths[True]),
+        "rollout/length_wrong": mean(lengths[False]),
+        "rollout/version_lag": mean([step - group.version for group in groups]),
+    }
+
+
+def mean(values: list) -> float:
+    return sum(values) / max(1, len(values))
+
+
+def format_row(row: dict, total_steps: int) -> str:
+    """One fixed-width line a step."""
+    return (f"step {row['step']:>6,}/{total_steps:,}  reward {row['rollout/reward_mean']:6.3f}  right "
+            f"{row['rollout/accuracy']:6.1%}  length {row['rollout/length_mean']:6.1f}  loss "
+            f"{row['train/loss']:8.4f}  norm {row['train/grad_norm']:7.3f}  "
+            f"{row['time/step_s']:6.2f} s (generate {row['time/generate_s']:.2f}, train "
+            f"{row['time/train_s']:.2f}, sync {row['time/sync_s']:.2f})")
+
+
+@dataclasses.dataclass
+class Console:
+    """What rank 0 shows: a bar on a terminal, and by --logger a live panel or a line a step."""
+    bar: object
+    logger: str
+    level: str
+    live: object = None
+
+    def say(self, line: str) -> None:
+        if self.level != "WARNING" and self.logger != "none":
+            self.bar.write(line)
+
+    def show(self, row: dict, total_steps: int) -> None:
+        self.bar.set_postfix_str(f"right {row['rollout/accuracy']:.1%}")
+        if self.live is not None:
+            self.live.update(panel_of(row, total_steps))
+        elif self.logger == "print":
+            self.say(format_row(row, total_steps))
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.live is not None:
+            self.live.stop()
+
+
+def open_console(args: Namespace, step: int, ranks: Ranks) -> Console:
+    wants_panel = args.logger == "rich" and ranks.is_main and importlib.util.find_spec("rich")
+    bar = open_bar(args.train_steps, step, ranks)
+    if wants_panel:
+        from rich.live import Live
+        bar.disable = True  # two things that redraw themselves do not share a terminal
+        live = Live(auto_refresh=False, transient=False)
+        live.start()
+        return Console(bar, args.logger, args.log_level, live)
+    return Console(bar, args.logger if ranks.is_main else "none", args.log_level)
+
+
+def panel_of(row: dict, total_steps: int):
+    """Every metric of the step, in columns by their first word."""
+    from rich.columns import Columns
+    from rich.panel import Panel
+    from rich.table import Table
+    by_prefix: dict[str, Table] = {}
+    for key, value in row.items():
+        prefix, _, name = key.partition("/")
+        if name:
+            table = by_prefix.setdefault(prefix, Table(title=prefix, show_header=False, box=None))
+            table.add_row(name, f"{value:,.4g}")
+    columns = Columns(by_prefix.values(), padding=(0, 3))
+    return Panel(columns, title=f"step {row['step']:,} of {total_steps:,}")
+
+
+# ------------------------------------------------------------------------------------------------
+# 11. Evaluation
+
+def wilson_interval(num_right: int, num: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % confidence interval of a share (Wilson 1927, J. Am. Stat. Assoc. 22), also near 0 and 1."""
+    if not num:
+        return 0.0, 1.0
+    share, square = num_right / num, z * z / num
+    centre = (share + square / 2) / (1 + square)
+    half = z / (1 + square) * math.sqrt(share * (1 - share) / num + square / (4 * num))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def evaluate(sampler: Sampler, tasks: Tasks, args: Namespace, ranks: Ranks) -> dict[str, float]:
+    """Accuracy over all held-out questions, each rank a part of them (all ranks)."""
+    started, questions, tokenizer = time.perf_counter(), tasks.held_out, tasks.tokenizer
+    greedy_sampling = dataclasses.replace(sampler.sampling, temperature=0.0)
+    mine = range(ranks.rank, len(questions.prompts), ranks.world_size)
+    prompts = [questions.prompts[i] for i in mine]
+    golds = [questions.rows[i]["gold"] for i in mine]
+    greedy = answer_all(sampler, prompts, 1, [0] * len(prompts), greedy_sampling, ranks)
+    right = sum(judge(tokenizer, c[0], gold) for c, gold in zip(greedy, golds))
+    counts = [len(prompts), right, sum(len(c[0].ids) for c in greedy),
+              sum(c[0].finish == "length" for c in greedy)]
+    if args.eval_samples:
+        seeds = [zlib.crc32(f"{args.seed} evaluation {i}".encode()) for i in mine]
+        sampled = answer_all(sampler, prompts, args.eval_samples, seeds, sampler.sampling, ranks)
+        counts += [sum(majority_is_right(tokenizer, group, gold) for group, gold in zip(sampled, golds)),
+                   sum(any(judge(tokenizer, c, gold) for c in group) for group, gold in zip(sampled, golds))]
+    num, right, length, cut, *voted = all_sum(
+        torch.tensor(counts, dtype=torch.int64, device=ranks.device)).tolist()  # sync point
+    low, high = wilson_interval(right, num)
+    found = {"eval/accuracy": right / num, "eval/accuracy_low": low, "eval/accuracy_high": high,
+             "eval/length_mean": length / num, "eval/truncated_frac": cut / num, "eval/questions": num,
+             "eval/time_s": time.perf_counter() - started}
+    return found | dict(zip(("eval/maj_at_k", "eval/pass_at_k"), (count / num for count in voted)))
+
+
+def answer_all(sampler: Sampler, prompts: list[list[int]], n: int, seeds: list[int], sampling: Sampling,
+               ranks: Ranks) -> list[list[Completion]]:
+    """n completions of each prompt, in pieces, so that a bar can show how far it is (all ranks)."""
+    from tqdm import tqdm
+    most = max(gather_objects(len(prompts)))  # each piece gathers parameters: all ranks do the same number
+    per_piece, found = max(1, sampler.batch // n), []
+    for start in tqdm(range(0, most, per_piece), desc="evaluating", leave=False,
+                      disable=not (ranks.is_main and sys.stderr.isatty())):
+        some = slice(start, start + per_piece)
+        found += [wait() for wait in start_completions(sampler, prompts[some], n, seeds[some], sampling)]
+    return found
+
+
+def judge(tokenizer, completion: Completion, gold: Fraction) -> bool:
+    text = tokenizer.decode(completion.ids, skip_special_tokens=True)
+    return reward(text, gold, completion.finish == "stop", 0.0)[1]
+
+
+def majority_is_right(tokenizer, completions: list[Completion], gold: Fraction) -> bool:
+    """Whether the most frequent answer is right (Wang et al. 2022, arXiv:2203.11171); of equally frequent
+    ones the first counts, and no answer is none."""
+    texts = [tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
+    answers = [parse_number(final_answer(text) or "") for text in texts]
+    counts = Counter(answer for answer in answers if answer is not None)
+    return bool(counts) and counts.most_common(1)[0][0] == gold
+
+
+# ------------------------------------------------------------------------------------------------
+# 12. Training
+
+def load_policy(args: Namespace, folder: Path, mesh: torch.distributed.DeviceMesh, dtype: torch.dtype,
+                ranks: Ranks) -> tuple[nn.Module, dict[str, str]]:
+    """A sharded model without its weights, and its ties: shapes, then shards, then memory (all ranks)."""
+    model = build_model(args, folder)
+    attach_logprobs(model, args.logprob_chunk_tokens)
+    shard_model(model, args, mesh, dtype)
+    ties = materialise(model, ranks.device, args.cpu_offload)
+    fill_buffers(model)
+    model.eval()  # no dropout: it would be noise in the ratio
+    return model, ties
+
+
+def load_reference(args: Namespace, folder: Path, mesh: torch.distributed.DeviceMesh, dtype: torch.dtype,
+                   ranks: Ranks) -> nn.Module | None:
+    """The first model, frozen and sharded, for --kl-coef (all ranks)."""
+    if not args.kl_coef:
+        return None
+    model, ties = load_policy(args, folder, mesh, dtype, ranks)
+    model.requires_grad_(False)
+    load_hf_weights(model, folder, args.trust_remote_code, ranks)
+    prove_filled(model, ties)
+    prove_logprobs(model, ranks)
+    return model
+
+
+def open_sampler(args: Namespace, model: nn.Module, folder: Path, tokenizer, ranks: Ranks) -> Sampler:
+    server = open_server(args) if args.rollouts == "vllm" else None
+    generator = None
+    if server is None:
+        generator = build_model(args, folder).eval()
+        generator.whole_logits = model.whole_logits
+    ends = end_tokens(tokenizer, folder)
+    return Sampler(model, generator, server, args.rollout_batch, ranks.device,
+                   Sampling(args.temperature, args.max_new_tokens, ends))
+
+
+def load_tasks(args: Namespace) -> Tasks:
+    """Questions and tokenizer, before any process group exists. Raises UserError."""
+    kind, _, path = args.rollouts.partition(":")
+    tokenizer = load_tokenizer(args)
+    replayed = read_rollouts(Path(path)) if kind == "replay" else {}
+    missing = set(range(1, args.train_steps + 1)) - replayed.keys() if replayed else ()
+    if missing:
+        raise UserError(f"--rollouts {args.rollouts} holds no step {min(missing)}: set --train-steps "
+                        f"{min(missing) - 1}")
+    train = None if replayed else load_questions(args, tokenizer, args.dataset_split, args.limit)
+    wants_evaluation = args.eval_limit != 0 and (args.eval_every or args.eval_first or not replayed)
+    held_out = load_questions(args, tokenizer, args.eval_split, args.eval_limit) if wants_evaluation else None
+    return Tasks(train, held_out, tokenizer, replayed)
+
+
+@dataclasses.dataclass
+class Pending:
+    """A batch that is being generated: this rank's groups, and what will have their completions."""
+    groups: list[tuple[Group, Callable]]
+    stop: int  # the position in the global order after the batch, over all ranks
+
+
+def start_batch(sampler: Sampler, tasks: Tasks, start: int, version: int, args: Namespace, ranks: Ranks
+                ) -> Pending:
+    """The batch that begins at `start` in the global order: ranks take turns of --batch-size questions."""
+    first = start + ranks.rank * args.batch_size
+    positions = range(first, first + args.batch_size)
+    return Pending(start_groups(sampler, tasks.train, positions, version, args),
+                   start + args.batch_size * ranks.world_size)
+
+
+def take_batch(pending: Pending, tasks: Tasks, format_weight: float, phase: Callable) -> list[Group]:
+    """Wait for the completions, judge them; the groups of all ranks, in global order (all ranks)."""
+    with phase("generate"):
+        for group, wait in pending.groups:
+            group.completions = wait()
+    with phase("reward"):
+        mine = [group for group, _ in pending.groups]
+        score(mine, tasks.train, tasks.tokenizer, format_weight)
+        return list(itertools.chain(*gather_objects(mine)))
+
+
+def roll_out(pending: Pending, sampler: Sampler, tasks: Tasks, args: Namespace, ranks: Ranks, phase: Callable
+             ) -> tuple[list[Group], int]:
+    """The batch's groups, with `--zero-variance refill` those of further questions, too, until enough of them
+    differ in reward; and the position after them (all ranks)."""
+    groups = take_batch(pending, tasks, args.format_reward, phase)
+    for _ in range(NUM_REFILLS if args.zero_variance == "refill" else 0):
+        if sum(map(has_variance, groups)) >= args.batch_size * ranks.world_size:
+            break
+        with phase("generate"):
+            pending = start_batch(sampler, tasks, pending.stop, groups[0].version, args, ranks)
+        groups += take_batch(pending, tasks, args.format_reward, phase)
+    return groups, pending.stop
+
+
+def log_rollouts(groups: list[Group], step: int, args: Namespace, ranks: Ranks, unwritten: list[str]) -> None:
+    """Each rank writes its part."""
+    mine = [g for g in groups if g.position // args.batch_size % ranks.world_size == ranks.rank]
+    path = Path(args.checkpoint_dir) / ROLLOUT_LOG.format(rank=ranks.rank)
+    append_lines(path, *rollout_rows(mine, step), unwritten=unwritten)
+
+
+def describe_tasks(tasks: Tasks, args: Namespace, ranks: Ranks) -> list[str]:
+    total = args.batch_size * ranks.world_size
+    lines = [f"steps      {args.train_steps:,} of {total:,} questions ({args.batch_size} a process) x "
+             f"{args.group_size} completions, {args.updates_per_batch} updates each, --loss {args.loss}"]
+    for name, questions in (("questions", tasks.train), ("held out", tasks.held_out)):
+        if questions:
+            left_out = questions.num_left_out
+            longer = f", {left_out:,} longer than --max-prompt-tokens left out" if left_out else ""
+            lines.append(f"{name:10s} {len(questions.prompts):,}{longer}")
+    if tasks.replayed:
+        lines.append(f"replayed   {len(tasks.replayed):,} steps of {args.rollouts.partition(':')[2]}")
+    return lines
+
+
+def note_updates(updates: list[list[float]], num_sequences: int, progress: dict) -> None:
+    """Count updates that were left out. Raises UserError after 10 in a row whose gradient was not finite."""
+    for skipped, *_ in updates:
+        progress["skipped_updates"] += bool(skipped)
+        # Where no group has variance there is nothing to train on, and nothing wrong.
+        progress["bad_in_a_row"] = progress["bad_in_a_row"] + 1 if skipped and num_sequences else 0
+    if progress["bad_in_a_row"] >= 10:
+        raise UserError("10 updates in a row had a gradient that is not finite; none of them changed the "
+                        "weights. Lower --max-lr, or go back to an older checkpoint with --resume")
+
+
+def closing_lines(args: Namespace, run_dir: Path, error: float | None) -> list[str]:
+    """Where everything is, and what to run next."""
+    lines = [f"checkpoint {checkpoints_in(run_dir / 'checkpoints')[-1]}",
+             f"record     {run_dir / 'metrics.jsonl'}, {run_dir / ROLLOUT_LOG.format(rank=0)}"]
+    if args.export:
+        check = "not reloaded: too little memory" if error is None else f"reloaded: logits within {error:.0e}"
+        lines.append(f"model      {run_dir / 'hf'} (Hugging Face format; {check})")
+    return lines
+
+
+def show_evaluation(console: Console, step: int, found: dict, ranks: Ranks) -> None:
+    sampled = ""
+    if "eval/maj_at_k" in found:
+        sampled = f"  maj@k {found['eval/maj_at_k']:.1%}  pass@k {found['eval/pass_at_k']:.1%}"
+    if ranks.is_main:
+        console.say(f"step {step:>6,}  held-out accuracy {found['eval/accuracy']:.1%} (95 %: "
+                    f"{found['eval/accuracy_low']:.1%} to {found['eval/accuracy_high']:.1%}) over "
+                    f"{found['eval/questions']:,} questions{sampled}")
+
+
+# >>> shared: ending
+def report_finished(args: Namespace, ranks: Ranks, found: list[Path], total_steps: int, flag: str) -> bool:
+    """True, and a line on rank 0 that names the `flag` for the number of steps, if the newest checkpoint is
+    the run's last and the export stands."""
+    exported = Path(args.checkpoint_dir) / "hf"
+    try:
+        if not found or json.loads((found[-1] / "progress.json").read_text())["step"] < total_steps:
+            return False
+    except (OSError, ValueError):  # damaged, which `newest_intact` will say
+        return False
+    if args.export and not exported.is_dir():
+        return False
+    if ranks.is_main:
+        model = f", {exported} the model" if args.export else ""
+        print(f"this run is finished: {found[-1]} holds all {total_steps} steps{model}. A larger "
+              f"{flag} goes on from there; another --checkpoint-dir starts anew")
+    return True
+
+
+def write_summary(run_dir: Path, progress: dict, last_row: dict, seconds: float) -> None:
+    measured = {key: value for key, value in last_row.items() if "/" in key}
+    summary = progress | measured | {"seconds": round(seconds, 1)}
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def run_and_report(saves_memory: str) -> None:
+    """main(), with what the user can mend shown as one line, and an exit code that says what it was."""
+    try:
+        return main()
+    except UserError as error:
+        message, code = str(error), 1
+    except KeyboardInterrupt:
+        message, code = "interrupted; start the same command again to go on from the newest checkpoint", 130
+    except OSError as error:
+        message, code = f"{error}: is the disk full, or a folder not yours? Saved checkpoints are intact", 1
+    except torch.OutOfMemoryError as error:
+        message, code = f"out of GPU memory ({str(error).split('.')[0]}): {saves_memory}, or more GPUs", 1
+    except Exception as error:
+        message, code = f"{type(error).__name__}: {first_line(error)}", 1
+        if isinstance(error, RuntimeError) and re.search("[Cc]onnection (closed|reset)", str(error)):
+            message = ("another rank ended: its own last line says why, or the kernel's log if it was "
+                       "killed; the same command goes on from the newest checkpoint")
+        else:
+            traceback.print_exc()
+    rank = os.environ.get("RANK", "0")
+    tell_others(f"rank {rank} on {socket.gethostname()} ended: {message}")
+    if rank != "0" and code != 130:
+        time.sleep(3)  # most often rank 0 has the same to say, and this process is ended before it repeats it
+    # At once: other ranks may sit in a collective, and a save's threads must not hold this up.
+    end_now(message, rank == "0" or code != 130, code)
+
+
+def leave_stopped(stop: str, code: int, saver: Checkpointer, ranks: Ranks) -> None:
+    """The end of a run that was asked to stop (all ranks)."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    if ranks.is_main:
+        again = "remove that file, then the" if stop == "STOP file" else "the"
+        print(f"stopped ({stop}): {checkpoints_in(saver.folder)[-1]} is saved; {again} same command goes on "
+              f"from there. Exit code {code}", flush=True)
+    sys.exit(code)
+# <<< shared: ending
+
+
+def main() -> None:
+    # Set-up ---------------------------------------------------------------------------------
+    args = parse_args()
+    relaunch_under_torchrun(args)
+    ranks = read_ranks(args)
+    args.logprob_chunk_tokens = args.logprob_chunk_tokens or (2048 if ranks.device.type == "cuda" else 512)
+    check_trackers(args)
+    run_dir = Path(args.checkpoint_dir)
+    check_writable(run_dir)
+    say = print if ranks.is_main and args.log_level != "WARNING" else (lambda *line: None)
+    lock = lock_run(run_dir, ranks)  # noqa: F841, held until this process ends
+    refuse_stop_file(run_dir, ranks)
+
+    checkpoints = checkpoints_to_resume(args)
+    folder = fetch(args.model)
+    tasks = load_tasks(args)  # takes as long as it needs: no process group exists yet
+    if report_finished(args, ranks, checkpoints, args.train_steps, "--train-steps"):
+        return
+
+    mesh = init_distributed(args, ranks)
+    watch = open_watch(args, ranks, run_dir)
+    resume_from = newest_intact(checkpoints, ranks)
+    dtype = compute_dtype(args.mixed_precision, ranks.device)
+    if args.mixed_precision and dtype is torch.float32:
+        say("precision  this device has no native bf16: computing in fp32")
+    model, ties = load_policy(args, folder, mesh, dtype, ranks)
+    optimizer = build_optimizer(model, args)  # after sharding, which replaces the parameters
+    progress = {"step": 0, "samples": 0, "tokens": 0, "skipped_updates": 0, "bad_in_a_row": 0,
+                "best_accuracy": None}
+    if resume_from:
+        progress = load_checkpoint(resume_from, model, optimizer, ranks)
+    else:
+        load_hf_weights(model, folder, args.trust_remote_code, ranks)
+    prove_filled(model, ties)
+    prove_logprobs(model, ranks)
+    ref_model = load_reference(args, folder, mesh, dtype, ranks)
+    sampler = open_sampler(args, model, folder, tasks.tokenizer, ranks)
+    link = open_link(args, sampler.server, dtype, ranks) if sampler.server else None
+
+    files = write_record(run_dir, args, ranks)
+    saver = open_checkpoints(args, ranks)
+    trackers = open_trackers(args, ranks)
+    for line in [*describe_model(model, optimizer), *describe_tasks(tasks, args, ranks)]:
+        say(line)
+    if resume_from:
+        say(f"resumed    {resume_from}: step {progress['step']:,}, {progress['samples']:,} questions asked")
+
+    num_replicas = ranks.world_size // mesh.size(-1)  # 1 without HSDP
+    num_wanted = args.batch_size * ranks.world_size  # groups a step
+    loss_sum, count = torch.zeros(2, device=ranks.device)
+    times, unwritten, stop, pending, row, evaluation = {}, [], None, None, {}, {}
+    probe = (tasks.train.prompts[0], sampler.sampling) if link else None
+    phase = functools.partial(timed, times, watch)
+    watch.step, watch.save_s = progress["step"], 1 + saved_bytes(model) / 1e8  # until one has been measured
+    enter(watch, "loop")
+    catch_signals(watch)
+    console = open_console(args, progress["step"], ranks)
+    started = row_started = time.perf_counter()
+
+    # Loop ------------------------------------------------------------------------------------
+    while True:
+        # Evaluate (all ranks): first of all, so that a run that was ended after a save makes up for it
+        step = progress["step"]
+        is_last = step >= args.train_steps
+        is_due = is_last or (step and args.eval_every and step % args.eval_every == 0)
+        if tasks.held_out and (is_due or (step == 0 and args.eval_first)):
+            enter(watch, "evaluation")
+            for _, wait in pending.groups if pending else ():
+                wait()  # or new weights would answer what was asked of the old
+            if link:
+                update_server(link, model, step, probe, ranks)
+            evaluation = evaluate(sampler, tasks, args, ranks)
+            progress["best_accuracy"] = max(evaluation["eval/accuracy"], progress["best_accuracy"] or 0.0)
+            for track in trackers:
+                track({"step": step, **evaluation})
+            show_evaluation(console, step, evaluation, ranks)
+            enter(watch, "loop")
+            row_started = time.perf_counter()
+        if is_last:
+            break
+
+        # Generate and judge (all ranks)
+        probe_error = 0.0
+        if pending is None and not tasks.replayed:
+            with phase("sync"):
+                probe_error = update_server(link, model, step, probe, ranks) if link else 0.0
+            with phase("generate"):
+                pending = start_batch(sampler, tasks, progress["samples"], step, args, ranks)
+        if tasks.replayed:
+            groups = tasks.replayed[step + 1]
+            progress["samples"] = groups[-1].position + 1
+        else:
+            groups, progress["samples"] = roll_out(pending, sampler, tasks, args, ranks, phase)
+        with phase("reward"):
+            log_rollouts(groups, step + 1, args, ranks, unwritten)
+        pending = None
+        if link and ranks.is_main:
+            check_server(link)
+        if args.async_depth and step + 1 < args.train_steps:  # the next batch is generated during the update
+            with phase("sync"):
+                probe_error = update_server(link, model, step, probe, ranks)
+            with phase("generate"):
+                pending = start_batch(sampler, tasks, progress["samples"], step, args, ranks)
+
+        # Advantages, and micro-batches for each rank, as many on each
+        chosen = choose_groups(groups, args.zero_variance, num_wanted)
+        sequences = to_sequences(chosen, args.loss, args.mask_truncated)
+        hands = deal(sequences, ranks.world_size, args.micro_batch_tokens)
+        batches = [collate(hand, ranks.device) for hand in hands[ranks.rank]]
+        with phase("logprob"):
+            add_old_logprobs(model, ref_model, batches, args)
+
+        # Updates: forward and backward, reduced with the last micro-batch; clip and step (all ranks)
+        totals, updates = torch.zeros(6 + RATIO_BINS, dtype=torch.float64, device=ranks.device), []
+        lr = learning_rate(step, args.train_steps, args.warmup_steps, args.max_lr, args.min_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for _ in range(args.updates_per_batch):
+            with phase("train"):
+                loss_sum.zero_()
+                count.zero_()
+                for micro, batch in enumerate(batches):
+                    is_reduced = args.reduce_every_micro_batch or micro == len(batches) - 1
+                    model.set_requires_gradient_sync(is_reduced)  # else whole gradients add up on each rank
+                    loss = micro_batch_loss(model, batch, args, totals)
+                    loss.backward()
+                    loss_sum += loss.detach()  # read at the sync point only
+                    count += loss_denominator(batch, args.loss)
+            with phase("checkpoint"):
+                wait_for_copy(saver)  # the update would change what is being copied
+            with phase("train"):
+                update_loss, update_count, grad_norm, votes = reduce_stats(
+                    model, loss_sum, count, num_replicas, watch.votes)
+                # Without anything to train on the norm is 0/0, and the update is left out
+                is_skipped = clip_and_step(optimizer, grad_norm, update_count, args.grad_clip)
+                updates.append(torch.stack([is_skipped, update_loss, grad_norm]))
+                optimizer.zero_grad()
+                stop = agreed_stop(watch, votes)
+
+        # Count
+        with phase("train"):
+            values = torch.cat([all_sum(totals), *updates]).tolist()  # sync point
+        progress["step"] += 1
+        progress["tokens"] += sum(len(s.ids) - s.num_prompt for s in sequences)
+        note_updates([values[i:i + 3] for i in range(len(totals), len(values), 3)], len(sequences), progress)
+        console.bar.update()
+        note_step(watch, progress["step"], saver.seconds)
+        is_last = progress["step"] == args.train_steps
+        is_save = is_last or stop or progress["step"] % args.checkpoint_interval == 0
+
+        # Log
+        is_skipped, loss_value, norm_value = values[-3:]
+        seconds, row_started = time.perf_counter() - row_started, time.perf_counter()
+        num_generated = sum(len(c.ids) for group in groups for c in group.completions)
+        row = {
+            "step": progress["step"], "samples": progress["samples"], **rollout_metrics(groups, step),
+            "rollout/groups": len(chosen), "train/loss": 0.0 if is_skipped else loss_value, "train/lr": lr,
+            "train/grad_norm": 0.0 if is_skipped else norm_value,
+            "train/skipped_updates": progress["skipped_updates"], "train/tokens": progress["tokens"],
+            **update_stats(values[:len(totals)]), "sync/probe_error": probe_error,
+            "perf/completion_tokens_per_s": num_generated / seconds,
+            "perf/peak_mem_gib": peak_memory_gib(ranks.device), "time/step_s": seconds,
+            **{f"time/{key}_s": times.get(key, 0.0) for key in PHASES},
+        }
+        times.clear()
+        for track in trackers:
+            track(row)
+        console.show(row, args.train_steps)
+        if ranks.is_main and args.log_level == "DEBUG":
+            console.say(tasks.tokenizer.decode(groups[0].prompt_ids + groups[0].completions[0].ids))
+
+        # Save (all ranks)
+        if is_save:
+            with phase("checkpoint"):
+                start = functools.partial(
+                    start_save, saver, checkpoint_tensors(model, optimizer, ranks), progress,
+                    dict(files) if ranks.is_main else {}, ranks)
+                if is_last or stop:
+                    save_before_end(saver, start)
+                else:
+                    start()
+                if not args.async_checkpoint:
+                    finish_save(saver)
+        if stop and not is_last:
+            console.close()
+            close_watch(watch)
+            leave_stopped(stop, watch.codes[stop], saver, ranks)
+
+    # End -------------------------------------------------------------------------------------
+    console.close()
+    release_signals(watch)  # everything is saved: from here on they end this process at once
+    enter(watch, "export")
+    exported = None
+    if args.export:
+        parts = hf_parts(model, tasks.tokenizer) if ranks.is_main else None
+        exported = export_model(args, model, parts, ranks, folder, dtype)
+    torch.distributed.barrier()
+    close_watch(watch)
+    torch.distributed.destroy_process_group()  # rank 0 works alone from here: the others must not time out
+    if not ranks.is_main:
+        return
+    error = verify_export(*exported, args.trust_remote_code) if exported else None
+    write_summary(run_dir, progress, row | evaluation, time.perf_counter() - started)
+    for line in closing_lines(args, run_dir, error):
+        say(line)
+
+
+if __name__ == "__main__":
+    run_and_report(saves_memory="lower --micro-batch-tokens or --logprob-chunk-tokens")
