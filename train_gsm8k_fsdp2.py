@@ -2623,9 +2623,8 @@ def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remot
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code).eval()
     with torch.no_grad():
         logits = model(input_ids.cpu(), use_cache=False).logits.float()
-    expected = expected.cpu().float()
-    error = float((logits - expected).abs().max() / expected.abs().max())
-    bound = 1e-4 if model.dtype == torch.float32 else 5e-2
+    error = float((logits - expected.cpu().float()).abs().max() / expected.abs().max())
+    bound = 1e-4 if model.dtype == expected.dtype == torch.float32 else 5e-2
     if not error <= bound:
         raise UserError(
             f"{folder}: the exported model's logits differ from the trained model's by {error:.1e} of the "
