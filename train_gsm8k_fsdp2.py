@@ -127,6 +127,8 @@ def add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     add("--vllm-timeout", type=float, metavar="SECONDS", default=300.0,
         help="for a request, retries included")
     add("--sync-timeout", type=float, metavar="SECONDS", default=120.0, help="for sending weights to vLLM")
+    add("--sync-backend", choices=["nccl", "gloo"], help="for the same; if not given: nccl on GPUs. gloo where "
+        "vLLM shares the trainer's GPU or runs on a CPU")
     add("--concurrency", type=int, default=4, help="requests under way from each process, one a question")
     add("--async-depth", type=int, choices=[0, 1], default=0, help="1: the next batch is generated while "
         "this one trains, with weights one step older")
@@ -1474,6 +1476,8 @@ def clip_and_step(optimizer: torch.optim.AdamW, grad_norm: Tensor, count: Tensor
 # 6. Rollouts: local, from vLLM, from a file
 
 ROLLOUT_LOG = "fsdp2_gsm8k_rollouts.rank{rank}.jsonl"
+ROLLOUT_ROW = {"step": int, "position": int, "sample": int, "question": int, "version": int, "reward": float,
+               "correct": bool, "finish": str, "prompt_ids": list, "completion_ids": list, "logprobs": list}
 NUM_REFILLS = 4  # rounds of further questions that --zero-variance refill asks for in a step, at the most
 
 
@@ -1523,8 +1527,9 @@ def draw_tokens(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Te
     if temperature == 0:
         tokens = logprobs.argmax(-1)
     else:
-        cumulative = logprobs.exp().cumsum(-1)
-        found = torch.searchsorted(cumulative, (uniform[:, None] * cumulative[:, -1:]), right=True)
+        # fp64: where a GPU's scan joins its blocks, fp32 would now and then step on an impossible token.
+        cumulative = logprobs.double().exp().cumsum(-1)
+        found = torch.searchsorted(cumulative, uniform[:, None].double() * cumulative[:, -1:], right=True)
         tokens = found[:, 0].clamp(max=logits.shape[-1] - 1)  # the product may round up to the sum
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
@@ -1540,7 +1545,7 @@ def share_parameters(model: nn.Module, generator: nn.Module) -> None:
     for name, param in model.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
         generator.get_submodule(owner)._parameters[leaf] = param
-    for name, buffer in model.named_buffers():
+    for name, buffer in model.named_buffers(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
         generator.get_submodule(owner)._buffers[leaf] = buffer
 
@@ -1750,29 +1755,50 @@ def rollout_rows(groups: list[Group], step: int) -> Iterator[dict]:
 def read_rollouts(path: Path) -> dict[int, list[Group]]:
     """{step: groups in the order of their positions} from the logs of all ranks of a run; of a step that was
     repeated after a resume, the later one. Raises UserError."""
+    pattern = re.sub(r"rank\d+", r"rank\\d+", re.escape(path.name))
     found: dict[int, dict[int, dict[int, dict]]] = {}
-    for log in sorted(path.parent.glob(re.sub(r"rank\d+", "rank*", path.name))):
+    for log in sorted(log for log in path.parent.iterdir() if re.fullmatch(pattern, log.name)):
         for row in rollout_log(log):
             found.setdefault(row["step"], {}).setdefault(row["position"], {})[row["sample"]] = row
+    if not found:
+        raise UserError(f"{path} holds no rollouts")
+    for step, by_position in found.items():
+        size = max(map(len, by_position.values()))
+        for position, samples in by_position.items():
+            if sorted(samples) != list(range(size)):
+                raise UserError(f"{path}: step {step}, position {position} holds {len(samples)} of {size} "
+                                "completions")
     return {step: [group_of(by_position[position]) for position in sorted(by_position)]
             for step, by_position in found.items()}
 
 
 def rollout_log(path: Path) -> list[dict]:
+    """The rows of one rank's log that count. Raises UserError."""
     rows: list[dict] = []
-    with path.open() as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                place = row["step"], row["position"], row["sample"]
-            except (ValueError, KeyError, TypeError) as error:
+                if row.get("resumed"):
+                    rows = [earlier for earlier in rows if earlier["step"] <= row["step"]]
+                    continue
+                wrong = [key for key, kind in ROLLOUT_ROW.items() if type(row[key]) is not kind]
+                if wrong or not 0 < len(row["completion_ids"]) == len(row["logprobs"]):
+                    raise ValueError(f"{', '.join(wrong) or 'logprobs'} is not what a run writes")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 message = f"{path}:{number}: not a row of a rollout log ({first_line(error)})"
                 raise UserError(message) from error
-            # Back to an earlier place: resumed, and what stands behind it was done again.
-            while rows and place <= (rows[-1]["step"], rows[-1]["position"], rows[-1]["sample"]):
-                rows.pop()
             rows.append(row)
     return rows
+
+
+def mark_resumed(run_dir: Path, step: int, ranks: Ranks) -> None:
+    """Say in this rank's log, and rank 0 in those of ranks that are no more, that what stands there behind
+    `step` is done again."""
+    for path in run_dir.glob(ROLLOUT_LOG.format(rank="*")):
+        rank = int(re.search(r"rank(\d+)", path.name)[1])
+        if rank == ranks.rank or (ranks.is_main and rank >= ranks.world_size):
+            append_lines(path, {"step": step, "resumed": True}, unwritten=[])
 
 
 def group_of(rows: dict[int, dict]) -> Group:
@@ -1898,6 +1924,7 @@ class WeightLink:
     server: Server
     timeout_s: float
     dtype: torch.dtype  # that the trainer computes in
+    device: torch.device  # that tensors are sent from
     group: object = None
     store: object = None
     pool: ThreadPoolExecutor | None = None
@@ -1918,14 +1945,15 @@ def rpc(link: WeightLink, method: str, *args: object, timeout_s: float | None = 
 
 def open_link(args: Namespace, server: Server, dtype: torch.dtype, ranks: Ranks) -> WeightLink:
     """Join vLLM's workers in a group (rank 0). Raises UserError."""
-    link = WeightLink(server, args.sync_timeout, dtype)
+    backend = args.sync_backend or ("nccl" if ranks.device.type == "cuda" else "gloo")
+    device = ranks.device if backend == "nccl" else torch.device("cpu")
+    link = WeightLink(server, args.sync_timeout, dtype, device)
     if not ranks.is_main:
         return link
     request(server, "/resume", {})  # a trainer that died in a push may have left it paused
     rpc(link, "weights_version")  # before anybody waits for anybody: is the extension there?
     num_workers = request(server, "/get_world_size")["world_size"]
     timeout = timedelta(seconds=args.sync_timeout)
-    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     address = local_address(server.host, server.port)
     link.store = torch.distributed.TCPStore(
         "0.0.0.0", 0, is_master=True, timeout=timeout, wait_for_workers=False)
@@ -1958,7 +1986,7 @@ def push_weights(link: WeightLink, model: nn.Module, version: int, ranks: Ranks)
                 sent += send_unit(link, model, names, call)
             module.reshard()
         if ranks.is_main:
-            end = torch.zeros(1, dtype=torch.int64, device=ranks.device)
+            end = torch.zeros(1, dtype=torch.int64, device=link.device)
             broadcast(link.group, end, link.timeout_s, call)
             swap(link, call, sent, version)
     except RuntimeError as error:
@@ -1986,7 +2014,7 @@ def send_unit(link: WeightLink, model: nn.Module, names: list[str], call: Future
     tensors = list(hf_tensors(model, gathered, model.get_parameter(names[0]).dtype))
     layout = [(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
               for name, tensor in tensors]
-    data = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in tensors])
+    data = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in tensors]).to(link.device)
     header = torch.tensor(list(json.dumps(layout).encode()), dtype=torch.uint8, device=data.device)
     for part in (header, data):
         size = torch.tensor([part.numel()], dtype=torch.int64, device=data.device)
@@ -2089,11 +2117,11 @@ def policy_loss(kind: str, logprobs: Tensor, batch: dict[str, Tensor], clip: tup
         gspo     as grpo, with the sequence's ratio                               arXiv:2507.18071, eq. 5
     """
     sequence, advantages = batch["sequence"], batch["advantages"]
-    lengths = torch.bincount(sequence, minlength=int(batch["num_sequences"])).clamp(min=1)
     log_ratio = logprobs - batch["old_logprobs"]
+    nothing = log_ratio.new_zeros(int(batch["num_sequences"]))
+    lengths = nothing.index_add(0, sequence, torch.ones_like(log_ratio))  # bincount would synchronise
     if kind == "gspo":
-        log_ratio = log_ratio.new_zeros(len(lengths)).index_add(0, sequence, log_ratio) / lengths
-        log_ratio = log_ratio[sequence]
+        log_ratio = (nothing.index_add(0, sequence, log_ratio) / lengths)[sequence]
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
     tokens = -batch["weights"] * torch.minimum(ratio * advantages, clipped * advantages)
@@ -2126,10 +2154,11 @@ class Sequence:
 
 
 def choose_groups(groups: list[Group], zero_variance: str, wanted: int) -> list[Group]:
-    """Those to train on: all, or up to `wanted` whose rewards differ, in the order of positions."""
+    """Those to train on: all, or those whose rewards differ; of refilled ones the first `wanted`."""
     if zero_variance == "keep":
         return groups
-    return [group for group in groups if has_variance(group)][:wanted]
+    differing = [group for group in groups if has_variance(group)]
+    return differing[:wanted] if zero_variance == "refill" else differing
 
 
 def to_sequences(groups: list[Group], loss: str, mask_truncated: bool) -> list[Sequence]:
@@ -2210,14 +2239,16 @@ def micro_batch_loss(model: nn.Module, batch: dict[str, Tensor], args: Namespace
     loss, found = policy_loss(args.loss, logprobs, batch, (args.clip_low, args.clip_high), args.kl_coef,
                               args.max_new_tokens)
     with torch.no_grad():
-        counted, log_ratio = batch["counted"], logprobs - batch["sampler_logprobs"]
+        counted = batch["counted"]
+        log_ratio = (logprobs - batch["sampler_logprobs"]).nan_to_num(nan=0.0)  # an index, below
         mismatch = batch["old_logprobs"] - batch["sampler_logprobs"]
         to_ref = batch.get("ref_logprobs", logprobs) - logprobs
         each = torch.stack([torch.ones_like(counted), entropy, found["clipped"],
-                            mismatch.exp() - mismatch - 1, mismatch.exp() > args.tis_cap, to_ref.exp() - to_ref - 1])
+                            mismatch.exp() - mismatch - 1, mismatch.exp() > (args.tis_cap or math.inf), to_ref.exp() - to_ref - 1])
         sums = (each * counted).sum(1)
         where = ((log_ratio.clamp(-1, 1) + 1) / 2 * (RATIO_BINS - 1)).round().long()
-        totals += torch.cat([sums, torch.bincount(where, counted, minlength=RATIO_BINS)]).to(totals.dtype)
+        totals[:len(sums)] += sums
+        totals[len(sums):].index_add_(0, where, counted.to(totals.dtype))
     return loss
 
 
@@ -2889,9 +2920,9 @@ class Console:
 def open_console(args: Namespace, step: int, ranks: Ranks) -> Console:
     wants_panel = args.logger == "rich" and ranks.is_main and importlib.util.find_spec("rich")
     bar = open_bar(args.train_steps, step, ranks)
+    bar.disable = bar.disable or args.logger == "none" or bool(wants_panel)
     if wants_panel:
         from rich.live import Live
-        bar.disable = True  # two things that redraw themselves do not share a terminal
         live = Live(auto_refresh=False, transient=False)
         live.start()
         return Console(bar, args.logger, args.log_level, live)
@@ -2972,8 +3003,11 @@ def judge(tokenizer, completion: Completion, gold: Fraction) -> bool:
 def majority_is_right(tokenizer, completions: list[Completion], gold: Fraction) -> bool:
     """Whether the most frequent answer is right (Wang et al. 2022, arXiv:2203.11171); of equally frequent
     ones the first counts, and no answer is none."""
-    texts = [tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
-    answers = [parse_number(final_answer(text) or "") for text in texts]
+    answers = []
+    for completion in completions:
+        text = tokenizer.decode(completion.ids, skip_special_tokens=True)
+        cut = "" if completion.finish == "stop" else "…"  # as in `reward`
+        answers.append(parse_number(final_answer(text + cut) or ""))
     counts = Counter(answer for answer in answers if answer is not None)
     return bool(counts) and counts.most_common(1)[0][0] == gold
 
@@ -2982,9 +3016,9 @@ def majority_is_right(tokenizer, completions: list[Completion], gold: Fraction) 
 # 12. Training
 
 def load_policy(args: Namespace, folder: Path, mesh: torch.distributed.DeviceMesh, dtype: torch.dtype,
-                ranks: Ranks) -> tuple[nn.Module, dict[str, str]]:
+                ranks: Ranks, master: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, str]]:
     """A sharded model without its weights, and its ties: shapes, then shards, then memory (all ranks)."""
-    model = build_model(args, folder)
+    model = build_model(args, folder, master)
     attach_logprobs(model, args.logprob_chunk_tokens)
     shard_model(model, args, mesh, dtype)
     ties = materialise(model, ranks.device, args.cpu_offload)
@@ -2998,7 +3032,7 @@ def load_reference(args: Namespace, folder: Path, mesh: torch.distributed.Device
     """The first model, frozen and sharded, for --kl-coef (all ranks)."""
     if not args.kl_coef:
         return None
-    model, ties = load_policy(args, folder, mesh, dtype, ranks)
+    model, ties = load_policy(args, folder, mesh, dtype, ranks, master=dtype)  # no updates: no fp32 needed
     model.requires_grad_(False)
     load_hf_weights(model, folder, args.trust_remote_code, ranks)
     prove_filled(model, ties)
@@ -3229,6 +3263,7 @@ def main() -> None:
     link = open_link(args, sampler.server, dtype, ranks) if sampler.server else None
 
     files = write_record(run_dir, args, ranks)
+    mark_resumed(run_dir, progress["step"], ranks)
     saver = open_checkpoints(args, ranks)
     trackers = open_trackers(args, ranks)
     for line in [*describe_model(model, optimizer), *describe_tasks(tasks, args, ranks)]:
@@ -3382,6 +3417,8 @@ def main() -> None:
     release_signals(watch)  # everything is saved: from here on they end this process at once
     enter(watch, "export")
     exported = None
+    if link and ranks.is_main:
+        rpc(link, "close_weights")
     if args.export:
         parts = hf_parts(model, tasks.tokenizer) if ranks.is_main else None
         exported = export_model(args, model, parts, ranks, folder, dtype)
