@@ -1,7 +1,8 @@
 """Draw metrics of runs against optimizer steps: python tools/plot_metrics.py RUN [RUN …] --out curve.png
 
-Each KEY of --keys gets a line per run, train/loss and eval/loss if none is named; of a step that was logged
-twice (resumed runs), the later row counts. Needs matplotlib (pip install matplotlib).
+Each KEY of --keys gets a line per run, train/loss and eval/loss if none is named, and a band where the run also
+has KEY_low and KEY_high; of a step that was logged twice (resumed runs), the later row counts. Needs matplotlib
+(pip install matplotlib).
 """
 
 import argparse
@@ -41,10 +42,13 @@ def main() -> None:
                 label = key if len(args.runs) == 1 else f"{run.name} {key}"
                 sparse = len(series) < 25
                 axes.plot(list(series), list(series.values()), marker="o" if sparse else "", label=label)
+                low, high = read_series(run, f"{key}_low"), read_series(run, f"{key}_high")
+                if low.keys() == high.keys() == series.keys():
+                    axes.fill_between(list(series), list(low.values()), list(high.values()), alpha=0.15)
                 drawn += 1
     if not drawn:
         sys.exit(f"plot_metrics.py: error: no row has {' or '.join(args.keys)}")
-    unit = "nats per token" if args.keys[0].endswith("loss") else ""
+    unit = "nats per token" if args.keys[0].endswith("loss") else args.keys[0]
     axes.set(xlabel="optimizer steps", ylabel=unit, title=args.title)
     axes.grid(alpha=0.3)
     axes.legend()
