@@ -869,7 +869,8 @@ def render_prompt(tokenizer, question: str, system_prompt: str, style: str) -> l
         return list(tokenizer.apply_chat_template(
             [*system, {"role": "user", "content": question}], add_generation_prompt=True, return_dict=False))
     except Exception as error:  # jinja's raise_exception: some templates know no system turn
-        hint = "; without a system turn: --system-prompt ''" if system else "; pass another --chat-template"
+        hint = ("; without a system turn: --system-prompt ''" if system and tokenizer.chat_template
+                else "; pass a --chat-template, or --prompt-format plain")
         raise UserError(f"the chat template refuses the prompt ({first_line(error)}){hint}") from error
 
 
@@ -1660,7 +1661,10 @@ def complete(server: Server, prompt_ids: list[int], n: int, seed: int, sampling:
     """n completions of a prompt, token ids in and out. Raises UserError."""
     body = {"model": server.model, "prompt": prompt_ids, "n": n, "seed": seed, "logprobs": 0,
             "temperature": sampling.temperature, "max_tokens": sampling.max_new_tokens,
-            "stop_token_ids": sampling.ends, "return_token_ids": True, "skip_special_tokens": False}
+            "stop_token_ids": sampling.ends, "return_token_ids": True, "skip_special_tokens": False,
+            # What a request leaves out, vLLM takes from the model's generation_config.json; 0 is no top_k.
+            "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+            "frequency_penalty": 0.0}
     for _ in range(5):
         choices = request(server, "/v1/completions", body)["choices"]
         if all(choice["finish_reason"] in ("stop", "length") for choice in choices):

