@@ -1111,17 +1111,19 @@ def head_options(model: nn.Module) -> dict[str, float]:
 def to_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0, cap: float = 0.0,
               temperature: float = 1.0) -> Tensor:
     """Logits over the temperature, in fp32. (N, D), (V, D), (V,) -> (N, V)."""
-    logits = F.linear(hidden, weight, bias).float() * scale
+    logits = F.linear(hidden, weight, bias).float()
+    if scale != 1:  # each of these is a pass over the largest tensor there is
+        logits = logits * scale
     if cap:
         logits = cap * torch.tanh(logits / cap)
-    return logits / temperature
+    return logits if temperature == 1 else logits / temperature
 
 
 def token_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """log p(target) and the distribution's entropy, without gradient. (N, V), (N,) -> (N,), (N,)."""
     logprobs = torch.log_softmax(logits, dim=-1)
     with torch.no_grad():
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        entropy = -logprobs.exp().mul_(logprobs).sum(-1)
     return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
 
@@ -1153,8 +1155,10 @@ class ChunkedLogprobs(torch.autograd.Function):
             with torch.enable_grad():
                 leaves = [tensor.detach().requires_grad_() for tensor in (hidden[rows], *params)]
                 logits = ctx.to_logits(leaves[0], leaves[1], leaves[2] if bias is not None else None)
-                logprobs = torch.log_softmax(logits, dim=-1).gather(-1, targets[rows][:, None])[:, 0]
-            grad_hidden[rows], *grads = torch.autograd.grad(logprobs, leaves, grad_logprobs[rows])
+            # Of log p(target): one-hot(target) - softmax, without the zeros that gather's backward would make.
+            grad, column = grad_logprobs[rows][:, None], targets[rows][:, None]
+            grad_logits = torch.softmax(logits.detach(), dim=-1).mul_(-grad).scatter_add_(1, column, grad)
+            grad_hidden[rows], *grads = torch.autograd.grad(logits, leaves, grad_logits)
             for total, grad in zip(sums, grads):
                 total += grad
         grad_params = [total.to(weight.dtype) for total in sums]
@@ -1913,7 +1917,8 @@ def broadcast(group: torch.distributed.ProcessGroup, tensor: Tensor, timeout_s: 
     work, deadline = group.broadcast([tensor], options), time.monotonic() + timeout_s
     while call is not None and not work.is_completed():
         if call.done():
-            raise RuntimeError(f"vLLM's workers left the transfer with {call.result()}")
+            call.result()  # raises if it failed; else they have everything, and this end sees it in a moment
+            break
         if time.monotonic() > deadline:
             raise RuntimeError(f"no progress for {timeout_s:.0f} s")
         time.sleep(1e-4)
