@@ -14,9 +14,9 @@ LEARNING_RATE = 5e-3
 def make_policy(folder, tied=False, seed=0):
     """Save a Qwen2 of 64 x 2 layers with its tokenizer to `folder`; returns `folder`. Takes about 2 seconds.
 
-    A token is a character, or ####. EOS is also the padding, and a BOS of its own is put in front of each text.
-    Nearly all completions are "#### d" and EOS, in a third of them with "so " in front; each digit d has about
-    the same chance.
+    A token is a character, or ####. EOS is also the padding, and a BOS of its own is put in front of each
+    text. Nearly all completions are "#### d" and EOS, some of them with "so " in front; each digit d has
+    about the same chance.
     """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -44,7 +44,8 @@ def make_digit_tokenizer(folder):
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     letters = sorted(byte_level.pre_tokenize_str(letter)[0][0] for letter in string.printable)
     tokens = [EOS, BOS, *letters, "##", "####"]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [("#", "#"), ("##", "##")]))
+    numbers = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(numbers, [("#", "#"), ("##", "##")]))
     tokenizer.pre_tokenizer, tokenizer.decoder = byte_level, decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokens.index(BOS))])
@@ -74,14 +75,16 @@ def teach(model, tokenizer, rng, steps=100, batch=32):
         optimizer.zero_grad()
 
 
-def make_questions(folder, num_train=64, num_test=16):
-    """Write train.jsonl and test.jsonl: sums of one digit, in GSM8K's form; returns `folder`."""
+def make_questions(folder, num_train=64, num_test=16, sums=range(10)):
+    """Write train.jsonl and test.jsonl: sums of one digit, in GSM8K's form; returns `folder`.
+
+    Ten sums take a policy hundreds of steps; with two of them it is at 50 % right after 40."""
     rng, folder = random.Random(0), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", num_train), ("test", num_test)):
         with open(folder / f"{split}.jsonl", "w") as file:
             for _ in range(count):
-                total = rng.randint(0, 9)
+                total = rng.choice(sums)
                 a = rng.randint(0, total)
                 row = {"question": f"{a}+{total - a}?", "answer": f"{a}+{total - a}={total}\n#### {total}"}
                 file.write(json.dumps(row) + "\n")
