@@ -3,14 +3,18 @@
 The policy answers with any digit (grpo_models.py), so that groups of answers earn different rewards.
 """
 
+import contextlib
+import fcntl
 import json
 import math
 import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -769,17 +773,31 @@ def test_loggers_and_levels(place):
 
 @slow
 def test_rich_panel(place):
-    """With the package every metric of the step, without it a bar, which is silent where no terminal is."""
+    """On a terminal it is drawn anew each step; without the package there is a bar."""
     pytest.importorskip("rich")
     args = list(map(str, flags(place, "panel", 1, "--train-steps", 2, "--no-export", "--logger", "rich")))
-    out = quick_run(args, script=SCRIPT).stdout
-    assert "step 2 of 2" in out and "reward_mean" in out and not re.search(r"^step +\d+/2 ", out, re.M)
+    shown = on_terminal([str(REPO / SCRIPT), *args])
+    assert all(text in shown for text in ("step 1 of 2", "step 2 of 2", "reward_mean", "time"))
+    assert shown.index("step 1 of 2") < shown.index("step 2 of 2") and not re.search(r"step +\d+/2 ", shown)
     program = ("import runpy, sys; sys.modules['rich'] = None\n"
                f"sys.argv = {[str(REPO / SCRIPT), *args, '--checkpoint-dir', str(place / 'no_panel')]}\n"
                "runpy.run_path(sys.argv[0], run_name='__main__')")
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", program], env=env, text=True, capture_output=True,
-                            timeout=200, check=False)
-    assert result.returncode == 0 and "checkpoint " in result.stdout, result.stderr
-    assert "reward_mean" not in result.stdout
+    shown = on_terminal(["-c", program])
+    assert "training: 100%" in shown and "2/2" in shown and "reward_mean" not in shown
     assert_same_rows(steps_of(place / "no_panel"), steps_of(place / "panel"))
+
+
+def on_terminal(command):
+    """All that a Python command shows on a terminal of 40 lines of 110 columns; it must end with 0."""
+    ours, its = os.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 110, 0, 0))
+    env = {key: value for key, value in os.environ.items() if key not in TORCHRUN_VARIABLES}
+    process = subprocess.Popen([sys.executable, *command], stdin=its, stdout=its, stderr=its,
+                               env=env | {"OMP_NUM_THREADS": "1", "TERM": "xterm"}, start_new_session=True)
+    os.close(its)
+    shown = b""
+    with open(ours, "rb", buffering=0) as terminal, contextlib.suppress(OSError):  # EIO: closed by its end
+        while piece := terminal.read(1 << 16):
+            shown += piece
+    assert process.wait(60) == 0, shown
+    return shown.decode()
