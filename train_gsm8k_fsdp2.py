@@ -2893,10 +2893,10 @@ def mean(values: list) -> float:
 
 
 def format_row(row: dict, total_steps: int) -> str:
-    """One fixed-width line a step."""
+    """One fixed-width line a step. Not the loss: on-policy it is 0 whatever is learnt."""
     return (f"step {row['step']:>6,}/{total_steps:,}  reward {row['rollout/reward_mean']:6.3f}  right "
-            f"{row['rollout/accuracy']:6.1%}  length {row['rollout/length_mean']:6.1f}  loss "
-            f"{row['train/loss']:8.4f}  norm {row['train/grad_norm']:7.3f}  "
+            f"{row['rollout/accuracy']:6.1%}  length {row['rollout/length_mean']:6.1f}  entropy "
+            f"{row['train/entropy']:6.3f}  norm {row['train/grad_norm']:7.3f}  "
             f"{row['time/step_s']:6.2f} s (generate {row['time/generate_s']:.2f}, train "
             f"{row['time/train_s']:.2f}, sync {row['time/sync_s']:.2f})")
 
