@@ -10,8 +10,8 @@
 #
 # Environment:
 #   VLLM_PYTHON=FOLDER/bin/python   the Python that has vLLM; default: the one that trains
-#   VLLM_GPUS=0,1              the server's GPUs, tensor parallel over them, as in CUDA_VISIBLE_DEVICES; default:
-#                              the first one. The rest of CUDA_VISIBLE_DEVICES, or of all, trains
+#   VLLM_GPUS=0,1              the server's GPUs, named as in CUDA_VISIBLE_DEVICES, tensor parallel over them;
+#                              default: the first one. The rest of CUDA_VISIBLE_DEVICES, or of all, trains
 #   VLLM_PORT=8001             the server's port; default: the flag --vllm-port, which is 8000
 #   VLLM_DTYPE=float16         what the server computes in; default bfloat16, on the CPU float32
 #   VLLM_ARGS="--max-num-seqs 64 --gpu-memory-utilization 0.8"    further flags of the server
@@ -20,8 +20,8 @@
 #   DRY_RUN=1                  print both commands and stop
 #
 # The exit code is the training's. SIGTERM, SIGINT and SIGUSR1 go to the training, which finishes its step and
-# saves; then the server ends. Its output is in RUN/vllm.log. It listens on 127.0.0.1 only: whoever reaches its
-# port can replace its weights.
+# saves; then the server ends. Its output is in RUN/vllm.log. It listens on 127.0.0.1 only: whoever reaches
+# its port can replace its weights.
 set -euo pipefail
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)

@@ -1,6 +1,6 @@
 """A real vLLM server, models for it, and as a program a trainer that does nothing but push random weights.
 
-    VLLM_PYTHON=FOLDER/bin/python    the Python of an environment that has vLLM; without it the tests are skipped
+    VLLM_PYTHON=FOLDER/bin/python    the Python of an environment that has vLLM; without it tests are skipped
     RANK=0 WORLD_SIZE=1 … python tests/vllm_server.py MODEL PORT PUSHES RESULT.json [MODE]     see `push`
 """
 
@@ -9,6 +9,7 @@ import dataclasses
 import http.client
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +47,16 @@ def make_random_model(folder, shape, tied):
     set_random_weights(model, 0)
     model.save_pretrained(folder)
     return with_sampling_defaults(folder)
+
+
+def randomise(source, folder):
+    """A copy of a model with random weights."""
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(source, folder)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    set_random_weights(model, 0)
+    model.save_pretrained(folder)
 
 
 def with_sampling_defaults(folder):
@@ -91,15 +102,15 @@ def vllm_python():
 def launch(server):
     """Start it, as examples/run_gsm8k.sh does, and do not wait; returns it."""
     command = [
-        vllm_python(), "-m", "vllm.entrypoints.openai.api_server", "--model", server.model, "--host", "127.0.0.1",
-        "--port", server.port, "--dtype", "float32", "--max-model-len", 256, "--max-num-seqs", 64,
-        "--enforce-eager", "--kv-cache-memory-bytes", "64M", *server.flags]
+        vllm_python(), "-m", "vllm.entrypoints.openai.api_server", "--model", server.model,
+        "--host", "127.0.0.1", "--port", server.port, "--dtype", "float32", "--max-model-len", 256,
+        "--max-num-seqs", 64, "--enforce-eager", "--kv-cache-memory-bytes", "64M", *server.flags]
     env = os.environ | {
         "VLLM_SERVER_DEV_MODE": str(int(server.dev_mode)), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
     with open(server.log, "ab") as log:
-        server.process = subprocess.Popen(list(map(str, command)), env=env, stdin=subprocess.DEVNULL, stdout=log,
-                                          stderr=log, start_new_session=True)
+        server.process = subprocess.Popen(list(map(str, command)), env=env, stdin=subprocess.DEVNULL,
+                                          stdout=log, stderr=log, start_new_session=True)
     return server
 
 
@@ -138,7 +149,8 @@ def call(server, path, body=None, timeout=60):
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=timeout)
     try:
         data = None if body is None else json.dumps(body)
-        connection.request("GET" if body is None else "POST", path, data, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json"}
+        connection.request("GET" if body is None else "POST", path, data, headers)
         response = connection.getresponse()
         text = response.read().decode()
     finally:
@@ -182,9 +194,12 @@ def agreement(script, link, twin, seed):
     import torch
 
     error = shortfall = 0.0
-    jobs = [(prompt, temperature, link.server.pool.submit(
-        script.complete, link.server, prompt, 2 if temperature else 1, seed, script.Sampling(temperature, 12, [0])))
-        for prompt in PROMPTS for temperature in (0.0, 0.7)]
+    jobs = []
+    for prompt in PROMPTS:
+        for temperature, n in ((0.0, 1), (0.7, 2)):
+            sampling = script.Sampling(temperature, 12, [0])
+            job = link.server.pool.submit(script.complete, link.server, prompt, n, seed, sampling)
+            jobs.append((prompt, temperature, job))
     for prompt, temperature, job in jobs:
         for found in job.result():
             with torch.no_grad():
@@ -221,7 +236,7 @@ def die_in(script, mode):
 
 
 def push(model, port, pushes, result, mode=""):
-    """Push random weights `pushes` times, comparing the server with transformers after each; versions 1, 2, …
+    """Push random weights `pushes` times as versions 1, 2, …, and compare server and transformers each time.
 
     `mode` half, silent or paused: the last of one push more goes wrong there, see `die_in`. With a number as
     the mode, which is the server's process, memory is noted."""
