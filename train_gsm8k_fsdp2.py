@@ -127,8 +127,8 @@ def add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     add("--vllm-timeout", type=float, metavar="SECONDS", default=300.0,
         help="for a request, retries included")
     add("--sync-timeout", type=float, metavar="SECONDS", default=120.0, help="for sending weights to vLLM")
-    add("--sync-backend", choices=["nccl", "gloo"], help="for the same; if not given: nccl on GPUs. gloo where "
-        "vLLM shares the trainer's GPU or runs on a CPU")
+    add("--sync-backend", choices=["nccl", "gloo"], help="for the same; if not given: nccl on GPUs. gloo "
+        "where vLLM shares the trainer's GPU or runs on a CPU")
     add("--concurrency", type=int, default=4, help="requests under way from each process, one a question")
     add("--async-depth", type=int, choices=[0, 1], default=0, help="1: the next batch is generated while "
         "this one trains, with weights one step older")
@@ -271,10 +271,12 @@ def config_tokens(path: str, parser: argparse.ArgumentParser) -> list[str]:
 
 
 def usage_error(message: str) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(10)  # torchrun would end local rank 0, which has the same to say, before it has said it
+    else:
         for line in message.splitlines():
             print(f"{NAME}: error: {line}", file=sys.stderr)
-        print(f"{NAME}: --help lists all flags", file=sys.stderr)
+        print(f"{NAME}: --help lists all flags", file=sys.stderr, flush=True)
     sys.exit(2)
 # <<< shared: arguments
 
@@ -313,8 +315,8 @@ def find_common_problems(args: Namespace, positive: str, not_negative: str, sour
 def find_problems(args: Namespace) -> Iterator[str]:
     """Every argument that cannot work, before anything is downloaded, tokenised or started."""
     positive = ("batch_size max_prompt_tokens max_new_tokens rollout_batch concurrency vllm_timeout "
-                "vllm_port sync_timeout train_steps updates_per_batch micro_batch_tokens logprob_chunk_tokens "
-                "checkpoint_interval limit nproc hsdp_shard_size stall_timeout")
+                "vllm_port sync_timeout train_steps updates_per_batch micro_batch_tokens "
+                "logprob_chunk_tokens checkpoint_interval limit nproc hsdp_shard_size stall_timeout")
     not_negative = ("clip_low clip_high kl_coef tis_cap max_lr min_lr warmup_steps weight_decay grad_clip "
                     "format_reward keep_checkpoints eval_every eval_limit eval_samples max_restarts")
     yield from find_common_problems(args, positive, not_negative, "dataset model")
@@ -1155,7 +1157,7 @@ class ChunkedLogprobs(torch.autograd.Function):
             with torch.enable_grad():
                 leaves = [tensor.detach().requires_grad_() for tensor in (hidden[rows], *params)]
                 logits = ctx.to_logits(leaves[0], leaves[1], leaves[2] if bias is not None else None)
-            # Of log p(target): one-hot(target) - softmax, without the zeros that gather's backward would make.
+            # Of log p(target): one-hot - softmax, without the zeros that gather's backward would make.
             grad, column = grad_logprobs[rows][:, None], targets[rows][:, None]
             grad_logits = torch.softmax(logits.detach(), dim=-1).mul_(-grad).scatter_add_(1, column, grad)
             grad_hidden[rows], *grads = torch.autograd.grad(logits, leaves, grad_logits)
@@ -1826,13 +1828,21 @@ def has_variance(group: Group) -> bool:
 
 # A process group of its own joins rank 0 (its rank 0) and vLLM's workers (1 …). A push is a stream: for each
 # FSDP unit a header (JSON: names, dtypes, shapes) and one flat tensor of bytes, then an empty header. Workers
-# stage all of it in host memory, while requests go on with the old weights, and swap only when rank 0 says
-# that everybody has everything: a trainer that dies on the way changes nothing.
+# stage all of it in host memory (requests wait meanwhile) and swap only when rank 0 says that everybody has
+# everything: a trainer that dies on the way changes nothing.
 
 class WeightReceiver:
     """vLLM's end: `--worker-extension-cls train_gsm8k_fsdp2.WeightReceiver` adds these methods to each
     worker, and rank 0 calls them through /collective_rpc. They run in vLLM's processes, and use torch and
     what the worker has (`rank`, `device`, `reload_weights`, `get_model`)."""
+
+    def call_weights(self, method: str, *args: object) -> dict:
+        """One of the methods below; an error is an answer, too. vLLM reads no other worker's answer behind a
+        failure, nor any that comes after a timeout, and would take it for that of its next call, for ever."""
+        try:
+            return getattr(self, method)(*args) or {}
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {first_line(error)}"}
 
     def open_weights(self, host: str, port: int, world_size: int, backend: str, timeout_s: float) -> None:
         self.close_weights()
@@ -1940,16 +1950,18 @@ class WeightLink:
     version: int = -1  # of the weights that the server has
 
 
-def rpc(link: WeightLink, method: str, *args: object, timeout_s: float | None = None) -> list:
+def rpc(link: WeightLink, method: str, *args: object) -> list[dict]:
     """A method of `WeightReceiver` on every worker; their answers. Raises UserError."""
-    timeout_s = timeout_s or link.timeout_s
-    body = {"method": method, "args": list(args), "timeout": timeout_s}
+    body = {"method": "call_weights", "args": [method, *args]}  # no "timeout": see there
     try:
-        return request_once(link.server, "/collective_rpc", body, timeout_s + 5)["results"]
+        answers = request_once(link.server, "/collective_rpc", body, link.timeout_s + 5)["results"]
+        wrong = next((answer["error"] for answer in answers if "error" in answer), None)
     except (OSError, http.client.HTTPException) as error:
-        raise UserError(
-            f"{link.server.address} failed in {method} ({first_line(error)}): its log says why. If it runs, "
-            "it serves the weights that it had; the same command goes on from the newest checkpoint") from error
+        wrong = first_line(error)
+    if wrong:
+        raise UserError(f"{link.server.address} failed in {method} ({wrong}): its log says why. If it runs, "
+                        "it serves the weights that it had; the same command goes on from the newest checkpoint")
+    return answers
 
 
 def open_link(args: Namespace, server: Server, dtype: torch.dtype, ranks: Ranks) -> WeightLink:
@@ -2035,7 +2047,7 @@ def send_unit(link: WeightLink, model: nn.Module, names: list[str], call: Future
 def swap(link: WeightLink, call: Future, sent: int, version: int) -> None:
     """Rank 0: when all workers have everything, wait for running requests, change over, forget cached
     prompts, which hold keys and values of the old weights. Raises UserError."""
-    received = call.result(link.timeout_s)
+    received = call.result()
     if any(answer["tensors"] != sent for answer in received):
         raise UserError(f"{link.server.address} received {received} of {sent} tensors")
     patient = dataclasses.replace(link.server, timeout_s=link.timeout_s)
@@ -2173,7 +2185,9 @@ def choose_groups(groups: list[Group], zero_variance: str, wanted: int) -> list[
 def to_sequences(groups: list[Group], loss: str, mask_truncated: bool) -> list[Sequence]:
     if not groups:
         return []
-    advantages = group_advantages(torch.tensor([group.rewards for group in groups]), loss).tolist()
+    # fp64: near the mean (1.1 - 1.075) fp32 loses a part of the advantage's digits.
+    rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
+    advantages = group_advantages(rewards, loss).tolist()
     return [Sequence(group.prompt_ids + completion.ids, len(group.prompt_ids), completion.logprobs, advantage)
             for group, row in zip(groups, advantages) for completion, advantage in zip(group.completions, row)
             if completion.finish == "stop" or not mask_truncated]
@@ -2253,7 +2267,8 @@ def micro_batch_loss(model: nn.Module, batch: dict[str, Tensor], args: Namespace
         mismatch = batch["old_logprobs"] - batch["sampler_logprobs"]
         to_ref = batch.get("ref_logprobs", logprobs) - logprobs
         each = torch.stack([torch.ones_like(counted), entropy, found["clipped"],
-                            mismatch.exp() - mismatch - 1, mismatch.exp() > (args.tis_cap or math.inf), to_ref.exp() - to_ref - 1])
+                            mismatch.exp() - mismatch - 1, mismatch.exp() > (args.tis_cap or math.inf),
+                            to_ref.exp() - to_ref - 1])
         sums = (each * counted).sum(1)
         where = ((log_ratio.clamp(-1, 1) + 1) / 2 * (RATIO_BINS - 1)).round().long()
         totals[:len(sums)] += sums
@@ -2916,7 +2931,7 @@ class Console:
     def show(self, row: dict, total_steps: int) -> None:
         self.bar.set_postfix_str(f"right {row['rollout/accuracy']:.1%}")
         if self.live is not None:
-            self.live.update(panel_of(row, total_steps))
+            self.live.update(panel_of(row, total_steps), refresh=True)
         elif self.logger == "print":
             self.say(format_row(row, total_steps))
 

@@ -231,10 +231,12 @@ def config_tokens(path: str, parser: argparse.ArgumentParser) -> list[str]:
 
 
 def usage_error(message: str) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(10)  # torchrun would end local rank 0, which has the same to say, before it has said it
+    else:
         for line in message.splitlines():
             print(f"{NAME}: error: {line}", file=sys.stderr)
-        print(f"{NAME}: --help lists all flags", file=sys.stderr)
+        print(f"{NAME}: --help lists all flags", file=sys.stderr, flush=True)
     sys.exit(2)
 # <<< shared: arguments
 
