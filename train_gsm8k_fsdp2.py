@@ -1960,7 +1960,8 @@ def rpc(link: WeightLink, method: str, *args: object) -> list[dict]:
         wrong = first_line(error)
     if wrong:
         raise UserError(f"{link.server.address} failed in {method} ({wrong}): its log says why. If it runs, "
-                        "it serves the weights that it had; the same command goes on from the newest checkpoint")
+                        "it serves the weights that it had; the same command goes on from the newest "
+                        "checkpoint")
     return answers
 
 
