@@ -16,8 +16,9 @@ the runs of the median step after the first 2; CPU seconds summed over the proce
 async: --async-depth 1 against 0 with a vLLM server, each on a core of its own, where generating and training
 take about the same time.
 
-push: `push_weights` of 100 MB to a vLLM server, up to the server's use of them, against one bare broadcast of
-as many bytes between two processes over gloo; and where the push's time goes.
+push: `push_weights` of 100 MB to a vLLM server against one bare broadcast of as many bytes between two
+processes over gloo, and the push's parts: until the workers hold all of it (gathered block by block, sent,
+staged), then the change-over, most of which is vLLM's own loading and packing of weights.
 """
 
 import argparse
@@ -276,18 +277,19 @@ def push_repeatedly(folder: Path, port: int, pushes: int) -> None:
         finally:
             spent[key] = spent.get(key, 0.0) + time.perf_counter() - started
 
-    for name in ("send_unit", "swap"):
-        setattr(script, name, functools.partial(timed, name, getattr(script, name)))
+    script.send_unit = functools.partial(timed, "send_unit", script.send_unit)
     plain_rpc = script.rpc
     script.rpc = lambda link, method, *more: timed(method, plain_rpc, link, method, *more)
     for version in range(1, pushes + 1):
         spent.clear()
         torch.distributed.barrier()
         timed("push", script.push_weights, link, model, version, ranks)
-        whole, send, swap, load = (spent.get(key, 0.0)
-                                   for key in ("push", "send_unit", "swap", "swap_weights"))
-        rows.append({"push": whole, "gather": whole - send - swap, "send": send, "swap": load,
-                     "wait for the last bytes, pause, resume": swap - load})
+        # The call of receive_weights begins with the push, and ends when the workers hold everything.
+        whole, transfer, send, load = (spent.get(key, 0.0) for key in (
+            "push", "receive_weights", "send_unit", "swap_weights"))
+        rows.append({"whole push": whole, "until the workers hold all of it": transfer,
+                     "gather and wait": transfer - send, "send": send, "vLLM loads it": load,
+                     "pause, cache, resume": whole - transfer - load})
     if ranks.is_main:
         (folder / "pushes.json").write_text(json.dumps(rows))
     torch.distributed.barrier()
