@@ -1958,6 +1958,8 @@ def rpc(link: WeightLink, method: str, *args: object) -> list[dict]:
         wrong = next((answer["error"] for answer in answers if "error" in answer), None)
     except (OSError, http.client.HTTPException) as error:
         wrong = first_line(error)
+        if "call_weights" in wrong:
+            wrong = "it was started without --worker-extension-cls train_gsm8k_fsdp2.WeightReceiver"
     if wrong:
         raise UserError(f"{link.server.address} failed in {method} ({wrong}): its log says why. If it runs, "
                         "it serves the weights that it had; the same command goes on from the newest "
@@ -2149,7 +2151,7 @@ def policy_loss(kind: str, logprobs: Tensor, batch: dict[str, Tensor], clip: tup
     tokens = -batch["weights"] * torch.minimum(ratio * advantages, clipped * advantages)
     if kl_coef:
         difference = batch["ref_logprobs"] - logprobs
-        tokens = tokens + kl_coef * (difference.exp() - difference - 1)
+        tokens = tokens + kl_coef * (difference.expm1() - difference)
     if kind in ("grpo", "gspo"):
         tokens = tokens / lengths[sequence]
     elif kind == "dr_grpo":
@@ -2268,8 +2270,8 @@ def micro_batch_loss(model: nn.Module, batch: dict[str, Tensor], args: Namespace
         mismatch = batch["old_logprobs"] - batch["sampler_logprobs"]
         to_ref = batch.get("ref_logprobs", logprobs) - logprobs
         each = torch.stack([torch.ones_like(counted), entropy, found["clipped"],
-                            mismatch.exp() - mismatch - 1, mismatch.exp() > (args.tis_cap or math.inf),
-                            to_ref.exp() - to_ref - 1])
+                            mismatch.expm1() - mismatch, mismatch.exp() > (args.tis_cap or math.inf),
+                            to_ref.expm1() - to_ref])
         sums = (each * counted).sum(1)
         where = ((log_ratio.clamp(-1, 1) + 1) / 2 * (RATIO_BINS - 1)).round().long()
         totals[:len(sums)] += sums
