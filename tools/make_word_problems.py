@@ -153,12 +153,15 @@ def write_tokenizer(texts: list[str], folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     parser.add_argument("--num-train", type=int, default=8000, metavar="N", help="training problems (8000)")
     parser.add_argument("--num-test", type=int, default=400, metavar="N", help="test problems (400)")
     parser.add_argument("--seed", type=int, default=0, help="of the problems (0)")
     args = parser.parse_args()
+    for flag, number in (("--num-train", args.num_train), ("--num-test", args.num_test)):
+        if number < 1:
+            parser.error(f"{flag} must be at least 1, not {number}")
     train, test, sft = make_problems(args.num_train, args.num_test, args.seed)
     args.folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("train", train), ("test", test), ("sft", sft)):
