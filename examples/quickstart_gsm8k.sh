@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Reinforcement learning from nothing, on two CPU cores: makes word problems in GSM8K's format, lets a small
-# model learn from the answers of a careless teacher by SFT (train_llm.py), lets it find out by GRPO which of its
-# own answers are right (train_gsm8k_fsdp2.py), and draws its accuracy on problems that it never saw. No GPU, no
-# download of data or models. Started again, it leaves finished stages out and goes on where it stopped.
+# model learn from the answers of a careless teacher by SFT (train_llm.py), lets it find out by GRPO which of
+# its own answers are right (train_gsm8k_fsdp2.py), and draws its accuracy on problems that it never saw. No
+# GPU, no download of data or models. Started again, it leaves out what is finished and goes on from there.
 #
 # Usage:
 #   bash examples/quickstart_gsm8k.sh [ARGS...]           the training processes generate themselves

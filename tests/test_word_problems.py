@@ -1,4 +1,4 @@
-"""tools/make_word_problems.py: problems that are right, test problems that are new, digits that are tokens."""
+"""tools/make_word_problems.py: right answers, test problems that are new, a token for each digit."""
 
 import json
 import re
