@@ -1827,9 +1827,9 @@ def has_variance(group: Group) -> bool:
 # 7. Weights to vLLM
 
 # A process group of its own joins rank 0 (its rank 0) and vLLM's workers (1 …). A push is a stream: for each
-# FSDP unit a header (JSON: names, dtypes, shapes) and one flat tensor of bytes, then an empty header. Workers
-# stage all of it in host memory (requests wait meanwhile) and swap only when rank 0 says that everybody has
-# everything: a trainer that dies on the way changes nothing.
+# FSDP unit a header (JSON: names, dtypes, shapes) and its tensors one by one, as bytes, then an empty header.
+# Workers stage all of it in host memory (requests wait meanwhile) and swap only when rank 0 says that
+# everybody has everything: a trainer that dies on the way changes nothing.
 
 class WeightReceiver:
     """vLLM's end: `--worker-extension-cls train_gsm8k_fsdp2.WeightReceiver` adds these methods to each
@@ -1857,12 +1857,10 @@ class WeightReceiver:
         device = self.device if self.weight_backend == "nccl" else torch.device("cpu")
         while (header := self.receive_bytes(device)) is not None:
             layout = json.loads(bytes(header.cpu().tolist()))
-            data = self.receive_bytes(device).cpu()  # a GPU has no room for a second model
             for name, dtype, shape in layout:
-                dtype = getattr(torch, dtype)
-                size = math.prod(shape) * dtype.itemsize
-                part, data = data[:size], data[size:]
-                self.staged[name] = part.clone().view(dtype).view(shape)
+                tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+                broadcast(self.weight_group, tensor.view(-1).view(torch.uint8), self.weight_timeout_s)
+                self.staged[name] = tensor.cpu()  # a GPU has no room for a second model
         return {"tensors": len(self.staged)}
 
     def receive_bytes(self, device: torch.device) -> Tensor | None:
@@ -1891,12 +1889,22 @@ class WeightReceiver:
             if hasattr(module, "cpu_linear") and pointers.count(pointer) > 1:
                 module.quant_method.process_weights_after_loading(module)
 
+    def served_sizes(self) -> dict[str, int | None]:
+        return model_sizes(self.model_config.hf_config)
+
     def weights_version(self) -> dict[str, int]:
         """-1: those that the server loaded itself."""
         return {"version": getattr(self, "version", -1)}
 
     def close_weights(self) -> None:
         self.weight_group, self.staged = None, {}
+
+
+def model_sizes(config: object) -> dict[str, int | None]:
+    """What two configurations of the same model agree in."""
+    names = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+             "num_key_value_heads")
+    return {name: getattr(config.get_text_config(), name, None) for name in names.split()}
 
 
 def join_group(store: torch.distributed.Store, rank: int, world_size: int, backend: str, address: str,
@@ -2000,6 +2008,8 @@ def push_weights(link: WeightLink, model: nn.Module, version: int, ranks: Ranks)
 
     Units are gathered one by one, so that no rank ever holds the whole model. Rank 0 has sent a unit before
     it takes part in the next gather: gathers and sends never wait for each other crosswise."""
+    if ranks.is_main and link.version < 0:
+        check_sizes(link, model)
     call = link.pool.submit(rpc, link, "receive_weights") if ranks.is_main else None
     units = named_units(model)
     try:
@@ -2022,6 +2032,13 @@ def push_weights(link: WeightLink, model: nn.Module, version: int, ranks: Ranks)
     link.version = version
 
 
+def check_sizes(link: WeightLink, model: nn.Module) -> None:
+    """Rank 0, before the first push: weights of another shape would leave vLLM with half a model."""
+    mine, served = model_sizes(model.config), rpc(link, "served_sizes")[0]
+    if differ := [f"{name} {served[name]}, not {mine[name]}" for name in mine if served[name] != mine[name]]:
+        raise UserError(f"{link.server.address} serves another model than --model: {'; '.join(differ)}")
+
+
 def named_units(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
     """Each FSDP unit with its parameters' names; tied ones once, as in files."""
     units = fsdp_modules(model)
@@ -2038,11 +2055,10 @@ def send_unit(link: WeightLink, model: nn.Module, names: list[str], call: Future
     tensors = list(hf_tensors(model, gathered, model.get_parameter(names[0]).dtype))
     layout = [(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
               for name, tensor in tensors]
-    data = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in tensors]).to(link.device)
-    header = torch.tensor(list(json.dumps(layout).encode()), dtype=torch.uint8, device=data.device)
-    for part in (header, data):
-        size = torch.tensor([part.numel()], dtype=torch.int64, device=data.device)
-        broadcast(link.group, size, link.timeout_s, call)
+    header = torch.tensor(list(json.dumps(layout).encode()), dtype=torch.uint8, device=link.device)
+    size = torch.tensor([len(header)], dtype=torch.int64, device=link.device)
+    data = (tensor.to(link.device).contiguous().view(-1).view(torch.uint8) for _, tensor in tensors)
+    for part in (size, header, *data):  # tensors one by one: side by side in one they would be copied
         broadcast(link.group, part, link.timeout_s, call)
     return len(tensors)
 
