@@ -11,16 +11,20 @@
 # ARGS are flags of train_gsm8k_fsdp2.py, such as --train-steps 200, --async-depth 1 or --loss dapo.
 #
 # Environment:
-#   RUN=FOLDER    the folder of problems, runs and picture; default runs/quickstart_gsm8k
-#   SEED=1        another set of problems and other weights; default 0. Give each seed a RUN of its own
-#   PYTHON                    as launch_single_node.sh says
-#   VLLM_PYTHON, VLLM_PORT    with --vllm, as examples/run_gsm8k.sh says
+#   SEED=1        other problems, weights and samples; default 0
+#   RUN=FOLDER    the folder of all that; default runs/quickstart_gsm8k, for another seed ..._seedN
+#   SFT_ARGS="--max-steps 500"    further flags of train_llm.py
+#   PYTHON                        as launch_single_node.sh says
+#   VLLM_PYTHON, VLLM_PORT        with --vllm, as examples/run_gsm8k.sh says
 set -euo pipefail
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 launch=$here/launch_single_node.sh
-run=${RUN:-runs/quickstart_gsm8k}
 seed=${SEED:-0}
+run=${RUN:-runs/quickstart_gsm8k}
+[[ -n ${RUN:-} || $seed == 0 ]] || run+=_seed$seed
+sft_args=()
+read -ra sft_args <<<"${SFT_ARGS:-}"
 
 stage() { printf '\nquickstart: stage %s\n' "$*" >&2; }
 usage_error() { printf 'quickstart: %s\n' "$*" >&2; exit 2; }
@@ -52,7 +56,8 @@ fi
 
 stage "2 of 4: SFT, the model learns what the careless teacher says"
 "$launch" --config "$here/configs/train_llm/sft_word_problems.yaml" --dataset "$problems/sft.jsonl" \
-    --tokenizer "$problems/tokenizer" --seed "$seed" --checkpoint-dir "$run/sft"
+    --tokenizer "$problems/tokenizer" --seed "$seed" --checkpoint-dir "$run/sft" \
+    ${sft_args[@]+"${sft_args[@]}"}
 
 stage "3 of 4: GRPO, the model learns which of its own answers are right"
 "${start_grpo[@]}" --config "$here/configs/train_gsm8k_fsdp2/quickstart.yaml" --model "$run/sft/hf" \

@@ -1,6 +1,8 @@
-"""tools/make_word_problems.py: right answers, test problems that are new, a token for each digit."""
+"""tools/make_word_problems.py: right answers, test problems that are new, a token for each digit; and the
+quickstart that learns from them, examples/quickstart_gsm8k.sh."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -136,3 +138,35 @@ def test_numbers_of_problems_are_checked(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and f"{flag} must be at least 1" in done.stderr
         assert not out.exists()
+
+
+def quickstart(folder, *flags, **variables):
+    environment = os.environ | {"PYTHON": sys.executable, "RUN": str(folder)} | variables
+    command = ["bash", str(REPO / "examples/quickstart_gsm8k.sh"), *map(str, flags)]
+    return subprocess.run(
+        command, cwd=folder.parent, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_quickstart_says_how_it_is_used(tmp_path):
+    shown = quickstart(tmp_path / "run", "--help")
+    assert shown.returncode == 0 and "--vllm" in shown.stdout and "set -e" not in shown.stdout
+    for flags, variables, said in (
+            (["--checkpoint-dir", "x"], {}, "the variable RUN names the folder"),
+            ([], {"SEED": "one"}, "SEED is a number, not 'one'")):
+        wrong = quickstart(tmp_path / "run", *flags, **variables)
+        assert wrong.returncode == 2 and said in wrong.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_quickstart_from_start_to_end(tmp_path):
+    """A few steps of each stage; started again it has nothing to do but to draw."""
+    run, flags = tmp_path / "run", ["--train-steps", 2, "--eval-every", 1, "--eval-limit", 8, "--nproc", 1]
+    for start in (1, 2):
+        done = quickstart(run, *flags, SFT_ARGS="--max-steps 4 --warmup-steps 1 --nproc 1")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("this run is finished") == (0 if start == 1 else 2)
+        accuracies = re.findall(r"^step +(\d+)  accuracy [\d.]+$", done.stdout, re.MULTILINE)
+        assert accuracies == ["0", "1", "2"] and f"wrote {run}/grpo/accuracy.png" in done.stdout
+    assert (run / "grpo/accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert "the word problems" in done.stderr and (run / "grpo/hf/config.json").is_file()
