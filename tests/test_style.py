@@ -20,8 +20,8 @@ MAX_SCRIPT_LINES = 1500
 # train_llm.py holds what peers spread over a package: data preparation with chat templates and packing, the
 # model, loading and export for every family of transformers, checkpoints, and what a cluster does to a run:
 # signals, stalls, full disks, damaged files. Its median function has 10 lines. train_gsm8k_fsdp2.py holds the
-# half of that which is shared (fenced, 1,500 lines), questions and rewards, two kinds of rollouts, both ends of
-# the wire to vLLM, four losses.
+# half of that which is shared (fenced, 1,500 lines), questions and rewards, two kinds of rollouts, both ends
+# of the wire to vLLM, four losses.
 LONGER_SCRIPTS = {"train_llm.py": 3015, "train_gsm8k_fsdp2.py": 3490}
 MAX_MAIN_LINES = 220
 MAX_FUNCTION_LINES = 60

@@ -1,8 +1,8 @@
 """Draw metrics of runs against optimizer steps: python tools/plot_metrics.py RUN [RUN …] --out curve.png
 
-Each KEY of --keys gets a line per run, train/loss and eval/loss if none is named, and a band where the run also
-has KEY_low and KEY_high; of a step that was logged twice (resumed runs), the later row counts. Needs matplotlib
-(pip install matplotlib).
+Each KEY of --keys gets a line per run, train/loss and eval/loss if none is named, and a band where the run
+also has KEY_low and KEY_high; of a step that was logged twice (resumed runs), the later row counts. Needs
+matplotlib (pip install matplotlib).
 """
 
 import argparse
