@@ -1535,7 +1535,7 @@ def draw_tokens(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Te
         tokens = logprobs.argmax(-1)
     else:
         # fp64: where a GPU's scan joins its blocks, fp32 would now and then step on an impossible token.
-        cumulative = logprobs.double().exp().cumsum(-1)
+        cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
         found = torch.searchsorted(cumulative, uniform[:, None].double() * cumulative[:, -1:], right=True)
         tokens = found[:, 0].clamp(max=logits.shape[-1] - 1)  # the product may round up to the sum
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs the tests in an environment of their own, .venv-test, which it makes or brings up to date first. Tests
 # that need a vLLM server have one more, .venv-vllm (Python 3.11 only; 2 GB, some 3 minutes the first time);
-# it is left out with --quick, and where the test files that are named do without. Without it they are skipped.
+# it is left out with --quick, and where the test files that are named do without. Without it these are
+# skipped.
 #
 # Usage:
 #   bash tests/run.sh                       every test
