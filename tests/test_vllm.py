@@ -203,8 +203,8 @@ def test_trainer_falls_silent_in_a_push(servers):
     push(server, 1, 1)
     before = vllm.ask(server, vllm.PROMPTS[0])
     found = push(server, 1, 1, mode="silent")
-    print(found["error"])
-    assert "serves the weights that it had" in found["error"] and "\n" not in found["error"]
+    print(found["error"])  # of the worker's deadline or of the trainer's own, whichever comes first
+    assert "goes on from the newest checkpoint" in found["error"] and "\n" not in found["error"]
     assert vllm.ask(server, vllm.PROMPTS[0], timeout=20)[0] == before[0]
     assert vllm.version(server) == [1]
     check_rows(push(server, 1, 2), 2)
