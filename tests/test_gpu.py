@@ -2,6 +2,7 @@
 
 import json
 
+import grpo_models
 import pytest
 import torch
 from helpers import REPO, make_hf_model, make_tokenizer, read_metrics, run_script, write_gsm8k_like
@@ -88,3 +89,16 @@ def test_a_stop_signal_saves_and_the_run_goes_on_bitwise(place):
                          check=False, timeout=600)
     assert stopped.returncode == 138 and "stopped (SIGUSR1)" in stopped.stdout
     assert train(place, "stopped", "--no-compile") == straight
+
+
+@pytest.mark.parametrize("more", [["--no-compile"], ["--compile"], ["--no-compile", "--cpu-offload"]],
+                         ids=" ".join)
+def test_grpo_samples_as_it_trains(tmp_path, more):
+    """bf16 with a key-value cache against bf16 in one forward: the sampler's mismatch stays small."""
+    grpo_models.make_policy(tmp_path / "policy")
+    grpo_models.make_questions(tmp_path / "questions")
+    run_script([*grpo_models.flags(tmp_path, "run", 1), "--device", "cuda", "--mixed-precision", *more,
+                "--kl-coef", 0.01], script=REPO / "train_gsm8k_fsdp2.py", timeout=600)
+    rows = [row for row in read_metrics(tmp_path / "run") if "train/mismatch_kl" in row]
+    assert len(rows) == 6 and all(row["train/mismatch_kl"] < 1e-2 for row in rows)
+    assert any(row["train/grad_norm"] > 0 for row in rows)
