@@ -82,7 +82,7 @@ def test_fifty_pushes_to_a_tied_model_without_growth(servers):
     check_rows(found, 50)
     for early, late in zip(found["rows"][9]["memory"], found["rows"][49]["memory"]):
         print("MB after 10 and 50 pushes", early, late)
-        assert late - early < 60, (early, late)  # the model has 20 MB, so that 40 lost ones were 800
+        assert late - early < 100, (early, late)  # the model has 20 MB: 40 lost ones were 800
 
 
 def test_three_processes_push_to_a_tied_model(servers):
@@ -225,7 +225,35 @@ def test_tensor_parallel_server(servers):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 4. The server dies
+# 4. Set-ups that cannot work
+
+def error_of(results):
+    """The one line that rank 0 ends with."""
+    assert "Traceback" not in results[0].stderr, results[0].stderr
+    errors = [line for line in results[0].stderr.splitlines() if "error:" in line]
+    assert len(errors) == 1 and errors[0].startswith(f"{SCRIPT}: error: "), results[0].stderr
+    print(errors[0])
+    return errors[0]
+
+
+def test_wrong_servers(servers, folder):
+    for name, words in (("no dev mode", "VLLM_SERVER_DEV_MODE=1"), ("no receiver", "--worker-extension-cls")):
+        server = vllm.ready(servers[name])
+        args = run_flags(folder, server, "refused", 1)
+        assert words in error_of(quick_ranks(args, 1, code=1, timeout=200, script=SCRIPT))
+        vllm.stop(server)
+
+
+def test_server_of_another_model(servers, folder):
+    server = vllm.ready(servers["untied"])
+    for model, words in (("tied_policy", "serves other weights"), ("tied", "hidden_size 64, not 256")):
+        args = run_flags(folder, server, f"other_{model}", 1, "--model", folder / model)
+        assert words in error_of(quick_ranks(args, 1, code=1, timeout=200, script=SCRIPT))
+    check_rows(push(server, 1, 1), 1)  # the right one is still welcome
+
+
+# ----------------------------------------------------------------------------------------------------
+# 5. The server dies
 
 def num_running(server):
     """Requests that the server is answering."""
@@ -242,15 +270,6 @@ def wait_for(condition, job, timeout=180):
         assert not job.done(), job.result()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def error_of(results):
-    """The one line that rank 0 ends with."""
-    assert "Traceback" not in results[0].stderr, results[0].stderr
-    errors = [line for line in results[0].stderr.splitlines() if "error:" in line]
-    assert len(errors) == 1 and errors[0].startswith(f"{SCRIPT}: error: "), results[0].stderr
-    print(errors[0])
-    return errors[0]
 
 
 def newest_step(run_dir):
@@ -292,25 +311,6 @@ def test_server_killed(servers, folder):
     assert {row["version"] for row in rollouts(run_dir) if row.get("step") == saved + 1} == {saved}
     newest = run_dir / "checkpoints" / f"step_{newest_step(run_dir):06d}"
     assert script.damage(newest, script.Ranks(0, 0, 1, None)) is None
-
-
-# ----------------------------------------------------------------------------------------------------
-# 5. Set-ups that cannot work
-
-def test_wrong_servers(servers, folder):
-    for name, words in (("no dev mode", "VLLM_SERVER_DEV_MODE=1"), ("no receiver", "--worker-extension-cls")):
-        server = vllm.ready(servers[name])
-        args = run_flags(folder, server, "refused", 1)
-        assert words in error_of(quick_ranks(args, 1, code=1, timeout=200, script=SCRIPT))
-        vllm.stop(server)
-
-
-def test_server_of_another_model(servers, folder):
-    server = vllm.ready(servers["untied"])
-    for model, words in (("tied_policy", "serves other weights"), ("tied", "hidden_size 64, not 256")):
-        args = run_flags(folder, server, f"other_{model}", 1, "--model", folder / model)
-        assert words in error_of(quick_ranks(args, 1, code=1, timeout=200, script=SCRIPT))
-    check_rows(push(server, 1, 1), 1)  # the right one is still welcome
 
 
 # ----------------------------------------------------------------------------------------------------
