@@ -1616,6 +1616,7 @@ class Server:
     timeout_s: float
     pool: ThreadPoolExecutor
     model: str = ""
+    version: int = -1  # of the weights that it has
 
     @property
     def address(self) -> str:
@@ -1955,7 +1956,6 @@ class WeightLink:
     group: object = None
     store: object = None
     pool: ThreadPoolExecutor | None = None
-    version: int = -1  # of the weights that the server has
 
 
 def rpc(link: WeightLink, method: str, *args: object) -> list[dict]:
@@ -1969,9 +1969,9 @@ def rpc(link: WeightLink, method: str, *args: object) -> list[dict]:
         if "call_weights" in wrong:
             wrong = "it was started without --worker-extension-cls train_gsm8k_fsdp2.WeightReceiver"
     if wrong:
-        raise UserError(f"{link.server.address} failed in {method} ({wrong}): its log says why. If it runs, "
-                        "it serves the weights that it had; the same command goes on from the newest "
-                        "checkpoint")
+        again = "start it again, and then " if method == "swap_weights" else ""  # it may hold half of each
+        raise UserError(f"{link.server.address} failed in {method} ({wrong}): its log says why; {again}the "
+                        "same command goes on from the newest checkpoint")
     return answers
 
 
@@ -2008,7 +2008,7 @@ def push_weights(link: WeightLink, model: nn.Module, version: int, ranks: Ranks)
 
     Units are gathered one by one, so that no rank ever holds the whole model. Rank 0 has sent a unit before
     it takes part in the next gather: gathers and sends never wait for each other crosswise."""
-    if ranks.is_main and link.version < 0:
+    if ranks.is_main and link.server.version < 0:
         check_sizes(link, model)
     call = link.pool.submit(rpc, link, "receive_weights") if ranks.is_main else None
     units = named_units(model)
@@ -2029,7 +2029,7 @@ def push_weights(link: WeightLink, model: nn.Module, version: int, ranks: Ranks)
         raise UserError(
             f"the weights of step {version} did not reach {link.server.address} ({first_line(error)}): it "
             "serves those that it had; the same command goes on from the newest checkpoint") from error
-    link.version = version
+    link.server.version = version
 
 
 def check_sizes(link: WeightLink, model: nn.Module) -> None:
@@ -2107,7 +2107,7 @@ def prove_push(link: WeightLink, model: nn.Module, prompt: list[int], sampling: 
 def update_server(link: WeightLink, model: nn.Module, step: int, probe: tuple[list[int], Sampling],
                   ranks: Ranks) -> float:
     """Push and prove, unless the server has this step's weights; returns the proof's error (all ranks)."""
-    if link.version == step:
+    if link.server.version == step:
         return 0.0
     push_weights(link, model, step, ranks)
     return prove_push(link, model, *probe, ranks)
@@ -2116,10 +2116,10 @@ def update_server(link: WeightLink, model: nn.Module, step: int, probe: tuple[li
 def check_server(link: WeightLink) -> None:
     """Rank 0: a server that was started again meanwhile has answered with the weights of its folder."""
     versions = {answer["version"] for answer in rpc(link, "weights_version")}
-    if versions != {link.version}:
+    if versions != {link.server.version}:
         raise UserError(
-            f"{link.server.address} has weights {versions} in place of {link.version}: it was started again, "
-            "or somebody else updates it. The same command goes on from the newest checkpoint")
+            f"{link.server.address} has weights {versions} in place of {link.server.version}: it was started "
+            "again, or somebody else updates it. The same command goes on from the newest checkpoint")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3144,8 +3144,9 @@ def roll_out(pending: Pending, sampler: Sampler, tasks: Tasks, args: Namespace, 
     for _ in range(NUM_REFILLS if args.zero_variance == "refill" else 0):
         if sum(map(has_variance, groups)) >= args.batch_size * ranks.world_size:
             break
+        version = sampler.server.version if sampler.server else groups[0].version
         with phase("generate"):
-            pending = start_batch(sampler, tasks, pending.stop, groups[0].version, args, ranks)
+            pending = start_batch(sampler, tasks, pending.stop, version, args, ranks)
         groups += take_batch(pending, tasks, args.format_reward, phase)
     return groups, pending.stop
 
