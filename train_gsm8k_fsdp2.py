@@ -164,7 +164,7 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
     add("--warmup-steps", type=int, default=0, help="of a linear warm-up")
     add("--weight-decay", type=float, default=0.0, help="on matrices; not on norms, biases and embeddings")
     add("--grad-clip", type=float, default=1.0, help="largest global gradient norm; 0 is off")
-    add("--seed", type=int, default=0, help="of the order of questions and of sampling")
+    add("--seed", type=int, default=0, help="of the order of questions and of local sampling")
 
 
 def add_evaluation_flags(group: argparse._ArgumentGroup) -> None:
@@ -1663,10 +1663,12 @@ def request(server: Server, path: str, body: dict | None = None) -> object:
         pause_s = min(2.0, 2 * pause_s)
 
 
-def complete(server: Server, prompt_ids: list[int], n: int, seed: int, sampling: Sampling
-             ) -> list[Completion]:
-    """n completions of a prompt, token ids in and out. Raises UserError."""
-    body = {"model": server.model, "prompt": prompt_ids, "n": n, "seed": seed, "logprobs": 0,
+def complete(server: Server, prompt_ids: list[int], n: int, sampling: Sampling) -> list[Completion]:
+    """n completions of a prompt, token ids in and out. Raises UserError.
+
+    Without a seed: vLLM 0.32 draws seeded requests one by one, and on a CPU they end its engine when a prompt
+    is read in pieces. What was drawn is in the log, and can be replayed."""
+    body = {"model": server.model, "prompt": prompt_ids, "n": n, "logprobs": 0,
             "temperature": sampling.temperature, "max_tokens": sampling.max_new_tokens,
             "stop_token_ids": sampling.ends, "return_token_ids": True, "skip_special_tokens": False,
             # What a request leaves out, vLLM takes from the model's generation_config.json; 0 is no top_k.
@@ -1712,10 +1714,10 @@ class Sampler:
 def start_completions(sampler: Sampler, prompts: list[list[int]], n: int, seeds: list[int], sampling: Sampling
                       ) -> list[Callable[[], list[Completion]]]:
     """For each prompt a function that waits for its n completions. With a server the requests are under way
-    when this returns; locally the work is done here (all ranks)."""
+    when this returns; locally the work is done here, drawn by the prompts' seeds (all ranks)."""
     if sampler.server:
-        return [sampler.server.pool.submit(complete, sampler.server, prompt, n, seed, sampling).result
-                for prompt, seed in zip(prompts, seeds)]
+        return [sampler.server.pool.submit(complete, sampler.server, prompt, n, sampling).result
+                for prompt in prompts]
     found, per_call = [], max(1, sampler.batch // n)
     with unsharded(fsdp_modules(sampler.model)):
         share_parameters(sampler.model, sampler.generator)
@@ -2088,7 +2090,7 @@ def prove_push(link: WeightLink, model: nn.Module, prompt: list[int], sampling: 
     found = None
     if ranks.is_main:
         short = dataclasses.replace(sampling, max_new_tokens=min(8, sampling.max_new_tokens))
-        found = complete(link.server, prompt, 1, 0, short)[0]
+        found = complete(link.server, prompt, 1, short)[0]
     found = gather_objects(found)[0]
     ids = torch.tensor([prompt + found.ids], device=ranks.device)
     rows = torch.arange(len(prompt) - 1, ids.shape[1] - 1, device=ranks.device)

@@ -188,7 +188,7 @@ def resident_mb(pid):
 # ----------------------------------------------------------------------------------------------------
 # 3. A trainer that does nothing but push
 
-def agreement(script, link, twin, seed):
+def agreement(script, link, twin):
     """The largest difference between the server's logprobs and transformers', drawn at temperature 0.7 and
     greedily, and by how much a greedy token falls short of transformers' likeliest one."""
     import torch
@@ -198,7 +198,7 @@ def agreement(script, link, twin, seed):
     for prompt in PROMPTS:
         for temperature, n in ((0.0, 1), (0.7, 2)):
             sampling = script.Sampling(temperature, 12, [0])
-            job = link.server.pool.submit(script.complete, link.server, prompt, n, seed, sampling)
+            job = link.server.pool.submit(script.complete, link.server, prompt, n, sampling)
             jobs.append((prompt, temperature, job))
     for prompt, temperature, job in jobs:
         for found in job.result():
@@ -270,7 +270,7 @@ def push(model, port, pushes, result, mode=""):
             found["error"] = str(error)
             break
         seconds = time.perf_counter() - started
-        error, shortfall = agreement(script, link, twin, number) if ranks.is_main else (0.0, 0.0)
+        error, shortfall = agreement(script, link, twin) if ranks.is_main else (0.0, 0.0)
         memory = [resident_mb(int(mode)), resident_mb(os.getpid())] if mode.isdigit() else None
         rows.append({"seconds": seconds, "error": error, "shortfall": shortfall, "memory": memory})
         torch.distributed.barrier()
