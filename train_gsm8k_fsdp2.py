@@ -1655,8 +1655,8 @@ def request(server: Server, path: str, body: dict | None = None) -> object:
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, ConnectionRefusedError) and server.version >= 0:
                 raise UserError(
-                    f"{server.address} is gone, and with it the weights that it was sent: start it again, then "
-                    "the same command, which goes on from the newest checkpoint") from error
+                    f"{server.address} is gone, and with it the weights that it was sent: start it again, "
+                    "then the same command, which goes on from the newest checkpoint") from error
             if time.monotonic() + pause_s > deadline:
                 raise UserError(
                     f"{server.address} did not answer {path} within {server.timeout_s:.0f} s "
