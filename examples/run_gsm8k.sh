@@ -64,7 +64,7 @@ import train_gsm8k_fsdp2
 args = train_gsm8k_fsdp2.parse_args(sys.argv[1:])
 print(args.model, args.checkpoint_dir, args.vllm_port, args.max_prompt_tokens + args.max_new_tokens,
       int(args.trust_remote_code), args.device, args.gpu_ranks or "", args.rollouts, sep="\n")
-' "$@") || exit
+' --rollouts vllm "$@") || exit
 { read -r model; read -r run_dir; read -r port; read -r max_model_len; read -r remote_code; read -r device
   read -r gpu_ranks; read -r rollouts; } <<<"$settings"
 [[ $rollouts != replay:* ]] || usage_error "--rollouts $rollouts needs no server: start $script itself"
