@@ -2016,6 +2016,8 @@ def push_weights(link: WeightLink, model: nn.Module, version: int, ranks: Ranks)
     it takes part in the next gather: gathers and sends never wait for each other crosswise."""
     if ranks.is_main and link.server.version < 0:
         check_sizes(link, model)
+    # The call holds vLLM's engine: a rank that still waited for completions would never get to the gathers.
+    torch.distributed.barrier()
     call = link.pool.submit(rpc, link, "receive_weights") if ranks.is_main else None
     units = named_units(model)
     try:
