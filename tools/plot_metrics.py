@@ -39,7 +39,8 @@ def main() -> None:
         for key in args.keys:
             series = read_series(run, key)
             if series:
-                label = key if len(args.runs) == 1 else f"{run.name} {key}"
+                label = " ".join([*([run.name] if len(args.runs) > 1 else []),
+                                  *([key] if len(args.keys) > 1 or len(args.runs) == 1 else [])])
                 sparse = len(series) < 25
                 axes.plot(list(series), list(series.values()), marker="o" if sparse else "", label=label)
                 low, high = read_series(run, f"{key}_low"), read_series(run, f"{key}_high")
