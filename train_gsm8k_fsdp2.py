@@ -1696,7 +1696,6 @@ def complete(server: Server, prompt_ids: list[int], n: int, sampling: Sampling) 
 
 def open_server(args: Namespace) -> Server:
     """Wait until the server is there. Raises UserError."""
-    # One request more than --concurrency: a push of weights must not queue behind the completions.
     pool = ThreadPoolExecutor(args.concurrency, thread_name_prefix="vllm")
     server = Server(args.vllm_host, args.vllm_port, args.vllm_timeout, pool)
     request(server, "/health")
