@@ -82,9 +82,11 @@ def run_deploy(box, *args, code=0, options=None):
 
 def start_deploy(box, *args):
     """deploy.py in the background, as leader of a process group of its own."""
+    # Tests that a shell has put into the background ignore SIGINT, and so would what they start.
     return subprocess.Popen(command(box, *args), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             stdin=subprocess.DEVNULL, start_new_session=True,
-                            env={**os.environ, "TMPDIR": box.temp})
+                            env={**os.environ, "TMPDIR": box.temp},
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def shared_logins(box):
