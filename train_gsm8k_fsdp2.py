@@ -79,12 +79,7 @@ def first_line(error: BaseException) -> str:
 # 1. Arguments: the flags, a YAML or JSON file as a saved command line, and every check that needs no data
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=NAME, description=__doc__.split("\n\n")[0], allow_abbrev=False,
-        usage="%(prog)s [--config FILE] [--model NAME_OR_FOLDER] [other flags]",
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=34, width=110))
-    parser.error = usage_error
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON of flags; the command line wins")
+    parser = open_parser("%(prog)s [--config FILE] [--model NAME_OR_FOLDER] [other flags]")
     add_model_and_data_flags(parser.add_argument_group("model and questions"))
     add_rollout_flags(parser.add_argument_group("rollouts"))
     add_training_flags(parser.add_argument_group("training"))
@@ -94,10 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_run_flags(record, "checkpoints_gsm8k_fsdp2", save_every=50)
     add_console_flags(record)
     parser.set_defaults(stall_timeout=1800.0)  # a step generates first
-    for action in parser._actions:
-        if action.default not in (None, "", argparse.SUPPRESS) and "%(default)s" not in action.help:
-            action.help += " (default: %(default)s)"
-    return parser
+    return show_defaults(parser)
 
 
 def add_model_and_data_flags(group: argparse._ArgumentGroup) -> None:
@@ -185,6 +177,22 @@ def add_console_flags(group: argparse._ArgumentGroup) -> None:
 
 
 # >>> shared: flags
+def open_parser(usage: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=NAME, description=__doc__.split("\n\n")[0], allow_abbrev=False, usage=usage,
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=34, width=110))
+    parser.error = usage_error
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON of flags; the command line wins")
+    return parser
+
+
+def show_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    for action in parser._actions:
+        if action.default not in (None, "", argparse.SUPPRESS) and "%(default)s" not in action.help:
+            action.help += " (default: %(default)s)"
+    return parser
+
+
 def add_system_flags(group: argparse._ArgumentGroup, recompute: str) -> None:
     onoff, add = argparse.BooleanOptionalAction, group.add_argument
     add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: GPUs if there are any")
@@ -955,14 +963,18 @@ def parse_number(text: str) -> Fraction | None:
     return -value if "-" in match["sign"] else value
 
 
+def mark_cut(text: str, finished: bool) -> str:
+    """The mark spoils a number that the limit may have cut (#### 18 of 180), but not a closed \\boxed."""
+    return text if finished else text + "…"
+
+
 def is_right(completion_text: str, gold: Fraction) -> bool:
     return parse_number(final_answer(completion_text) or "") == gold
 
 
 def reward(text: str, gold: Fraction, finished: bool, format_weight: float) -> tuple[float, bool]:  # EDIT:
     """(reward, right) of one completion. `finished`: it ended by itself and was not cut off at the limit."""
-    # The mark spoils a number that the limit may have cut (#### 18 of 180), but not a closed \boxed.
-    right = is_right(text if finished else text + "…", gold)
+    right = is_right(mark_cut(text, finished), gold)
     num_markers, answer, after = marked_answer(text)
     in_form = finished and num_markers == 1 and answer != "" and not after.strip()
     return float(right) + format_weight * in_form, right
@@ -3056,8 +3068,7 @@ def majority_is_right(tokenizer, completions: list[Completion], gold: Fraction) 
     answers = []
     for completion in completions:
         text = tokenizer.decode(completion.ids, skip_special_tokens=True)
-        cut = "" if completion.finish == "stop" else "…"  # as in `reward`
-        answers.append(parse_number(final_answer(text + cut) or ""))
+        answers.append(parse_number(final_answer(mark_cut(text, completion.finish == "stop")) or ""))
     counts = Counter(answer for answer in answers if answer is not None)
     return bool(counts) and counts.most_common(1)[0][0] == gold
 
@@ -3288,10 +3299,10 @@ def main() -> None:
     refuse_stop_file(run_dir, ranks)
 
     checkpoints = checkpoints_to_resume(args)
-    folder = fetch(args.model)
-    tasks = load_tasks(args)  # takes as long as it needs: no process group exists yet
     if report_finished(args, ranks, checkpoints, args.train_steps, "--train-steps"):
         return
+    folder = fetch(args.model)
+    tasks = load_tasks(args)  # takes as long as it needs: no process group exists yet
 
     mesh = init_distributed(args, ranks)
     watch = open_watch(args, ranks, run_dir)

@@ -78,20 +78,12 @@ def first_line(error: BaseException) -> str:
 # 1. Arguments: the flags, a YAML or JSON file as a saved command line, and every check that needs no data
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=NAME, description=__doc__.split("\n\n")[0], allow_abbrev=False,
-        usage="%(prog)s [--config FILE] (--hf-model NAME_OR_FOLDER | --from-scratch) [other flags]",
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=34, width=110))
-    parser.error = usage_error
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON of flags; the command line wins")
+    parser = open_parser("%(prog)s [--config FILE] (--hf-model NAME_OR_FOLDER | --from-scratch) [other flags]")
     add_model_and_data_flags(parser.add_argument_group("model"), parser.add_argument_group("data"))
     add_training_flags(parser.add_argument_group("training, evaluation and logging"))
     add_system_flags(parser.add_argument_group("devices, sharding and memory"), recompute="none")
     add_run_flags(parser.add_argument_group("checkpoints and record"), "checkpoints", save_every=1000)
-    for action in parser._actions:
-        if action.default not in (None, "", argparse.SUPPRESS) and "%(default)s" not in action.help:
-            action.help += " (default: %(default)s)"
-    return parser
+    return show_defaults(parser)
 
 
 def add_model_and_data_flags(model: argparse._ArgumentGroup, data: argparse._ArgumentGroup) -> None:
@@ -147,6 +139,22 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
 
 
 # >>> shared: flags
+def open_parser(usage: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=NAME, description=__doc__.split("\n\n")[0], allow_abbrev=False, usage=usage,
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=34, width=110))
+    parser.error = usage_error
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON of flags; the command line wins")
+    return parser
+
+
+def show_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    for action in parser._actions:
+        if action.default not in (None, "", argparse.SUPPRESS) and "%(default)s" not in action.help:
+            action.help += " (default: %(default)s)"
+    return parser
+
+
 def add_system_flags(group: argparse._ArgumentGroup, recompute: str) -> None:
     onoff, add = argparse.BooleanOptionalAction, group.add_argument
     add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: GPUs if there are any")

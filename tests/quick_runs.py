@@ -117,10 +117,9 @@ def quick_ranks(args, nproc, code=0, **options):
     return results
 
 
-def error_line(result, code=1):
+def error_line(result, code=1, script="train_llm.py"):
     """The one line that an error is; asserts the exit code, and that nothing else stands with it."""
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     assert result.returncode == code and "Traceback" not in result.stderr, result.stderr
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("train_llm.py: error: "), lines
-    return lines[0].removeprefix("train_llm.py: error: ")
+    assert len(lines) == 1 and lines[0].startswith(f"{script}: error: "), lines
+    return lines[0].removeprefix(f"{script}: error: ")

@@ -163,14 +163,6 @@ def stopped_copy(run_dir, copy, step=STOP):
     return copy
 
 
-def error_line(result, code=1):
-    """The one line that an error is; asserts the exit code, and that nothing else stands with it."""
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert result.returncode == code and "Traceback" not in result.stderr, result.stderr
-    assert len(lines) == 1 and lines[0].startswith(f"{SCRIPT}: error: "), lines
-    return lines[0].removeprefix(f"{SCRIPT}: error: ")
-
-
 # ----------------------------------------------------------------------------------------------------
 # 2. The record, the model, the evaluation: one run
 
