@@ -1,0 +1,214 @@
+"""Small random models, one for each kind of trouble that a family of transformers can make, and their data."""
+
+import functools
+import json
+import random
+import shutil
+
+import torch
+from helpers import make_tokenizer
+from safetensors.torch import load_file, save_file
+
+SEQ_LEN = 64
+VOCAB = 512
+ENDS = list(range(0, VOCAB, 3))  # so many ends that rollouts of random models are of every length
+
+SIZES = dict(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, max_position_embeddings=256,
+             initializer_range=0.1, bos_token_id=0, eos_token_id=0, pad_token_id=None)
+GATED = dict(SIZES, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128, attention_dropout=0.0)
+EXPERTS = dict(GATED, head_dim=16, moe_intermediate_size=32, num_experts_per_tok=2)
+BIASED = dict(EXPERTS, n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1)
+STATE = dict(mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1, mamba_chunk_size=16)
+TWICE = ["mamba", "hybrid"] * 2
+
+# Family: (configuration class of transformers, its arguments).
+KINDS = {
+    # Modules that are not to be split, one inside the other
+    "mamba": ("MambaConfig", dict(SIZES, state_size=8)),
+    "falcon_mamba": ("FalconMambaConfig", dict(SIZES, state_size=8)),
+    "zamba": ("ZambaConfig", dict(
+        GATED, num_hidden_layers=4, layers_block_type=TWICE, attn_layer_period=2, attn_layer_offset=1,
+        mamba_d_state=8, mamba_dt_rank=4, n_mamba_heads=2, use_mamba_kernels=False)),
+    "zamba2": ("Zamba2Config", dict(
+        GATED, num_hidden_layers=4, layers_block_type=TWICE, mamba_d_state=8, n_mamba_heads=8, mamba_ngroups=1,
+        num_mem_blocks=1, chunk_size=16, use_mem_rope=True)),
+    # The decoder is not where base_model_prefix says
+    "llama4_text": ("Llama4TextConfig", dict(
+        GATED, intermediate_size_mlp=128, head_dim=16, num_local_experts=4, num_experts_per_tok=1,
+        interleave_moe_layer_step=2, attention_chunk_size=64)),
+    # A parent fills its children's buffers, and the head has a multiplier
+    "falcon_h1": ("FalconH1Config", dict(
+        GATED, **STATE, head_dim=16, mamba_d_ssm=64, mamba_n_heads=4, lm_head_multiplier=0.5,
+        embedding_multiplier=2.0, ssm_multipliers=[1.5, 0.5, 0.7, 0.8, 0.9])),
+    # Takes no mask of (B, 1, T, T)
+    "bloom": ("BloomConfig", dict(
+        vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4, initializer_range=0.1, hidden_dropout=0.0,
+        attention_dropout=0.0, bos_token_id=0, eos_token_id=0)),
+    # Routers, or their biases, in fp32 whatever the rest is in
+    "deepseek_v3": ("DeepseekV3Config", dict(
+        BIASED, num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=16, qk_rope_head_dim=16,
+        qk_nope_head_dim=16, v_head_dim=16)),
+    "glm4_moe": ("Glm4MoeConfig", BIASED),
+    "ernie4_5_moe": ("Ernie4_5_MoeConfig", dict(
+        GATED, moe_intermediate_size=32, moe_num_experts=4, moe_k=2, moe_layer_start_index=1,
+        moe_num_shared_experts=1)),
+    "hunyuan_v1_moe": ("HunYuanMoEV1Config", dict(GATED, head_dim=16, num_experts=4, moe_topk=2)),
+    # The residual stream in fp32 whatever the head is in; buffers in bf16
+    "mamba2": ("Mamba2Config", dict(
+        SIZES, state_size=16, num_heads=8, head_dim=16, n_groups=1, chunk_size=16, expand=2)),
+    "minimax": ("MiniMaxConfig", dict(
+        GATED, head_dim=16, num_local_experts=4, num_experts_per_tok=2, block_size=16,
+        layer_types=["linear_attention", "full_attention"])),
+    # Rotary factors that depend on the largest position of the batch
+    "longrope": ("Phi3Config", dict(
+        GATED, original_max_position_embeddings=32, resid_pdrop=0.0, embd_pdrop=0.0, rope_parameters={
+            "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32,
+            "short_factor": [1.0] * 8, "long_factor": [4.0] * 8})),
+    # A soft cap under a name of its own, so mild that a sum of losses hardly shows it
+    "xlstm": ("xLSTMConfig", dict(
+        vocab_size=VOCAB, hidden_size=64, embedding_dim=64, num_hidden_layers=2, num_heads=4, chunk_size=16,
+        mode="train", output_logit_soft_cap=8.0, bos_token_id=0, eos_token_id=0, pad_token_id=None)),
+    # Linear attention beside full attention, or without any
+    "qwen3_next": ("Qwen3NextConfig", dict(
+        EXPERTS, num_experts=4, shared_expert_intermediate_size=32, linear_num_value_heads=4,
+        linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
+        layer_types=["linear_attention", "full_attention"])),
+    "jamba": ("JambaConfig", dict(
+        GATED, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
+        num_experts=4, mamba_d_state=8, mamba_dt_rank=4, use_mamba_kernels=False)),
+    "bamba": ("BambaConfig", dict(GATED, **STATE, attn_layer_indices=[1], mamba_n_heads=8)),
+    "lfm2": ("Lfm2Config", dict(GATED, layer_types=["conv", "full_attention"], block_multiple_of=16)),
+    "rwkv": ("RwkvConfig", dict(
+        vocab_size=VOCAB, context_length=256, hidden_size=64, num_hidden_layers=2, attention_hidden_size=64,
+        intermediate_size=128, bos_token_id=0, eos_token_id=0)),
+    # A loss of the router beside that of the tokens
+    "mixtral": ("MixtralConfig", dict(
+        GATED, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True,
+        router_aux_loss_coef=0.5)),
+    "qwen3_moe": ("Qwen3MoeConfig", dict(
+        EXPERTS, num_experts=4, output_router_logits=True, router_aux_loss_coef=0.5)),
+    # None
+    "llama": ("LlamaConfig", GATED),
+}
+
+
+def make_kind(kind, base, seed=0):
+    """Save the model of KINDS in fp32, with a tokenizer, to `base`/`kind`; returns that folder."""
+    import transformers
+
+    folder = base / kind
+    shutil.copytree(tokenizer_folder(base), folder)
+    name, arguments = KINDS[kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = getattr(transformers, name)(**arguments)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for key, tensor in model.state_dict(keep_vars=True).items():
+                # Some families begin with zeros here: then no expert is better than another.
+                if key.endswith(("gate.weight", "wg.weight")):
+                    tensor.normal_(std=0.2)
+                if "e_score_correction_bias" in key:
+                    tensor.normal_(std=0.02)
+    model.generation_config.eos_token_id = ENDS
+    model.save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def tokenizer_folder(base):
+    make_tokenizer(base / "tokenizer", VOCAB - 12)
+    return base / "tokenizer"
+
+
+def scaled(tensors, name, weight, dtype):
+    """FP8 or int8 with a scale beside it: the weight keeps its name and its shape."""
+    scale = weight.abs().max() / (448 if dtype.is_floating_point else 127)
+    quotient = weight / scale
+    tensors[name] = (quotient if dtype.is_floating_point else quotient.round()).to(dtype)
+    return scale
+
+
+def as_fp8(tensors, name, weight):
+    tensors[name + "_scale_inv"] = scaled(tensors, name, weight, torch.float8_e4m3fn).reshape(1, 1)
+
+
+def as_int8(tensors, name, weight):
+    tensors[name + "_scale"] = scaled(tensors, name, weight, torch.int8).reshape(1)
+
+
+def as_gptq(tensors, name, weight):
+    """Eight numbers of 4 bits in an int32; no tensor has the weight's name."""
+    stem, (rows, columns) = name.removesuffix("weight"), weight.shape
+    tensors[stem + "qweight"] = torch.randint(2**31, (columns // 8, rows), dtype=torch.int32)
+    tensors[stem + "qzeros"] = torch.randint(2**31, (1, rows // 8), dtype=torch.int32)
+    tensors[stem + "scales"] = torch.rand(1, rows).half()
+
+
+def as_nf4(tensors, name, weight):
+    """As bitsandbytes writes it: two numbers a byte, in one column."""
+    tensors[name] = torch.randint(256, (weight.numel() // 2, 1), dtype=torch.uint8)
+    tensors[name + ".absmax"] = torch.rand(weight.numel() // 64)
+    tensors[name + ".quant_map"] = torch.linspace(-1, 1, 16)
+
+
+QUANTISED = {
+    # (what becomes of a projection's weight, quantization_config or None where it was left out)
+    "fp8": (as_fp8, {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}),
+    "fp8_leftover": (as_fp8, None), "int8_leftover": (as_int8, None), "gptq_leftover": (as_gptq, None),
+    "nf4_leftover": (as_nf4, None),
+}
+
+
+def quantise(source, folder, method):
+    """A copy of a model's folder with its projections in the form of QUANTISED."""
+    shutil.copytree(source, folder)
+    change, quantization_config = QUANTISED[method]
+    tensors = {}
+    for name, weight in load_file(source / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            change(tensors, name, weight)
+        else:
+            tensors[name] = weight
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    if quantization_config:
+        config["quantization_config"] = quantization_config
+        (folder / "model.safetensors").write_bytes(b"")  # nothing that could be read
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def documents_of(tokenizer, lengths):
+    """One text for each length: so many tokens, the end token that training adds among them."""
+    rng, texts = random.Random(0), []
+    words = "seven small pencils cost three dollars each and Tom gives away what is left of them".split()
+    for length in lengths:
+        while True:
+            text = " ".join(rng.choices(words, k=rng.randint(1, length)))
+            if len(tokenizer(text, add_special_tokens=False)["input_ids"]) == length - 1:
+                texts.append(text)
+                break
+    return texts
+
+
+def write_texts(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def pieces(tokenizer, texts):
+    """[(input_ids (1, T), labels (T,))], a document each: labels are the next tokens, -100 at the end."""
+    found = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        found.append((torch.tensor([ids]), torch.tensor([*ids[1:], -100])))
+    return found
+
+
+def padded(documents):
+    """The documents as rows of one batch, padded on the right."""
+    width = max(ids.shape[1] for ids, _ in documents)
+    rows = [(torch.nn.functional.pad(ids[0], (0, width - len(labels))),
+             torch.nn.functional.pad(labels, (0, width - len(labels)), value=-100)) for ids, labels in documents]
+    return {"input_ids": torch.stack([ids for ids, _ in rows]), "labels": torch.stack([row for _, row in rows])}
