@@ -26,6 +26,7 @@ import fcntl
 import functools
 import http.client
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -40,6 +41,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 import zlib
 from argparse import Namespace
 from collections import Counter
@@ -138,7 +140,8 @@ def add_rollout_flags(group: argparse._ArgumentGroup) -> None:
 
 def add_training_flags(group: argparse._ArgumentGroup) -> None:
     onoff, add = argparse.BooleanOptionalAction, group.add_argument
-    add("--train-steps", type=int, default=50, help="batches; each is --updates-per-batch updates")
+    add("--train-steps", type=int, default=50, help="batches; each is --updates-per-batch updates; 0: "
+        "evaluate only")
     add("--updates-per-batch", type=int, default=1, help="passes over a batch, with an update each")
     add("--loss", choices=list(CLIP), default="grpo", help="see `policy_loss` in section 8")
     add("--clip-low", type=float, help="the ratio is clipped below 1 - this; if not given: 0.2, gspo 3e-4")
@@ -150,7 +153,7 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
         "--max-new-tokens, rather than that they are wrong")
     add("--micro-batch-tokens", type=int, metavar="N", default=16384, help="padded tokens of a micro-batch")
     add("--logprob-chunk-tokens", type=int, metavar="N", help="rows of logits that exist at once; if not "
-        "given: 512, on GPUs 2048")
+        "given: 512, on GPUs so many that they are some 2^28 numbers")
     add("--max-lr", type=float, default=1e-6, help="learning rate after warm-up")
     add("--min-lr", type=float, help="where the cosine ends; if not given: --max-lr, so that it is constant")
     add("--warmup-steps", type=int, default=0, help="of a linear warm-up")
@@ -209,6 +212,7 @@ def add_system_flags(group: argparse._ArgumentGroup, recompute: str) -> None:
         help="recompute blocks in the backward, to save memory")
     add("--compile", action=onoff, help="torch.compile each block; if not given: on CUDA only")
     add("--cpu-offload", action=onoff, default=False, help="masters and optimizer in host memory")
+    add("--deterministic", action=onoff, default=False, help="the same bits again, on GPUs, too; slower")
     add("--reduce-every-micro-batch", action=onoff, default=False,
         help="reduce gradients after each micro-batch, not once a step: more traffic, less memory")
 
@@ -216,7 +220,8 @@ def add_system_flags(group: argparse._ArgumentGroup, recompute: str) -> None:
 def add_run_flags(group: argparse._ArgumentGroup, folder: str, save_every: int) -> None:
     onoff, add = argparse.BooleanOptionalAction, group.add_argument
     add("--checkpoint-dir", metavar="DIR", default=folder, help="the run's folder")
-    add("--checkpoint-interval", type=int, default=save_every, help="steps between checkpoints")
+    add("--checkpoint-interval", type=int, default=save_every, help="steps between checkpoints; 0: never, "
+        "not even at the end")
     add("--keep-checkpoints", type=int, default=3, help="newest checkpoints kept; 0 keeps all")
     add("--async-checkpoint", action=onoff, default=True, help="write while training goes on")
     add("--resume", default="auto", metavar="{auto,none,FOLDER}", help="auto: --checkpoint-dir's newest")
@@ -323,10 +328,11 @@ def find_common_problems(args: Namespace, positive: str, not_negative: str, sour
 def find_problems(args: Namespace) -> Iterator[str]:
     """Every argument that cannot work, before anything is downloaded, tokenised or started."""
     positive = ("batch_size max_prompt_tokens max_new_tokens rollout_batch concurrency vllm_timeout "
-                "vllm_port sync_timeout train_steps updates_per_batch micro_batch_tokens "
-                "logprob_chunk_tokens checkpoint_interval limit nproc hsdp_shard_size stall_timeout")
+                "vllm_port sync_timeout updates_per_batch micro_batch_tokens "
+                "logprob_chunk_tokens limit nproc hsdp_shard_size stall_timeout")
     not_negative = ("clip_low clip_high kl_coef tis_cap max_lr min_lr warmup_steps weight_decay grad_clip "
-                    "format_reward keep_checkpoints eval_every eval_limit eval_samples max_restarts")
+                    "format_reward keep_checkpoints eval_every eval_limit eval_samples max_restarts "
+                    "checkpoint_interval train_steps")
     yield from find_common_problems(args, positive, not_negative, "dataset model")
     if args.group_size < 2:
         yield f"--group-size must be at least 2, not {args.group_size}: a group is compared with itself"
@@ -440,6 +446,10 @@ def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceM
     """Start the process group (all ranks); returns the mesh: (replicate, shard), or (shard,) without HSDP."""
     from torch.distributed.device_mesh import init_device_mesh
     cuda = ranks.device.type == "cuda"
+    if args.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)  # flash attention's backward, too; cuDNN's is left out
+        torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and `prove_filled` looks for it
     # gloo serves tensors in host memory: --cpu-offload keeps the parameters there, an export gathers them.
     # The timeout comes after the watch has said which rank is stuck, and where.
     timeout = timedelta(seconds=max(1200, 3 * args.stall_timeout))
@@ -1079,26 +1089,28 @@ def build_model(args: Namespace, folder: Path, dtype: torch.dtype = torch.float3
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {args.model}: {first_line(error)}") from error
+    refuse_quantised(folder, config)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit and args.max_prompt_tokens + args.max_new_tokens > limit:
         raise UserError(f"{args.model} knows {limit} positions: lower --max-prompt-tokens "
                         f"{args.max_prompt_tokens} or --max-new-tokens {args.max_new_tokens}")
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=args.trust_remote_code)
+        model = note_fp32(transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, trust_remote_code=args.trust_remote_code)).to(dtype)
     if model.get_output_embeddings() is None:
         raise UserError(f"{args.model}: a model without an output head (lm_head) cannot be trained here")
     return model
 
 
-def attach_logprobs(model: nn.Module, chunk: int) -> None:
+def attach_logprobs(model: nn.Module, compiled: bool = False) -> None:
     """Give a transformers model the call of this script: logits, or with `rows` and `targets` the logprobs.
 
     `rows` (N,) are positions in the flattened (B, T), `targets` (N,) the tokens that follow them. Padding
     stands on the right, where causal attention does not see it: no attention mask is needed."""
-    full_forward, head = model.forward, model.get_output_embeddings()
-    model.to_logits = functools.partial(to_logits, **head_options(model))
-    model.whole_logits = False  # see `prove_logprobs`
+    full_forward, head, base = model.forward, model.get_output_embeddings(), base_of(model)
+    functions = {f.__name__: torch.compile(f) if compiled else f
+                 for f in (to_logits, head_logprobs, logits_gradient)}
+    model.whole_logits, model.chunk = base is model, 512  # see `prove_logprobs`, `rows_at_once`
 
     # As an attribute, not as a wrapping module: parameter names stay those of the files on disk.
     def forward(input_ids: Tensor, rows: Tensor | None = None, targets: Tensor | None = None,
@@ -1108,9 +1120,9 @@ def attach_logprobs(model: nn.Module, chunk: int) -> None:
             if rows is None:
                 return logits
             return token_logprobs(logits.flatten(0, 1)[rows].float() / temperature, targets)
-        hidden = model.base_model(input_ids=input_ids, use_cache=False)[0].flatten(0, 1)[rows]
-        return ChunkedLogprobs.apply(hidden, head.weight, getattr(head, "bias", None), targets,
-                                     functools.partial(model.to_logits, temperature=temperature), chunk)
+        hidden = base(input_ids=input_ids, use_cache=False)[0].flatten(0, 1)[rows]
+        return ChunkedLogprobs.apply(hidden, head.weight, getattr(head, "bias", None), targets, functions,
+                                     head_options(model) | {"temperature": temperature}, model.chunk)
 
     model.forward = forward
 
@@ -1125,7 +1137,7 @@ def head_options(model: nn.Module) -> dict[str, float]:
 def to_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0, cap: float = 0.0,
               temperature: float = 1.0) -> Tensor:
     """Logits over the temperature, in fp32. (N, D), (V, D), (V,) -> (N, V)."""
-    logits = F.linear(hidden, weight, bias).float()
+    logits = F.linear(hidden.to(weight.dtype), weight, bias).float()  # Mamba 2 adds up its layers in fp32
     if scale != 1:  # each of these is a pass over the largest tensor there is
         logits = logits * scale
     if cap:
@@ -1141,6 +1153,18 @@ def token_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
 
+def head_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, **options: float
+                  ) -> tuple[Tensor, Tensor]:
+    """(N, D), (V, D), (V,), (N,) -> (N,), (N,), see `token_logprobs`; `options` of `to_logits`."""
+    return token_logprobs(to_logits(hidden, weight, bias, **options), targets)
+
+
+def logits_gradient(logits: Tensor, targets: Tensor, grad: Tensor) -> Tensor:
+    """Of log p(target) times `grad`: (one-hot - softmax) * grad. (N, V), (N,), (N,) -> (N, V)."""
+    grad = grad[:, None]  # scatter_add: without the zeros that gather's own backward would make
+    return torch.softmax(logits, dim=-1).mul(-grad).scatter_add(1, targets[:, None], grad)
+
+
 class ChunkedLogprobs(torch.autograd.Function):
     """`token_logprobs` of hidden states under an output head, in chunks, forward and backward.
 
@@ -1148,11 +1172,12 @@ class ChunkedLogprobs(torch.autograd.Function):
     logits again: unlike with a summed loss, the gradient of each logprob is not known before all are."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, to_logits, chunk):
+    def forward(ctx, hidden, weight, bias, targets, functions, options, chunk):
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.to_logits, ctx.chunk = to_logits, chunk
+        ctx.functions, ctx.options, ctx.chunk = functions, options, chunk
         chunks = [slice(start, start + chunk) for start in range(0, len(hidden), chunk)]
-        found = [token_logprobs(to_logits(hidden[rows], weight, bias), targets[rows]) for rows in chunks]
+        found = [functions["head_logprobs"](hidden[rows], weight, bias, targets[rows], **options)
+                 for rows in chunks]
         logprobs, entropies = (torch.cat(parts) for parts in zip(*found))
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
@@ -1168,24 +1193,25 @@ class ChunkedLogprobs(torch.autograd.Function):
             rows = slice(start, start + ctx.chunk)
             with torch.enable_grad():
                 leaves = [tensor.detach().requires_grad_() for tensor in (hidden[rows], *params)]
-                logits = ctx.to_logits(leaves[0], leaves[1], leaves[2] if bias is not None else None)
-            # Of log p(target): one-hot - softmax, without the zeros that gather's backward would make.
-            grad, column = grad_logprobs[rows][:, None], targets[rows][:, None]
-            grad_logits = torch.softmax(logits.detach(), dim=-1).mul_(-grad).scatter_add_(1, column, grad)
-            grad_hidden[rows], *grads = torch.autograd.grad(logits, leaves, grad_logits)
+                logits = ctx.functions["to_logits"](*leaves[:2], leaves[2] if bias is not None else None,
+                                                    **ctx.options)
+            grad = ctx.functions["logits_gradient"](logits.detach(), targets[rows], grad_logprobs[rows])
+            grad_hidden[rows], *grads = torch.autograd.grad(logits, leaves, grad)
             for total, grad in zip(sums, grads):
                 total += grad
         grad_params = [total.to(weight.dtype) for total in sums]
-        return grad_hidden, grad_params[0], grad_params[1] if bias is not None else None, None, None, None
+        grad_bias = grad_params[1] if bias is not None else None
+        return grad_hidden, grad_params[0], grad_bias, None, None, None, None
 
 
 # >>> shared: shard
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks, outermost first: of the classes not to be split, else the longest list."""
+    """The transformer blocks: the outermost of the classes not to be split, else the longest list."""
     names = set(getattr(model, "_no_split_modules", None) or ["Block"])  # EDIT: the layer class to shard
     blocks = [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") in names]
+    inner = {id(part) for block in blocks for part in block.modules() if part is not block}
     if blocks:
-        return blocks
+        return [block for block in blocks if id(block) not in inner]
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise UserError("no transformer blocks found: the model has no list of layers")
@@ -1200,21 +1226,32 @@ def shard_model(model: nn.Module, args: Namespace, mesh: torch.distributed.Devic
     gathered and freed as one unit; the root takes what is left: embeddings, norm, head."""
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
     from torch.distributed.fsdp import fully_shard
-    torch.backends.cuda.enable_flash_sdp(args.use_flash_attn)
+    for enable in (torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.enable_cudnn_sdp):
+        enable(args.use_flash_attn)
     cuda = mesh.device_type == "cuda"
     options = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=cuda) if args.cpu_offload else OffloadPolicy(),
+        # One device has nothing to gather from others, so freeing would only mean casting the weights again.
+        "reshard_after_forward": args.reshard_after_forward and mesh.size(-1) > 1,
     }
-    for block in find_blocks(model):
+    for module in list(fp32_modules(model)) if dtype != torch.float32 else ():
+        in_fp32 = MixedPrecisionPolicy(torch.float32, torch.float32, cast_forward_inputs=False)
+        fully_shard(module, **options | {"mp_policy": in_fp32})
+    blocks = find_blocks(model)
+    if max(Counter(id(param) for block in blocks for param in block.parameters()).values()) > 1:
+        raise UserError(f"blocks of {type(model).__name__} share parameters with each other, which FSDP "
+                        "cannot shard: this family cannot be trained here")
+    for block in blocks:
         if args.activation_checkpointing != "none":
             recompute_in_backward(block, selective=args.activation_checkpointing == "selective")
         if wants_compile(args, mesh.device_type):
             block.compile()
-        fully_shard(block, reshard_after_forward=args.reshard_after_forward, **options)
-    fully_shard(model, **options)  # never resharded after forward: the backward begins with the head
-    for module in model.modules():
+        fully_shard(block, **options)
+    # The root is never resharded after forward: the backward begins with the head.
+    fully_shard(model, **options | {"reshard_after_forward": None})
+    for module in model.modules() if mesh.size() > 1 else ():
         if isinstance(module, FSDPModule):
             # FSDP divides by the number of ranks by default. Here gradients are plain sums, divided once, by
             # what the loss is a mean over, counted on all ranks after the last micro-batch (`reduce_stats`).
@@ -1223,17 +1260,60 @@ def shard_model(model: nn.Module, args: Namespace, mesh: torch.distributed.Devic
             module.set_force_sum_reduction_for_comms(True)
 
 
+def note_fp32(model: nn.Module) -> nn.Module:
+    """An hf model on the meta device, built in bf16, as fp32 masters, with the names of those tensors that
+    transformers keeps in fp32 in a bf16 model (routers and score biases of mixtures of experts)."""
+    patterns = [pattern.replace("*", ".*") for pattern in model._keep_in_fp32_modules_strict or ()]
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    model.fp32_names = {name for name, tensor in tensors if tensor.dtype == torch.float32
+                        or any(re.search(pattern, name) for pattern in patterns)}
+    return model.float()
+
+
+def fp32_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that hold nothing but parameters kept in fp32: they are gathered, and compute, in fp32."""
+    kept = getattr(model, "fp32_names", ())
+    for name, module in model.named_modules() if kept else ():
+        names = [f"{name}.{part}" for part, _ in module.named_parameters(recurse=False)]
+        if names and kept.issuperset(names) and not any(True for _ in module.children()):
+            yield module
+
+
+def reshard(model: nn.Module) -> None:
+    """After a forward without a backward, which would do it: unit by unit, parameters are this rank's part of
+    the masters again, not whole and in the compute precision."""
+    from torch.distributed.fsdp import FSDPModule
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def wants_compile(args: Namespace, device_type: str) -> bool:
     return device_type == "cuda" if args.compile is None else args.compile
 
 
 def recompute_in_backward(block: nn.Module, selective: bool) -> None:
-    """Activation checkpointing by replacing the block's forward, so that no parameter changes its name."""
-    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-    options = {"use_reentrant": False}
-    if selective:
-        options["context_fn"] = lambda: create_selective_checkpoint_contexts(save_expensive())
-    block.forward = functools.partial(checkpoint, block.forward, **options)
+    """Activation checkpointing by replacing the block's forward, so that no parameter changes its name.
+
+    A method of a module-level function: anything else would keep `block.compile()` from compiling the block
+    (pytorch#135816), or give each block a graph of its own."""
+    block.forward = types.MethodType(recomputed_but_expensive if selective else recomputed, block)
+
+
+def recomputed(block: nn.Module, *args: object, **kwargs: object) -> object:
+    from torch.utils.checkpoint import checkpoint
+    return checkpoint(type(block).forward, block, *args, use_reentrant=False, **kwargs)
+
+
+def recomputed_but_expensive(block: nn.Module, *args: object, **kwargs: object) -> object:
+    from torch.utils.checkpoint import checkpoint
+    kwargs |= {"use_reentrant": False, "context_fn": expensive_kept}
+    return checkpoint(type(block).forward, block, *args, **kwargs)
+
+
+def expensive_kept() -> tuple:
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+    return create_selective_checkpoint_contexts(save_expensive())
 
 
 def save_expensive() -> Callable:
@@ -1242,6 +1322,8 @@ def save_expensive() -> Callable:
     aten, num_matmuls = torch.ops.aten, {True: 0, False: 0}  # recomputing or not: both count alike
     kinds = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
     attention = {getattr(aten, f"_scaled_dot_product_{kind}").default for kind in kinds}
+    if hasattr(torch.ops.torch_attn, "_varlen_attn"):
+        attention.add(torch.ops.torch_attn._varlen_attn.default)
 
     def policy(context, op, *args, **kwargs) -> CheckpointPolicy:
         num_matmuls[context.is_recompute] += op is aten.mm.default
@@ -1297,7 +1379,32 @@ def fill_buffers(model: nn.Module) -> None:
     """What no file holds: rotary tables and other non-persistent buffers of a transformers model, in fp32."""
     for param in model.parameters():
         param._is_hf_initialized = True
+    # FSDP's class looks like custom code, of which modules without parameters would be skipped.
+    own_class = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
+    model.is_custom_code = own_class.is_custom_code
     model.initialize_weights()
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model without its output head; the model itself where the two cannot be told apart."""
+    inner = (child for child in model.children() if hasattr(child, "base_model"))
+    return model.base_model if model.base_model is not model else next(inner, model)
+
+
+QUANTISED = re.compile(r"(weight_scale(_inv)?|scales|qweight|qzeros|g_idx|zero_point|absmax|quant_map|SCB|"
+                       r"weight_packed|_blocks)$")
+
+
+def refuse_quantised(folder: Path, config: object) -> None:
+    """Quantised weights have the names and shapes of others: without their scales they would be garbage."""
+    found = getattr(config, "quantization_config", None) and "config.json says so"
+    for path in folder.glob("*.safetensors") if not found else ():
+        with path.open("rb") as file:  # the header: 8 bytes of length, then JSON
+            names = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        found = found or next((f"{path.name} holds {name}" for name in names if QUANTISED.search(name)), None)
+    if found:
+        raise UserError(f"{folder} holds quantised weights ({found}), which cannot be trained: use the "
+                        "model's bf16 release, or dequantise it first")
 
 
 def load_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ranks: Ranks) -> None:
@@ -1359,6 +1466,23 @@ def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool
 
 
 # >>> shared: prove
+def vocab_size_of(model: nn.Module) -> int:
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    return config.vocab_size
+
+
+def rows_at_once(model: nn.Module, device: torch.device) -> int:
+    """Rows of logits that exist at once. On a GPU some 2^28 numbers of them: fewer would be slow, because the
+    head's fp32 gradient is added up once a chunk, more would take gigabytes."""
+    return 512 if device.type != "cuda" else max(512, 2**28 // vocab_size_of(model) // 512 * 512)
+
+
+def plain_tokens(model: nn.Module, rows: int, length: int, device: torch.device) -> Tensor:
+    """(rows, length) ids from all over the vocabulary, for proofs."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab_size_of(model), (rows, length), generator=generator).to(device)
+
+
 def prove_filled(model: nn.Module, ties: dict[str, str]) -> None:
     """Every parameter is a DTensor, all was written, ties hold; else training would start from garbage."""
     from torch.distributed.tensor import DTensor
@@ -1397,19 +1521,21 @@ def describe_model(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[s
 
 @torch.no_grad()
 def prove_logprobs(model: nn.Module, ranks: Ranks) -> None:
-    """Compare the chunked logprobs with the model's own logits on 16 tokens; a model that does more to its
-    logits than `to_logits` knows keeps whole logits, and a line says so (all ranks)."""
-    ids = torch.arange(17, device=ranks.device)[None]
-    rows, targets = torch.arange(16, device=ranks.device), ids[0, 1:]
+    """Compare the chunked logprobs, token by token, with those of the model's own logits. A family that
+    transforms its logits in a way that `to_logits` does not know keeps whole logits (all ranks)."""
+    ids = plain_tokens(model, 2, 33, ranks.device)
+    targets = ids[:, 1:].flatten()
+    rows = torch.arange(ids.numel(), device=ranks.device).view_as(ids)[:, :-1].flatten()
     with torch.compiler.set_stance("force_eager"):
         logits = model(ids)
-        expected, _ = token_logprobs(logits[0, :16].float(), targets)
+        expected, _ = token_logprobs(logits[:, :-1].flatten(0, 1).float(), targets)
         chunked, _ = model(ids, rows, targets)
-    model.reshard()  # after a forward alone the root stays gathered, until a backward frees it
+    reshard(model)
     if not torch.isfinite(expected).all():
         raise UserError("the model's logits are not finite on a plain input: its weights are broken")
-    bound = 1e-4 if logits.dtype == torch.float32 else 1e-2
-    if not (chunked - expected).abs().max() <= bound * expected.abs().max():
+    # bf16: half a unit in the last place of the largest logit, by which two orders of adding may differ.
+    bound = 1e-5 if logits.dtype == torch.float32 else torch.finfo(logits.dtype).eps / 2
+    if not (chunked - expected).abs().mean() <= bound * logits.abs().max():
         model.whole_logits = True
         if ranks.is_main:
             print("this model transforms its logits in a way of its own: whole logits are used (more memory)")
@@ -1473,16 +1599,13 @@ def reduce_stats(model: nn.Module, loss_sum: Tensor, count: Tensor, num_replicas
 
 
 @torch.no_grad()
-def clip_and_step(optimizer: torch.optim.AdamW, grad_norm: Tensor, count: Tensor, grad_clip: float,
-                  is_spike: Tensor | None = None) -> Tensor:
-    """One update, or none for a spike or a gradient that is not finite: decided on the device, on all ranks.
+def clip_and_step(optimizer: torch.optim.AdamW, grad_norm: Tensor, count: Tensor, grad_clip: float) -> Tensor:
+    """One update, or none for a gradient that is not finite: decided on the device, on all ranks.
 
     The fused kernel divides gradients by `grad_scale` and does nothing if `found_inf` is 1 (GradScaler's
     protocol): dividing by `count` (see `reduce_stats`), clipping and skipping cost no pass over the gradients
     and no host-device synchronisation. Returns `found_inf`."""
     found_inf = (~torch.isfinite(grad_norm)).float()
-    if is_spike is not None:
-        found_inf = torch.maximum(found_inf, is_spike)
     over = torch.clamp(grad_norm / grad_clip, min=1.0) if grad_clip else torch.ones_like(grad_norm)
     where = local_part(optimizer.param_groups[0]["params"][0]).device  # the host with --cpu-offload
     optimizer.grad_scale, optimizer.found_inf = (count * over).to(where), found_inf.to(where)
@@ -1546,8 +1669,12 @@ def draw_tokens(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Te
     if temperature == 0:
         tokens = logprobs.argmax(-1)
     else:
+        # CUDA promises no order for sums of floats, whose last bits hardly ever matter here.
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(False)
         # fp64: where a GPU's scan joins its blocks, fp32 would now and then step on an impossible token.
         cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
+        torch.use_deterministic_algorithms(deterministic)
         found = torch.searchsorted(cumulative, uniform[:, None].double() * cumulative[:, -1:], right=True)
         tokens = found[:, 0].clamp(max=logits.shape[-1] - 1)  # the product may round up to the sum
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
@@ -1569,6 +1696,45 @@ def share_parameters(model: nn.Module, generator: nn.Module) -> None:
         generator.get_submodule(owner)._buffers[leaf] = buffer
 
 
+def padded_mask(*args: object, **options: object) -> Tensor | None:
+    """transformers' mask for SDPA, but padding in front looks at everything: nobody looks at it, and a row
+    that looks at nothing comes out of some kernels as NaN, which spreads."""
+    from transformers.masking_utils import sdpa_mask
+    mask = sdpa_mask(*args, **options)
+    return mask if mask is None else mask | ~mask.any(-1, keepdim=True)
+
+
+def build_generator(args: Namespace, folder: Path, whole_logits: bool) -> nn.Module:
+    """The model again, without memory of its own (`share_parameters`), hooks or recomputation."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    generator = build_model(args, folder).eval()
+    generator.whole_logits = whole_logits
+    if generator.config._attn_implementation == "sdpa":
+        AttentionInterface.register("sdpa_padded", sdpa_attention_forward)
+        AttentionMaskInterface.register("sdpa_padded", padded_mask)
+        for config in (generator.config, generator.config.get_text_config()):
+            config._attn_implementation = "sdpa_padded"
+    return generator
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The cache's name in a model's forward: `cache` since transformers 5.24. A wrong name would be ignored
+    without a word, and each token read without those before it."""
+    names = inspect.signature(type(model).forward).parameters
+    found = [name for name in ("cache", "past_key_values", "cache_params") if name in names]
+    if not found:
+        raise UserError(f"{type(model).__name__} has no key-value cache: use --rollouts vllm")
+    return found[0]
+
+
+def without_cudnn() -> contextlib.AbstractContextManager:
+    """Attention by kernels that need no plan for each new length: cuDNN's takes 20 to 40 ms a token."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    flash = [SDPBackend.FLASH_ATTENTION] if torch.backends.cuda.flash_sdp_enabled() else []
+    return sdpa_kernel([*flash, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
 @torch.no_grad()
 def generate(generator: nn.Module, prompts: list[list[int]], n: int, uniform: Tensor, sampling: Sampling
              ) -> list[Completion]:
@@ -1582,18 +1748,23 @@ def generate(generator: nn.Module, prompts: list[list[int]], n: int, uniform: Te
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     position = (mask.cumsum(1) - 1).clamp(min=0)
     cache, head = DynamicCache(config=generator.config), generator.get_output_embeddings()
-    options = head_options(generator)
+    reader = generator if generator.whole_logits else base_of(generator)
+    options, name = head_options(generator), cache_argument(reader)
 
     def next_logits(ids: Tensor, position: Tensor) -> Tensor:
-        call = {"input_ids": ids, "attention_mask": mask, "position_ids": position, "use_cache": True}
+        call = {"input_ids": ids, "attention_mask": mask, "position_ids": position, name: cache}
+        out = reader(**call, use_cache=True)
         if generator.whole_logits:
-            return generator(past_key_values=cache, **call).logits[:, -1]
-        hidden = generator.base_model(past_key_values=cache, **call)[0][:, -1]
-        return to_logits(hidden, head.weight, getattr(head, "bias", None), **options)
+            return out.logits[:, -1]
+        return to_logits(out[0][:, -1], head.weight, getattr(head, "bias", None), **options)
 
-    logits = next_logits(ids, position).repeat_interleave(n, 0)
-    cache.batch_repeat_interleave(n)
-    mask, position = mask.repeat_interleave(n, 0), position[:, -1:].repeat_interleave(n, 0)
+    def of_rows(index: Tensor, *tensors: Tensor) -> list[Tensor]:
+        cache.reorder_cache(index)
+        return [tensor[index] for tensor in tensors]
+
+    logits, position = next_logits(ids, position), position[:, -1:]
+    repeated = torch.arange(len(prompts), device=device).repeat_interleave(n)
+    logits, mask, position = of_rows(repeated, logits, mask, position)
     ends = torch.tensor(sampling.ends, device=device)
     tokens = torch.zeros(total, sampling.max_new_tokens, dtype=torch.int64, device=device)
     logprobs, lengths = torch.zeros(tokens.shape, device=device), torch.zeros_like(tokens[:, 0])
@@ -1603,13 +1774,16 @@ def generate(generator: nn.Module, prompts: list[list[int]], n: int, uniform: Te
         tokens[rows, t], logprobs[rows, t] = drawn, logprob
         lengths[rows] += running
         running = running & ~torch.isin(drawn, ends)
-        num_running = int(running.sum())  # sync point
+        found = torch.stack([running.sum(), torch.isfinite(logprob).all()])
+        num_running, is_finite = found.tolist()  # sync point
+        if not is_finite:
+            raise UserError(f"the log-probability of token {t + 1} is not finite: the weights, or this "
+                            "device's attention kernel, are broken")
         if not num_running or t + 1 == sampling.max_new_tokens:
             break
         if num_running <= len(rows) // 2:
-            kept = running.nonzero()[:, 0]
-            rows, running, drawn, mask, position = (x[kept] for x in (rows, running, drawn, mask, position))
-            cache.batch_select_indices(kept)
+            rows, running, drawn, mask, position = of_rows(
+                running.nonzero()[:, 0], rows, running, drawn, mask, position)
         mask, position = F.pad(mask, (0, 1), value=1), position + 1
         logits = next_logits(drawn[:, None], position)
     return cut_completions(tokens.tolist(), logprobs.tolist(), lengths.tolist(), set(sampling.ends))
@@ -1724,6 +1898,7 @@ class Sampler:
     batch: int  # completions side by side, for the generator
     device: torch.device
     sampling: Sampling
+    dtype: torch.dtype  # that the model computes in
 
 
 def start_completions(sampler: Sampler, prompts: list[list[int]], n: int, seeds: list[int], sampling: Sampling
@@ -1734,7 +1909,7 @@ def start_completions(sampler: Sampler, prompts: list[list[int]], n: int, seeds:
         return [sampler.server.pool.submit(complete, sampler.server, prompt, n, sampling).result
                 for prompt in prompts]
     found, per_call = [], max(1, sampler.batch // n)
-    with unsharded(fsdp_modules(sampler.model)):
+    with unsharded(fsdp_modules(sampler.model)), without_cudnn():
         share_parameters(sampler.model, sampler.generator)
         for start in range(0, len(prompts), per_call):
             some = slice(start, start + per_call)
@@ -2102,19 +2277,19 @@ def swap(link: WeightLink, call: Future, sent: int, version: int) -> None:
 @torch.no_grad()
 def prove_push(link: WeightLink, model: nn.Module, prompt: list[int], sampling: Sampling, ranks: Ranks
                ) -> float:
-    """Let the server continue a prompt by 8 tokens and compare its logprobs with the trainer's; returns the
-    largest difference (all ranks). Raises UserError beyond what the precision explains."""
+    """Let the server continue a prompt by 16 tokens and compare its logprobs with the trainer's; returns the
+    mean difference (all ranks). Raises UserError beyond what the precision explains."""
     found = None
     if ranks.is_main:
-        short = dataclasses.replace(sampling, max_new_tokens=min(8, sampling.max_new_tokens))
+        short = dataclasses.replace(sampling, max_new_tokens=min(16, sampling.max_new_tokens))
         found = complete(link.server, prompt, 1, short)[0]
     found = gather_objects(found)[0]
     ids = torch.tensor([prompt + found.ids], device=ranks.device)
     rows = torch.arange(len(prompt) - 1, ids.shape[1] - 1, device=ranks.device)
     logprobs, _ = model(ids, rows, ids[0, len(prompt):], sampling.temperature)
-    model.reshard()
-    error = float((logprobs.cpu() - torch.tensor(found.logprobs)).abs().max())
-    bound = 1e-3 if link.dtype == torch.float32 else 0.5
+    reshard(model)
+    error = float((logprobs.cpu() - torch.tensor(found.logprobs)).abs().mean())
+    bound = 1e-3 if link.dtype == torch.float32 else 0.1
     if not error <= bound:
         raise UserError(
             f"{link.server.address} serves other weights than were sent: its logprobs differ by {error:.2g} "
@@ -2251,12 +2426,15 @@ def deal(sequences: list[Sequence], world_size: int, max_tokens: int) -> list[li
     return [micro_batches + [[] for _ in range(most - len(micro_batches))] for micro_batches in dealt]
 
 
-def collate(sequences: list[Sequence], device: torch.device) -> dict[str, Tensor]:
-    """input_ids (B, T), padded on the right, and over the N completion tokens rows, targets, sequence,
-    sampler_logprobs, advantages, counted. An empty micro-batch becomes one token that does not count."""
+def collate(sequences: list[Sequence], device: torch.device, max_len: int = 0) -> dict[str, Tensor]:
+    """input_ids (B, T), padded on the right, on CUDA to a multiple of 128 but not beyond max_len; over the N
+    completion tokens rows, targets, sequence, sampler_logprobs, advantages, counted. An empty micro-batch
+    becomes one token that does not count."""
     counted = float(bool(sequences))
     sequences = sequences or [Sequence([0, 0], 1, [0.0], 0.0)]
     T = max(len(s.ids) for s in sequences)
+    if device.type == "cuda":  # kernels are planned, and graphs compiled, for each new T
+        T = max(T, min(max_len, math.ceil(T / 128) * 128))
     input_ids = torch.tensor([s.ids + [0] * (T - len(s.ids)) for s in sequences])
     lengths = torch.tensor([len(s.ids) - s.num_prompt for s in sequences])
     rows = torch.cat([torch.arange(i * T + s.num_prompt - 1, i * T + len(s.ids) - 1)
@@ -2527,6 +2705,10 @@ def publish(saver: Checkpointer, partial: Path, sums: dict[str, tuple[int, int]]
             shutil.rmtree(old.rename(old.with_suffix(".partial")), ignore_errors=True)
 
 
+def is_time_to_save(interval: int, step: int, is_end: object) -> bool:
+    return interval > 0 and (bool(is_end) or step % interval == 0)
+
+
 def finish_save(saver: Checkpointer) -> str:
     """Wait for the save under way (all ranks). Returns what went wrong, which has been said: training goes
     on, and the next interval saves again."""
@@ -2634,15 +2816,23 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 
 # >>> shared: export-files
-def hf_tensors(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype
-               ) -> Iterator[tuple[str, Tensor]]:
-    """Names and layout of the family's files on disk, where transformers renames or fuses while loading."""
-    convert = None
+def hf_tensors(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype,
+               checksums: dict[str, int] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Names, layout and precision of the family's files on disk: transformers renames or fuses while loading.
+    `checksums` takes the CRC-32 of each tensor under its name in memory, for `verify_export`."""
+    convert, kept = None, getattr(model, "fp32_names", ())
     if hasattr(model, "base_model_prefix"):
         from transformers.core_model_loading import revert_weight_conversion as convert
     for name, tensor in tensors:
-        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        if tensor.is_floating_point():
+            tensor = tensor.to(torch.float32 if name in kept else dtype)
+        if checksums is not None:
+            checksums[name] = crc_of(tensor)
         yield from (convert(model, {name: tensor}) if convert else {name: tensor}).items()
+
+
+def crc_of(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def gathered_tensors(model: nn.Module, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
@@ -2704,9 +2894,12 @@ def write_parts(folder: Path, parts: tuple, dtype: torch.dtype, source: Path | N
 
 
 # >>> shared: export
-def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remote_code: bool) -> float | None:
-    """Load the folder with transformers, on the CPU, and compare logits: the largest difference over the
-    largest logit, or None where memory is short. Raises UserError beyond what the precision explains."""
+def verify_export(folder: Path, checksums: dict[str, int], input_ids: Tensor, expected: Tensor,
+                  trust_remote_code: bool) -> float | None:
+    """Load the folder with transformers, on the CPU: every tensor must be, bit for bit, the one that was
+    exported, and the logits those of the trained model, as far as its precision goes. Returns the mean
+    difference of the logits over their mean distance from their average, or None where memory is short.
+    Raises UserError."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
     logging.disable_progress_bar()
@@ -2714,26 +2907,34 @@ def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remot
     if nbytes * 1.2 > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         return None
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code).eval()
+    loaded = {name: crc_of(tensor) for name, tensor in model_tensors(model).items()}
+    wrong = [name for name in checksums if loaded.get(name) != checksums[name]]
+    if wrong:
+        raise UserError(f"{folder}: {wrong[0]} ({len(wrong)} of {len(checksums)} tensors) is not loaded as "
+                        "it was exported; the checkpoint is intact, please report this")
     with torch.no_grad():
         logits = model(input_ids.cpu(), use_cache=False).logits.float()
-    error = float((logits - expected.cpu().float()).abs().max() / expected.abs().max())
-    bound = 1e-4 if model.dtype == expected.dtype == torch.float32 else 5e-2
+    expected, precision = expected.cpu().float(), (model.dtype, expected.dtype)
+    spread = (expected - expected.mean(-1, keepdim=True)).abs().mean()
+    error = float((logits - expected).abs().mean() / spread)
+    bound = 1e-4 if set(precision) == {torch.float32} else 0.1
     if not error <= bound:
         raise UserError(
-            f"{folder}: the exported model's logits differ from the trained model's by {error:.1e} of the "
-            f"largest (bound {bound:.0e}); the checkpoint is intact, please report this")
+            f"{folder}: the exported model's logits differ from the trained model's by {error:.1e} of their "
+            f"spread (bound {bound:.0e}), with the same weights: its configuration is another. The "
+            "checkpoint is intact, please report this")
     return error
 
 
 def export_model(args: Namespace, model: nn.Module, parts: tuple | None, ranks: Ranks, source: Path | None,
-                 dtype: torch.dtype) -> tuple[Path, Tensor, Tensor]:
-    """Write RUN/hf (all ranks; rank 0 writes, and it alone needs `parts`, see `write_parts`). Returns the
-    folder, 32 tokens and their logits."""
-    input_ids = torch.arange(32, device=ranks.device)[None]
+                 dtype: torch.dtype) -> tuple:
+    """Write RUN/hf (all ranks; rank 0 writes, and it alone needs `parts`, see `write_parts`). Returns what
+    `verify_export` needs: the folder, its tensors' checksums, some tokens and their logits."""
+    input_ids, checksums = plain_tokens(model, 2, 64, ranks.device), {}
     model.eval()
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         logits = model(input_ids)
-    model.reshard()  # a forward leaves the root gathered, in the compute precision: not what is exported
+    reshard(model)
     folder = Path(args.checkpoint_dir) / "hf"
     partial = folder.with_name("hf.partial")
     if args.export_dtype != "auto":
@@ -2741,17 +2942,17 @@ def export_model(args: Namespace, model: nn.Module, parts: tuple | None, ranks: 
     tensors = gathered_tensors(model, ranks)
     if not ranks.is_main:
         list(tensors)  # yields nothing here, but takes part in every gather
-        return folder, input_ids, logits
+        return folder, checksums, input_ids, logits
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        write_safetensors(partial, hf_tensors(model, tensors, dtype))
+        write_safetensors(partial, hf_tensors(model, tensors, dtype, checksums))
         write_parts(partial, parts, dtype, source)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except OSError as error:
         raise UserError(f"could not write {folder}: {error.strerror}; the checkpoint is intact: make room, "
                         "then run the same command again") from error
-    return folder, input_ids, logits
+    return folder, checksums, input_ids, logits
 # <<< shared: export
 
 
@@ -2786,7 +2987,7 @@ METRICS = {
     "train/ratio_p01": "1st percentile of the ratio of policy now to sampler, a token each, to 0.1 %",
     "train/ratio_p50": "its median",
     "train/ratio_p99": "its 99th percentile",
-    "sync/probe_error": "largest difference of the server's logprobs to the trainer's after the last push",
+    "sync/probe_error": "mean difference of the server's logprobs to the trainer's after the last push",
     "perf/completion_tokens_per_s": "completion tokens over all ranks, over the whole step's time",
     "perf/peak_mem_gib": "rank 0's largest allocated GPU memory (on CPU: largest resident memory)",
     "time/step_s": "seconds since the last row",
@@ -3080,7 +3281,8 @@ def load_policy(args: Namespace, folder: Path, mesh: torch.distributed.DeviceMes
                 ranks: Ranks, master: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, str]]:
     """A sharded model without its weights, and its ties: shapes, then shards, then memory (all ranks)."""
     model = build_model(args, folder, master)
-    attach_logprobs(model, args.logprob_chunk_tokens)
+    attach_logprobs(model, compiled=wants_compile(args, ranks.device.type))
+    model.chunk = args.logprob_chunk_tokens or rows_at_once(model, ranks.device)
     shard_model(model, args, mesh, dtype)
     ties = materialise(model, ranks.device, args.cpu_offload)
     fill_buffers(model)
@@ -3101,15 +3303,38 @@ def load_reference(args: Namespace, folder: Path, mesh: torch.distributed.Device
     return model
 
 
-def open_sampler(args: Namespace, model: nn.Module, folder: Path, tokenizer, ranks: Ranks) -> Sampler:
+@torch.no_grad()
+def prove_rollouts(sampler: Sampler, ranks: Ranks) -> None:
+    """Let the generator continue two prompts of unequal length, and compare its logprobs with those of one
+    whole forward (all ranks). Raises UserError for a family whose cache works in another way."""
+    ids = plain_tokens(sampler.model, 2, 24, torch.device("cpu")).tolist()
+    prompts, name = [ids[0], ids[1][:9]], type(sampler.generator).__name__
+    sampling = dataclasses.replace(sampler.sampling, max_new_tokens=8)
+    try:
+        waiting = start_completions(sampler, prompts, 2, [0, 1], sampling)
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        problem = f"{name} cannot be sampled here ({first_line(error)}): use --rollouts vllm"
+        raise UserError(problem) from error
+    completions = [(prompt, c) for prompt, wait in zip(prompts, waiting) for c in wait()]
+    batch = collate([Sequence(prompt + c.ids, len(prompt), c.logprobs, 0.0) for prompt, c in completions],
+                    ranks.device)
+    logprobs, _ = sampler.model(batch["input_ids"], batch["rows"], batch["targets"], sampling.temperature)
+    reshard(sampler.model)
+    error = float((logprobs - batch["sampler_logprobs"]).abs().mean())
+    if not error <= (1e-3 if sampler.dtype == torch.float32 else 0.2):
+        raise UserError(f"{name} samples with other logprobs than it trains with (mean difference "
+                        f"{error:.2g}): its cache works in another way; use --rollouts vllm")
+
+
+def open_sampler(args: Namespace, model: nn.Module, folder: Path, tokenizer, dtype: torch.dtype, ranks: Ranks
+                 ) -> Sampler:
     server = open_server(args) if args.rollouts == "vllm" else None
-    generator = None
-    if server is None:
-        generator = build_model(args, folder).eval()
-        generator.whole_logits = model.whole_logits
-    ends = end_tokens(tokenizer, folder)
-    return Sampler(model, generator, server, args.rollout_batch, ranks.device,
-                   Sampling(args.temperature, args.max_new_tokens, ends))
+    generator = None if server else build_generator(args, folder, model.whole_logits)
+    sampling = Sampling(args.temperature, args.max_new_tokens, end_tokens(tokenizer, folder))
+    sampler = Sampler(model, generator, server, args.rollout_batch, ranks.device, sampling, dtype)
+    if args.rollouts == "local":
+        prove_rollouts(sampler, ranks)
+    return sampler
 
 
 def load_tasks(args: Namespace) -> Tasks:
@@ -3203,8 +3428,8 @@ def note_updates(updates: list[list[float]], num_sequences: int, progress: dict)
 
 def closing_lines(args: Namespace, run_dir: Path, error: float | None) -> list[str]:
     """Where everything is, and what to run next."""
-    lines = [f"checkpoint {checkpoints_in(run_dir / 'checkpoints')[-1]}",
-             f"record     {run_dir / 'metrics.jsonl'}, {run_dir / ROLLOUT_LOG.format(rank=0)}"]
+    lines = [f"checkpoint {path}" for path in checkpoints_in(run_dir / "checkpoints")[-1:]]
+    lines += [f"record     {run_dir / 'metrics.jsonl'}, {run_dir / ROLLOUT_LOG.format(rank=0)}"]
     if args.export:
         check = "not reloaded: too little memory" if error is None else f"reloaded: logits within {error:.0e}"
         lines.append(f"model      {run_dir / 'hf'} (Hugging Face format; {check})")
@@ -3279,8 +3504,9 @@ def leave_stopped(stop: str, code: int, saver: Checkpointer, ranks: Ranks) -> No
     torch.distributed.destroy_process_group()
     if ranks.is_main:
         again = "remove that file, then the" if stop == "STOP file" else "the"
-        print(f"stopped ({stop}): {checkpoints_in(saver.folder)[-1]} is saved; {again} same command goes on "
-              f"from there. Exit code {code}", flush=True)
+        kept = checkpoints_in(saver.folder)
+        saved = f"{kept[-1]} is saved; {again} same command goes on from there" if kept else "nothing saved"
+        print(f"stopped ({stop}): {saved}. Exit code {code}", flush=True)
     sys.exit(code)
 # <<< shared: ending
 
@@ -3290,7 +3516,6 @@ def main() -> None:
     args = parse_args()
     relaunch_under_torchrun(args)
     ranks = read_ranks(args)
-    args.logprob_chunk_tokens = args.logprob_chunk_tokens or (2048 if ranks.device.type == "cuda" else 512)
     check_trackers(args)
     run_dir = Path(args.checkpoint_dir)
     check_writable(run_dir)
@@ -3321,7 +3546,7 @@ def main() -> None:
     prove_filled(model, ties)
     prove_logprobs(model, ranks)
     ref_model = load_reference(args, folder, mesh, dtype, ranks)
-    sampler = open_sampler(args, model, folder, tasks.tokenizer, ranks)
+    sampler = open_sampler(args, model, folder, tasks.tokenizer, dtype, ranks)
     link = open_link(args, sampler.server, dtype, ranks) if sampler.server else None
 
     files = write_record(run_dir, args, ranks)
@@ -3334,6 +3559,7 @@ def main() -> None:
         say(f"resumed    {resume_from}: step {progress['step']:,}, {progress['samples']:,} questions asked")
 
     num_replicas = ranks.world_size // mesh.size(-1)  # 1 without HSDP
+    reduces_always = args.reduce_every_micro_batch or mesh.size() == 1  # one device: no traffic, less memory
     num_wanted = args.batch_size * ranks.world_size  # groups a step
     loss_sum, count = torch.zeros(2, device=ranks.device)
     times, unwritten, stop, pending, row, evaluation = {}, [], None, None, {}, {}
@@ -3394,7 +3620,8 @@ def main() -> None:
         chosen = choose_groups(groups, args.zero_variance, num_wanted)
         sequences = to_sequences(chosen, args.loss, args.mask_truncated)
         hands = deal(sequences, ranks.world_size, args.micro_batch_tokens)
-        batches = [collate(hand, ranks.device) for hand in hands[ranks.rank]]
+        max_len = args.max_prompt_tokens + args.max_new_tokens
+        batches = [collate(hand, ranks.device, max_len) for hand in hands[ranks.rank]]
         with phase("logprob"):
             add_old_logprobs(model, ref_model, batches, args)
 
@@ -3408,7 +3635,7 @@ def main() -> None:
                 loss_sum.zero_()
                 count.zero_()
                 for micro, batch in enumerate(batches):
-                    is_reduced = args.reduce_every_micro_batch or micro == len(batches) - 1
+                    is_reduced = reduces_always or micro == len(batches) - 1
                     model.set_requires_gradient_sync(is_reduced)  # else whole gradients add up on each rank
                     loss = micro_batch_loss(model, batch, args, totals)
                     loss.backward()
@@ -3434,7 +3661,7 @@ def main() -> None:
         console.bar.update()
         note_step(watch, progress["step"], saver.seconds)
         is_last = progress["step"] == args.train_steps
-        is_save = is_last or stop or progress["step"] % args.checkpoint_interval == 0
+        is_save = is_time_to_save(args.checkpoint_interval, progress["step"], is_last or stop)
 
         # Log
         is_skipped, loss_value, norm_value = values[-3:]

@@ -39,9 +39,11 @@ import sysconfig
 import threading
 import time
 import traceback
+import types
 import zlib
 from argparse import Namespace
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timedelta
@@ -78,7 +80,7 @@ def first_line(error: BaseException) -> str:
 # 1. Arguments: the flags, a YAML or JSON file as a saved command line, and every check that needs no data
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = open_parser("%(prog)s [--config FILE] (--hf-model NAME_OR_FOLDER | --from-scratch) [other flags]")
+    parser = open_parser("%(prog)s [--config FILE] (--hf-model NAME | --from-scratch) [other flags]")
     add_model_and_data_flags(parser.add_argument_group("model"), parser.add_argument_group("data"))
     add_training_flags(parser.add_argument_group("training, evaluation and logging"))
     add_system_flags(parser.add_argument_group("devices, sharding and memory"), recompute="none")
@@ -127,10 +129,9 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
     add("--weight-decay", type=float, default=0.1, help="on matrices; not on norms, biases and embeddings")
     add("--grad-clip", type=float, default=1.0, help="largest global gradient norm; 0 is off")
     add("--loss-chunk-tokens", type=int, metavar="N", help="rows of logits that exist at once; if not given: "
-        "512, on GPUs 2048")
-    add("--skip-spikes", type=float, metavar="SIGMA", default=0.0, help="no update where the loss or the "
-        "gradient norm is so many standard deviations above its running mean; 0: off, 6 is usual")
-    add("--max-bad-steps", type=int, default=10, help="stop after so many skipped steps in a row")
+        "512, on GPUs so many that they are some 2^28 numbers")
+    add("--max-bad-steps", type=int, default=10, help="stop after so many steps in a row whose gradient "
+        "is not finite; such a step changes nothing")
     add("--seed", type=int, default=0, help="of initial weights, sample order, held-out share and dropout")
     add("--log-interval", type=int, default=10, help="steps between logged rows")
     add("--eval-interval", type=int, default=0, help="steps between evaluations; 0: at the end only")
@@ -171,6 +172,7 @@ def add_system_flags(group: argparse._ArgumentGroup, recompute: str) -> None:
         help="recompute blocks in the backward, to save memory")
     add("--compile", action=onoff, help="torch.compile each block; if not given: on CUDA only")
     add("--cpu-offload", action=onoff, default=False, help="masters and optimizer in host memory")
+    add("--deterministic", action=onoff, default=False, help="the same bits again, on GPUs, too; slower")
     add("--reduce-every-micro-batch", action=onoff, default=False,
         help="reduce gradients after each micro-batch, not once a step: more traffic, less memory")
 
@@ -178,7 +180,8 @@ def add_system_flags(group: argparse._ArgumentGroup, recompute: str) -> None:
 def add_run_flags(group: argparse._ArgumentGroup, folder: str, save_every: int) -> None:
     onoff, add = argparse.BooleanOptionalAction, group.add_argument
     add("--checkpoint-dir", metavar="DIR", default=folder, help="the run's folder")
-    add("--checkpoint-interval", type=int, default=save_every, help="steps between checkpoints")
+    add("--checkpoint-interval", type=int, default=save_every, help="steps between checkpoints; 0: never, "
+        "not even at the end")
     add("--keep-checkpoints", type=int, default=3, help="newest checkpoints kept; 0 keeps all")
     add("--async-checkpoint", action=onoff, default=True, help="write while training goes on")
     add("--resume", default="auto", metavar="{auto,none,FOLDER}", help="auto: --checkpoint-dir's newest")
@@ -283,10 +286,10 @@ def find_common_problems(args: Namespace, positive: str, not_negative: str, sour
 def find_problems(args: Namespace) -> Iterator[str]:
     """Every argument that cannot work, before anything is downloaded, tokenised or started."""
     positive = ("seq_len batch_size grad_accum_steps num_epochs loss_chunk_tokens max_bad_steps log_interval "
-                "checkpoint_interval max_steps steps_per_epoch nproc hsdp_shard_size vocab_size "
+                "max_steps steps_per_epoch nproc hsdp_shard_size vocab_size "
                 "stall_timeout")
     not_negative = ("warmup_steps weight_decay grad_clip keep_checkpoints eval_interval sample_tokens min_lr "
-                    "max_lr skip_spikes max_restarts")
+                    "max_lr max_restarts checkpoint_interval")
     yield from find_common_problems(args, positive, not_negative, "dataset hf_model tokenizer")
     if args.from_scratch == bool(args.hf_model):
         yield "choose one: --hf-model NAME_OR_FOLDER or --from-scratch"
@@ -405,6 +408,10 @@ def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceM
     """Start the process group (all ranks); returns the mesh: (replicate, shard), or (shard,) without HSDP."""
     from torch.distributed.device_mesh import init_device_mesh
     cuda = ranks.device.type == "cuda"
+    if args.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)  # flash attention's backward, too; cuDNN's is left out
+        torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and `prove_filled` looks for it
     # gloo serves tensors in host memory: --cpu-offload keeps the parameters there, an export gathers them.
     # The timeout comes after the watch has said which rank is stuck, and where.
     timeout = timedelta(seconds=max(1200, 3 * args.stall_timeout))
@@ -1213,11 +1220,11 @@ def join_pieces(pieces: list[tuple[Tensor, Tensor]], length: int) -> dict[str, T
     """Pieces side by side, padded on the right to `length` with untrained tokens (0: as long as they are)."""
     lengths = [len(ids) for ids, _ in pieces]
     short = max(0, length - sum(lengths))
-    lengths[-1] += short  # padding follows the last document's positions: it is no document of its own
     return {
         "input_ids": F.pad(torch.cat([ids for ids, _ in pieces]), (0, short)),
         "labels": F.pad(torch.cat([labels for _, labels in pieces]), (0, short), value=IGNORE),
-        "position_ids": torch.cat([torch.arange(n) for n in lengths]),
+        # Padding is no position: rotary factors that depend on the largest one (Phi-4) must not see it.
+        "position_ids": F.pad(torch.cat([torch.arange(n) for n in lengths]), (0, short)),
     }
 
 
@@ -1244,15 +1251,20 @@ def pack_best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def collate(samples: list[dict[str, Tensor]], device: torch.device, mask_documents: bool
+def collate(samples: list[dict[str, Tensor]], device: torch.device, mask_documents: bool, seq_len: int
             ) -> dict[str, Tensor]:
-    """(B, T) on the device, padded on the right; position_ids only where documents must be told apart."""
+    """(B, T) on the device, padded on the right; position_ids only where documents must be told apart, and on
+    CUDA cu_seqlens (`document_bounds`) with them, so that nobody waits for the device to learn them."""
     T = max(len(sample["input_ids"]) for sample in samples)
+    if device.type == "cuda":  # kernels are planned, and graphs compiled, for each new T
+        T = max(T, min(seq_len, math.ceil(T / 128) * 128))
     several = mask_documents and any((sample["position_ids"][1:] == 0).any() for sample in samples)
     fill_with = {"input_ids": 0, "labels": IGNORE} | ({"position_ids": 0} if several else {})
     batch = {key: torch.stack([F.pad(s[key], (0, T - len(s[key])), value=value) for s in samples])
              for key, value in fill_with.items()}
     if device.type == "cuda":
+        if several:
+            batch["cu_seqlens"] = document_bounds(batch["position_ids"])
         return {key: value.pin_memory().to(device, non_blocking=True) for key, value in batch.items()}
     return batch
 
@@ -1279,7 +1291,7 @@ def ordered_batches(dataset: TokenDataset, args: Namespace, ranks: Ranks, start:
     B, position = args.batch_size, start + ranks.rank * args.batch_size
     while True:
         ids = [sample_at(p, len(dataset), args.seed) for p in range(position, position + B)]
-        yield collate([dataset[i] for i in ids], ranks.device, dataset.mask_documents)
+        yield collate([dataset[i] for i in ids], ranks.device, dataset.mask_documents, args.seq_len)
         position += B * ranks.world_size
 
 
@@ -1304,7 +1316,7 @@ def streamed_batches(args: Namespace, ranks: Ranks, state: dict) -> Iterator[dic
                 samples.append(join_pieces(pieces, args.seq_len))
                 if len(samples) == args.batch_size:
                     state["waiting"] = [(ids.tolist(), labels.tolist()) for ids, labels in waiting]
-                    yield collate(samples, ranks.device, args.mask_documents)
+                    yield collate(samples, ranks.device, args.mask_documents, args.seq_len)
                     samples = []
         if not found and not first_row:
             raise UserError(f"--dataset {args.dataset}: no row for rank {ranks.rank} of {ranks.world_size}")
@@ -1360,6 +1372,21 @@ MODEL_SIZES = {
 }
 
 
+# HACK(torch 2.11): its varlen_attn takes fewer key-value heads unasked; later versions want to be told.
+VARLEN_OPTIONS = {"enable_gqa": True} if torch.__version__ >= "2.12" else {}
+
+
+def attend_within_documents(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None = None,
+                            window: tuple[int, int] = (-1, 0)) -> Tensor:
+    """Causal attention within the documents that `document_bounds` tells apart, by flash attention's kernels,
+    which need no (T, T) mask. (B, H, T, D), keys and values with H or fewer heads -> (B, T, H, D)."""
+    from torch.nn.attention.varlen import varlen_attn
+    B, _, T, D = q.shape
+    q, k, v = (x.transpose(1, 2).reshape(B * T, -1, D) for x in (q, k, v))
+    options = VARLEN_OPTIONS | {"scale": scale, "window_size": window}
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, T, T, **options).view(B, T, -1, D)
+
+
 class Attention(nn.Module):  # grouped-query, with rotary positions
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
@@ -1369,11 +1396,16 @@ class Attention(nn.Module):  # grouped-query, with rotary positions
         self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_size, bias=False)
         self.o_proj = nn.Linear(c.num_heads * c.head_size, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+                ) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_size).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cu_seqlens is not None:
+            return self.o_proj(attend_within_documents(q, k, v, cu_seqlens).flatten(2))
+        if mask is not None:  # no fused kernel takes a mask and fewer key-value heads on every GPU
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
@@ -1396,8 +1428,9 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+                ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cu_seqlens)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -1409,31 +1442,34 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.norm = nn.RMSNorm(c.hidden_size, eps=c.norm_eps)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None
+                ) -> Tensor:
         x = self.embed_tokens(input_ids)
-        mask = None if position_ids is None else document_mask(position_ids)
+        if not (x.is_cuda and x.dtype == torch.bfloat16 and torch.backends.cuda.flash_sdp_enabled()):
+            cu_seqlens = None  # flash attention's kernels are for these alone
+        mask = document_mask(position_ids) if position_ids is not None and cu_seqlens is None else None
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=x.device)[None]
         cos, sin = rotary_table(position_ids, self.config.head_size, self.config.rope_theta, x.dtype)
         for layer in self.layers:
-            x = layer(x, cos, sin, mask)
+            x = layer(x, cos, sin, mask, cu_seqlens)
         return self.norm(x)
 
 
 class CausalLM(nn.Module):
     """The model of --from-scratch, its parameters named as in transformers' LlamaForCausalLM."""
 
-    def __init__(self, config: ModelConfig, loss_chunk: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config, self.loss_chunk = config, loss_chunk
+        self.config, self.loss_chunk = config, 512  # rows of logits at once, see `rows_at_once`
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.head_loss = head_loss  # `compile_head_loss` puts its compiled form here
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None
-                ) -> Tensor:
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None,
+                cu_seqlens: Tensor | None = None) -> Tensor:
         """Logits (B, T, V), or with labels (B, T) the sum of the tokens' losses, in fp32."""
-        hidden = self.model(input_ids, position_ids)
+        hidden = self.model(input_ids, position_ids, cu_seqlens)
         if labels is None:
             return self.lm_head(hidden)
         return chunked_cross_entropy(hidden, labels, self.lm_head, self.head_loss, self.loss_chunk)
@@ -1461,6 +1497,34 @@ def document_mask(position_ids: Tensor) -> Tensor:
     return ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
 
 
+def document_bounds(position_ids: Tensor) -> Tensor:
+    """Where documents begin in the flattened (B, T), and its end: (N + 1,) int32, as `varlen_attn` takes it.
+
+    A document starts at each position 0; zeros at the end of a row are padding, taken together. The end is
+    repeated until N is a power of two, so that compiled kernels meet few different sizes."""
+    is_padding = (position_ids.flip(1).cumsum(1) == 0).flip(1)
+    starts = position_ids == 0
+    starts[:, 1:] &= ~(is_padding[:, 1:] & is_padding[:, :-1])
+    bounds = F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=position_ids.numel())
+    size = 1 + 2 ** math.ceil(math.log2(len(bounds) - 1))
+    return F.pad(bounds, (0, size - len(bounds)), value=position_ids.numel()).int()
+
+
+def varlen_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,
+                     dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None,
+                     cu_seqlens: Tensor | None = None, **options: object) -> tuple[Tensor, None]:
+    """`attend_within_documents` as transformers' models call their attention; without bounds a row is one
+    document. Raises ValueError for what the kernel does not have; `prove_packing` then takes masks."""
+    unknown = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
+    if unknown or dropout or attention_mask is not None or not getattr(module, "is_causal", True):
+        raise ValueError(f"no variable-length attention with {unknown or 'dropout, a mask or without order'}")
+    B, _, T, _ = query.shape
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(0, B * T + 1, T, device=query.device, dtype=torch.int32)
+    window = (sliding_window - 1 if sliding_window else -1, 0)
+    return attend_within_documents(query, key, value, cu_seqlens, scaling, window), None
+
+
 def build_model(args: Namespace, folder: Path | None, vocab_size: int) -> nn.Module:
     """The model on the meta device: shapes, no memory. `folder` holds the Hugging Face model, if any."""
     if folder is None:
@@ -1470,7 +1534,7 @@ def build_model(args: Namespace, folder: Path | None, vocab_size: int) -> nn.Mod
         sizes = MODEL_SIZES[args.model_size]
         config = dataclasses.replace(sizes, vocab_size=size, max_positions=args.seq_len)
         with torch.device("meta"):
-            return CausalLM(config, args.loss_chunk_tokens)
+            return CausalLM(config)
     import transformers
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
@@ -1480,52 +1544,76 @@ def build_model(args: Namespace, folder: Path | None, vocab_size: int) -> nn.Mod
     if limit and args.seq_len > limit:
         raise UserError(f"--seq-len {args.seq_len}: {args.hf_model} knows {limit} positions; "
                         f"use --seq-len {limit}")
+    refuse_quantised(folder, config)
     config.use_cache = False  # keys and values are kept for generation only
-    flash2 = args.use_flash_attn and torch.cuda.is_available() and importlib.util.find_spec("flash_attn")
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation="flash_attention_2" if flash2 else None,
-            trust_remote_code=args.trust_remote_code)
+        model = note_fp32(transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, trust_remote_code=args.trust_remote_code))
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < vocab_size:
         raise UserError(f"{args.hf_model} embeds {rows} tokens, the tokenizer has {vocab_size}: "
                         "use its own tokenizer")
-    attach_chunked_loss(model, args.loss_chunk_tokens)
+    attach_chunked_loss(model)
     return model
 
 
-def attach_chunked_loss(model: nn.Module, loss_chunk: int) -> None:
+def attach_chunked_loss(model: nn.Module) -> None:
     """Give a transformers model the call of `CausalLM`: logits, or with labels the summed loss in chunks."""
     full_forward, head, config = model.forward, model.get_output_embeddings(), model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     cap = getattr(config, "final_logit_softcapping", None) or 0.0
-    model.whole_logits, model.head_loss = head is None, functools.partial(head_loss, scale=scale, cap=cap)
+    base = base_of(model)
+    model.whole_logits, model.loss_chunk = head is None or base is model, 512
+    model.head_loss = functools.partial(head_loss, scale=scale, cap=cap)
     model.needs_mask = False  # see `prove_packing`
+    balance = auxiliary_loss(model, config)
 
     # As an attribute, not as a wrapping module: parameter names stay those of the files on disk.
-    def forward(input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None
-                ) -> Tensor:
+    def forward(input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None,
+                cu_seqlens: Tensor | None = None) -> Tensor:
         call = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
-        if position_ids is not None and model.needs_mask:
+        if config._attn_implementation == "varlen":
+            call["cu_seqlens"] = cu_seqlens
+        elif position_ids is not None and model.needs_mask:
             seen = document_mask(position_ids)
             call["attention_mask"] = torch.zeros_like(seen, dtype=head.weight.dtype).masked_fill(
                 ~seen, torch.finfo(head.weight.dtype).min)
-        if labels is None or model.whole_logits:
-            logits = full_forward(**call).logits
-            return logits if labels is None else cross_entropy_sum(logits.flatten(0, 1), labels.flatten())
-        hidden = model.base_model(**call)[0]
-        return chunked_cross_entropy(hidden, labels, head, model.head_loss, loss_chunk)
+        if labels is None:
+            return full_forward(**call).logits
+        with_balance = balance is not None and model.training
+        if with_balance:
+            call["output_router_logits"] = True
+        out = full_forward(**call) if model.whole_logits else base(**call)
+        if model.whole_logits:
+            loss = cross_entropy_sum(out.logits.flatten(0, 1), labels.flatten())
+        else:
+            loss = chunked_cross_entropy(out[0], labels, head, model.head_loss, model.loss_chunk)
+        return loss + balance(out.router_logits) * (labels != IGNORE).sum() if with_balance else loss
 
     model.forward = forward
 
 
+def auxiliary_loss(model: nn.Module, config: object) -> Callable | None:
+    """What a mixture of experts adds to its mean loss where its config asks for it: the coefficient times the
+    load-balancing loss over a micro-batch (Fedus et al. 2021, arXiv:2101.03961, eq. 4 to 6)."""
+    coefficient = getattr(config, "router_aux_loss_coef", None) or 0.0
+    if not (getattr(config, "output_router_logits", False) and coefficient):
+        return None
+    function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    if function is None:
+        raise UserError(f"{type(model).__name__} has no load-balancing loss, which its config asks for: set "
+                        "output_router_logits to false there to train without")
+    return lambda logits: coefficient * function(logits, model.num_experts, model.num_experts_per_tok)
+
+
 # >>> shared: shard
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks, outermost first: of the classes not to be split, else the longest list."""
+    """The transformer blocks: the outermost of the classes not to be split, else the longest list."""
     names = set(getattr(model, "_no_split_modules", None) or ["Block"])  # EDIT: the layer class to shard
     blocks = [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") in names]
+    inner = {id(part) for block in blocks for part in block.modules() if part is not block}
     if blocks:
-        return blocks
+        return [block for block in blocks if id(block) not in inner]
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise UserError("no transformer blocks found: the model has no list of layers")
@@ -1540,21 +1628,32 @@ def shard_model(model: nn.Module, args: Namespace, mesh: torch.distributed.Devic
     gathered and freed as one unit; the root takes what is left: embeddings, norm, head."""
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
     from torch.distributed.fsdp import fully_shard
-    torch.backends.cuda.enable_flash_sdp(args.use_flash_attn)
+    for enable in (torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.enable_cudnn_sdp):
+        enable(args.use_flash_attn)
     cuda = mesh.device_type == "cuda"
     options = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=cuda) if args.cpu_offload else OffloadPolicy(),
+        # One device has nothing to gather from others, so freeing would only mean casting the weights again.
+        "reshard_after_forward": args.reshard_after_forward and mesh.size(-1) > 1,
     }
-    for block in find_blocks(model):
+    for module in list(fp32_modules(model)) if dtype != torch.float32 else ():
+        in_fp32 = MixedPrecisionPolicy(torch.float32, torch.float32, cast_forward_inputs=False)
+        fully_shard(module, **options | {"mp_policy": in_fp32})
+    blocks = find_blocks(model)
+    if max(Counter(id(param) for block in blocks for param in block.parameters()).values()) > 1:
+        raise UserError(f"blocks of {type(model).__name__} share parameters with each other, which FSDP "
+                        "cannot shard: this family cannot be trained here")
+    for block in blocks:
         if args.activation_checkpointing != "none":
             recompute_in_backward(block, selective=args.activation_checkpointing == "selective")
         if wants_compile(args, mesh.device_type):
             block.compile()
-        fully_shard(block, reshard_after_forward=args.reshard_after_forward, **options)
-    fully_shard(model, **options)  # never resharded after forward: the backward begins with the head
-    for module in model.modules():
+        fully_shard(block, **options)
+    # The root is never resharded after forward: the backward begins with the head.
+    fully_shard(model, **options | {"reshard_after_forward": None})
+    for module in model.modules() if mesh.size() > 1 else ():
         if isinstance(module, FSDPModule):
             # FSDP divides by the number of ranks by default. Here gradients are plain sums, divided once, by
             # what the loss is a mean over, counted on all ranks after the last micro-batch (`reduce_stats`).
@@ -1563,17 +1662,60 @@ def shard_model(model: nn.Module, args: Namespace, mesh: torch.distributed.Devic
             module.set_force_sum_reduction_for_comms(True)
 
 
+def note_fp32(model: nn.Module) -> nn.Module:
+    """An hf model on the meta device, built in bf16, as fp32 masters, with the names of those tensors that
+    transformers keeps in fp32 in a bf16 model (routers and score biases of mixtures of experts)."""
+    patterns = [pattern.replace("*", ".*") for pattern in model._keep_in_fp32_modules_strict or ()]
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    model.fp32_names = {name for name, tensor in tensors if tensor.dtype == torch.float32
+                        or any(re.search(pattern, name) for pattern in patterns)}
+    return model.float()
+
+
+def fp32_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that hold nothing but parameters kept in fp32: they are gathered, and compute, in fp32."""
+    kept = getattr(model, "fp32_names", ())
+    for name, module in model.named_modules() if kept else ():
+        names = [f"{name}.{part}" for part, _ in module.named_parameters(recurse=False)]
+        if names and kept.issuperset(names) and not any(True for _ in module.children()):
+            yield module
+
+
+def reshard(model: nn.Module) -> None:
+    """After a forward without a backward, which would do it: unit by unit, parameters are this rank's part of
+    the masters again, not whole and in the compute precision."""
+    from torch.distributed.fsdp import FSDPModule
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def wants_compile(args: Namespace, device_type: str) -> bool:
     return device_type == "cuda" if args.compile is None else args.compile
 
 
 def recompute_in_backward(block: nn.Module, selective: bool) -> None:
-    """Activation checkpointing by replacing the block's forward, so that no parameter changes its name."""
-    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-    options = {"use_reentrant": False}
-    if selective:
-        options["context_fn"] = lambda: create_selective_checkpoint_contexts(save_expensive())
-    block.forward = functools.partial(checkpoint, block.forward, **options)
+    """Activation checkpointing by replacing the block's forward, so that no parameter changes its name.
+
+    A method of a module-level function: anything else would keep `block.compile()` from compiling the block
+    (pytorch#135816), or give each block a graph of its own."""
+    block.forward = types.MethodType(recomputed_but_expensive if selective else recomputed, block)
+
+
+def recomputed(block: nn.Module, *args: object, **kwargs: object) -> object:
+    from torch.utils.checkpoint import checkpoint
+    return checkpoint(type(block).forward, block, *args, use_reentrant=False, **kwargs)
+
+
+def recomputed_but_expensive(block: nn.Module, *args: object, **kwargs: object) -> object:
+    from torch.utils.checkpoint import checkpoint
+    kwargs |= {"use_reentrant": False, "context_fn": expensive_kept}
+    return checkpoint(type(block).forward, block, *args, **kwargs)
+
+
+def expensive_kept() -> tuple:
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+    return create_selective_checkpoint_contexts(save_expensive())
 
 
 def save_expensive() -> Callable:
@@ -1582,6 +1724,8 @@ def save_expensive() -> Callable:
     aten, num_matmuls = torch.ops.aten, {True: 0, False: 0}  # recomputing or not: both count alike
     kinds = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
     attention = {getattr(aten, f"_scaled_dot_product_{kind}").default for kind in kinds}
+    if hasattr(torch.ops.torch_attn, "_varlen_attn"):
+        attention.add(torch.ops.torch_attn._varlen_attn.default)
 
     def policy(context, op, *args, **kwargs) -> CheckpointPolicy:
         num_matmuls[context.is_recompute] += op is aten.mm.default
@@ -1650,7 +1794,32 @@ def fill_buffers(model: nn.Module) -> None:
     """What no file holds: rotary tables and other non-persistent buffers of a transformers model, in fp32."""
     for param in model.parameters():
         param._is_hf_initialized = True
+    # FSDP's class looks like custom code, of which modules without parameters would be skipped.
+    own_class = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
+    model.is_custom_code = own_class.is_custom_code
     model.initialize_weights()
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model without its output head; the model itself where the two cannot be told apart."""
+    inner = (child for child in model.children() if hasattr(child, "base_model"))
+    return model.base_model if model.base_model is not model else next(inner, model)
+
+
+QUANTISED = re.compile(r"(weight_scale(_inv)?|scales|qweight|qzeros|g_idx|zero_point|absmax|quant_map|SCB|"
+                       r"weight_packed|_blocks)$")
+
+
+def refuse_quantised(folder: Path, config: object) -> None:
+    """Quantised weights have the names and shapes of others: without their scales they would be garbage."""
+    found = getattr(config, "quantization_config", None) and "config.json says so"
+    for path in folder.glob("*.safetensors") if not found else ():
+        with path.open("rb") as file:  # the header: 8 bytes of length, then JSON
+            names = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        found = found or next((f"{path.name} holds {name}" for name in names if QUANTISED.search(name)), None)
+    if found:
+        raise UserError(f"{folder} holds quantised weights ({found}), which cannot be trained: use the "
+                        "model's bf16 release, or dequantise it first")
 
 
 def load_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ranks: Ranks) -> None:
@@ -1712,6 +1881,23 @@ def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool
 
 
 # >>> shared: prove
+def vocab_size_of(model: nn.Module) -> int:
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    return config.vocab_size
+
+
+def rows_at_once(model: nn.Module, device: torch.device) -> int:
+    """Rows of logits that exist at once. On a GPU some 2^28 numbers of them: fewer would be slow, because the
+    head's fp32 gradient is added up once a chunk, more would take gigabytes."""
+    return 512 if device.type != "cuda" else max(512, 2**28 // vocab_size_of(model) // 512 * 512)
+
+
+def plain_tokens(model: nn.Module, rows: int, length: int, device: torch.device) -> Tensor:
+    """(rows, length) ids from all over the vocabulary, for proofs."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab_size_of(model), (rows, length), generator=generator).to(device)
+
+
 def prove_filled(model: nn.Module, ties: dict[str, str]) -> None:
     """Every parameter is a DTensor, all was written, ties hold; else training would start from garbage."""
     from torch.distributed.tensor import DTensor
@@ -1750,18 +1936,28 @@ def describe_model(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[s
 
 @torch.no_grad()
 def prove_loss(model: nn.Module, ranks: Ranks) -> None:
-    """Compare the chunked loss with the model's own logits on 16 tokens; a model that does more to its logits
-    than `attach_chunked_loss` knows keeps whole logits, and a line says so (all ranks)."""
-    ids = torch.arange(16, device=ranks.device)[None]
+    """Compare the chunked loss, token by token, with that of the model's own logits. A family that transforms
+    its logits in a way that `attach_chunked_loss` does not know keeps whole logits (all ranks)."""
+    ids, each, loss_fn = plain_tokens(model, 2, 32, ranks.device), [], model.head_loss
+
+    def noted(*args: object, **options: object) -> Tensor:
+        each.append(loss_fn(*args, **options))
+        return each[-1]
+
     model.eval()
     with torch.compiler.set_stance("force_eager"):
         logits = model(ids)
-        expected, chunked = cross_entropy_sum(logits.flatten(0, 1), ids.flatten()), model(ids, labels=ids)
-    model.reshard()  # after a forward alone the root stays gathered, until a backward frees it
+        if not torch.isfinite(logits).all():
+            raise UserError("the model's logits are not finite on a plain input: its weights are broken")
+        expected = F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none")
+        model.head_loss, chunk, model.loss_chunk = noted, model.loss_chunk, 1
+        model(ids, labels=ids)
+        model.head_loss, model.loss_chunk = loss_fn, chunk
+    reshard(model)
     model.train()
-    if not torch.isfinite(expected):
-        raise UserError("the model's logits are not finite on a plain input: its weights are broken")
-    if not abs(chunked - expected) <= (1e-4 if logits.dtype == torch.float32 else 1e-2) * expected:
+    # bf16: half a unit in the last place of the largest logit, by which two orders of adding may differ.
+    bound = 1e-5 if logits.dtype == torch.float32 else torch.finfo(logits.dtype).eps / 2
+    if each and not (torch.stack(each) - expected).abs().mean() <= bound * logits.abs().max():
         model.whole_logits = True
         if ranks.is_main:
             print("this model transforms its logits in a way of its own: "
@@ -1769,23 +1965,39 @@ def prove_loss(model: nn.Module, ranks: Ranks) -> None:
 
 
 @torch.no_grad()
-def prove_packing(model: nn.Module, ranks: Ranks) -> None:
-    """Compare two documents in a pack with each alone. Most families tell documents apart by positions that
-    start again; one that does not (Falcon) gets a mask, unless that would undo its window (all ranks)."""
-    ids = torch.arange(16, device=ranks.device)[None]
-    has_window = getattr(model.config.get_text_config(), "sliding_window", None)
+def prove_packing(model: nn.Module, ranks: Ranks, can_use_varlen: bool = False) -> None:
+    """Choose how documents in a pack are told apart, by comparing the second documents of two packs with each
+    alone: by variable-length attention (CUDA), by positions that start again, which most families understand,
+    or by a whole mask (Falcon). What a leak would change is the measure (all ranks)."""
+    ids = plain_tokens(model, 2, 64, ranks.device)
+    positions = torch.arange(64, device=ranks.device).expand(2, 64) % 32
+    own, ways = model.config._attn_implementation, []
+    if can_use_varlen and model._supports_flash_attn and model._supports_attention_backend:
+        from transformers import AttentionInterface
+        AttentionInterface.register("varlen", varlen_attention)
+        ways = [("varlen", False)]
+    has_window = getattr(model.config.get_text_config(), "sliding_window", None)  # a whole mask would undo it
+    ways += [(own, False)] if has_window else [(own, False), (own, True)]
     model.eval()
     with torch.compiler.set_stance("force_eager"):
-        alone = torch.cat([model(ids[:, :8]), model(ids[:, 8:])], dim=1)
-        for model.needs_mask in (False,) if has_window else (False, True):
-            packed = model(ids, position_ids=torch.arange(16, device=ranks.device)[None] % 8)
-            bound = (1e-3 if packed.dtype == torch.float32 else 5e-2) * alone.abs().max()
-            if (packed - alone).abs().max() <= bound:
+        alone = model(ids.view(4, 32)).view(2, 64, -1)[:, 32:].float()
+        leak = (model(ids)[:, 32:] - alone).abs().mean()
+        for implementation, model.needs_mask in ways:
+            for config in (model.config, model.config.get_text_config()):
+                config._attn_implementation = implementation
+            try:
+                packed = model(ids, position_ids=positions, cu_seqlens=document_bounds(positions))[:, 32:]
+            except (TypeError, ValueError, RuntimeError):  # a mask or a kernel that this family cannot take
+                continue
+            bound = 0.01 if packed.dtype == torch.float32 else 0.2
+            if (packed - alone).abs().mean() <= bound * leak:
                 break
         else:
             raise UserError("documents in a pack see each other in this model: use --no-packing, or let them "
                             "with --no-mask-documents")
-    model.reshard()
+    if implementation != "varlen":  # cuDNN 9.19 makes NaN gradients behind some masks (pytorch#196678)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    reshard(model)
     model.train()
 
 
@@ -1828,16 +2040,13 @@ def reduce_stats(model: nn.Module, loss_sum: Tensor, count: Tensor, num_replicas
 
 
 @torch.no_grad()
-def clip_and_step(optimizer: torch.optim.AdamW, grad_norm: Tensor, count: Tensor, grad_clip: float,
-                  is_spike: Tensor | None = None) -> Tensor:
-    """One update, or none for a spike or a gradient that is not finite: decided on the device, on all ranks.
+def clip_and_step(optimizer: torch.optim.AdamW, grad_norm: Tensor, count: Tensor, grad_clip: float) -> Tensor:
+    """One update, or none for a gradient that is not finite: decided on the device, on all ranks.
 
     The fused kernel divides gradients by `grad_scale` and does nothing if `found_inf` is 1 (GradScaler's
     protocol): dividing by `count` (see `reduce_stats`), clipping and skipping cost no pass over the gradients
     and no host-device synchronisation. Returns `found_inf`."""
     found_inf = (~torch.isfinite(grad_norm)).float()
-    if is_spike is not None:
-        found_inf = torch.maximum(found_inf, is_spike)
     over = torch.clamp(grad_norm / grad_clip, min=1.0) if grad_clip else torch.ones_like(grad_norm)
     where = local_part(optimizer.param_groups[0]["params"][0]).device  # the host with --cpu-offload
     optimizer.grad_scale, optimizer.found_inf = (count * over).to(where), found_inf.to(where)
@@ -1862,24 +2071,6 @@ def resolve_steps(args: Namespace, dataset: TokenDataset | None, ranks: Ranks) -
     return total, warmup, line
 
 
-@torch.no_grad()
-def leaves_band(values: Tensor, band: Tensor, sigma: float) -> Tensor:
-    """1.0 if one of `values` (2,) is more than sigma standard deviations above its running mean, else 0.0.
-
-    `band` (5,) holds means (2), variances (2) and the number of steps, and takes the values in: exponential
-    averages over some 100 steps (Finch 2009, incremental weighted mean and variance), plain ones at first. A
-    value outside enters at the band's edge, so that a spike hardly widens it and a lasting change moves it
-    (as in ZClip, arXiv:2504.02507). Nothing leaves a band of fewer than 50 steps."""
-    mean, variance, count = band[:2], band[2:4], band[4]
-    edge = torch.where(count < 50, math.inf, mean + sigma * variance.sqrt())
-    outside = (values > edge).any()
-    weight = torch.clamp(1 / (count + 1), min=0.01)
-    delta = torch.minimum(values.double(), edge) - mean
-    taken_in = torch.cat([mean + weight * delta, (1 - weight) * (variance + weight * delta**2), band[4:] + 1])
-    band.copy_(torch.where(torch.isfinite(taken_in).all(), taken_in, band))
-    return outside.float()
-
-
 # ------------------------------------------------------------------------------------------------
 # 6. Loss: summed cross-entropy, in chunks, so that whole logits never exist
 
@@ -1892,7 +2083,7 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
 def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float = 1.0,
               cap: float = 0.0) -> Tensor:
     """Output head, the family's scale and soft cap of the logits, loss. (N, D), (V, D), (V,), (N,) -> ()."""
-    logits = F.linear(hidden, weight, bias)
+    logits = F.linear(hidden.to(weight.dtype), weight, bias)  # Mamba 2 adds up its layers in fp32
     if scale != 1.0:
         logits = logits * scale
     if cap:
@@ -1908,8 +2099,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
     loss being one number, all that backward has left to do is to multiply what the forward stored."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, loss_fn, chunk):
-        needs_grad = any(ctx.needs_input_grad)
+    def forward(ctx, hidden, weight, bias, labels, loss_fn, chunk, needs_grad):
         loss_sum = hidden.new_zeros((), dtype=torch.float32)
         params = [weight] if bias is None else [weight, bias]
         # fp32: over hundreds of chunks a bf16 sum would lose the small addends.
@@ -1932,14 +2122,16 @@ class ChunkedHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight, *grad_bias = (grad.mul_(grad_loss) for grad in ctx.saved_tensors)
-        return grad_hidden, grad_weight, grad_bias[0] if grad_bias else None, None, None, None
+        return grad_hidden, grad_weight, grad_bias[0] if grad_bias else None, None, None, None, None
 
 
 def chunked_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Linear, loss_fn: Callable, chunk: int
                           ) -> Tensor:
     """Summed loss of (B, T, D) hidden states under an output head, as a differentiable fp32 scalar."""
     bias = getattr(head, "bias", None)
-    return ChunkedHeadLoss.apply(hidden.flatten(0, 1), head.weight, bias, labels.flatten(), loss_fn, chunk)
+    needs_grad = torch.is_grad_enabled()  # `ctx.needs_input_grad` is true for parameters under no_grad, too
+    return ChunkedHeadLoss.apply(hidden.flatten(0, 1), head.weight, bias, labels.flatten(), loss_fn, chunk,
+                                 needs_grad)
 
 
 def compile_head_loss(model: nn.Module) -> None:
@@ -2147,6 +2339,10 @@ def publish(saver: Checkpointer, partial: Path, sums: dict[str, tuple[int, int]]
             shutil.rmtree(old.rename(old.with_suffix(".partial")), ignore_errors=True)
 
 
+def is_time_to_save(interval: int, step: int, is_end: object) -> bool:
+    return interval > 0 and (bool(is_end) or step % interval == 0)
+
+
 def finish_save(saver: Checkpointer) -> str:
     """Wait for the save under way (all ranks). Returns what went wrong, which has been said: training goes
     on, and the next interval saves again."""
@@ -2254,15 +2450,23 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 
 # >>> shared: export-files
-def hf_tensors(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype
-               ) -> Iterator[tuple[str, Tensor]]:
-    """Names and layout of the family's files on disk, where transformers renames or fuses while loading."""
-    convert = None
+def hf_tensors(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype,
+               checksums: dict[str, int] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Names, layout and precision of the family's files on disk: transformers renames or fuses while loading.
+    `checksums` takes the CRC-32 of each tensor under its name in memory, for `verify_export`."""
+    convert, kept = None, getattr(model, "fp32_names", ())
     if hasattr(model, "base_model_prefix"):
         from transformers.core_model_loading import revert_weight_conversion as convert
     for name, tensor in tensors:
-        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        if tensor.is_floating_point():
+            tensor = tensor.to(torch.float32 if name in kept else dtype)
+        if checksums is not None:
+            checksums[name] = crc_of(tensor)
         yield from (convert(model, {name: tensor}) if convert else {name: tensor}).items()
+
+
+def crc_of(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def gathered_tensors(model: nn.Module, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
@@ -2324,9 +2528,12 @@ def write_parts(folder: Path, parts: tuple, dtype: torch.dtype, source: Path | N
 
 
 # >>> shared: export
-def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remote_code: bool) -> float | None:
-    """Load the folder with transformers, on the CPU, and compare logits: the largest difference over the
-    largest logit, or None where memory is short. Raises UserError beyond what the precision explains."""
+def verify_export(folder: Path, checksums: dict[str, int], input_ids: Tensor, expected: Tensor,
+                  trust_remote_code: bool) -> float | None:
+    """Load the folder with transformers, on the CPU: every tensor must be, bit for bit, the one that was
+    exported, and the logits those of the trained model, as far as its precision goes. Returns the mean
+    difference of the logits over their mean distance from their average, or None where memory is short.
+    Raises UserError."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
     logging.disable_progress_bar()
@@ -2334,26 +2541,34 @@ def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remot
     if nbytes * 1.2 > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         return None
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code).eval()
+    loaded = {name: crc_of(tensor) for name, tensor in model_tensors(model).items()}
+    wrong = [name for name in checksums if loaded.get(name) != checksums[name]]
+    if wrong:
+        raise UserError(f"{folder}: {wrong[0]} ({len(wrong)} of {len(checksums)} tensors) is not loaded as "
+                        "it was exported; the checkpoint is intact, please report this")
     with torch.no_grad():
         logits = model(input_ids.cpu(), use_cache=False).logits.float()
-    error = float((logits - expected.cpu().float()).abs().max() / expected.abs().max())
-    bound = 1e-4 if model.dtype == expected.dtype == torch.float32 else 5e-2
+    expected, precision = expected.cpu().float(), (model.dtype, expected.dtype)
+    spread = (expected - expected.mean(-1, keepdim=True)).abs().mean()
+    error = float((logits - expected).abs().mean() / spread)
+    bound = 1e-4 if set(precision) == {torch.float32} else 0.1
     if not error <= bound:
         raise UserError(
-            f"{folder}: the exported model's logits differ from the trained model's by {error:.1e} of the "
-            f"largest (bound {bound:.0e}); the checkpoint is intact, please report this")
+            f"{folder}: the exported model's logits differ from the trained model's by {error:.1e} of their "
+            f"spread (bound {bound:.0e}), with the same weights: its configuration is another. The "
+            "checkpoint is intact, please report this")
     return error
 
 
 def export_model(args: Namespace, model: nn.Module, parts: tuple | None, ranks: Ranks, source: Path | None,
-                 dtype: torch.dtype) -> tuple[Path, Tensor, Tensor]:
-    """Write RUN/hf (all ranks; rank 0 writes, and it alone needs `parts`, see `write_parts`). Returns the
-    folder, 32 tokens and their logits."""
-    input_ids = torch.arange(32, device=ranks.device)[None]
+                 dtype: torch.dtype) -> tuple:
+    """Write RUN/hf (all ranks; rank 0 writes, and it alone needs `parts`, see `write_parts`). Returns what
+    `verify_export` needs: the folder, its tensors' checksums, some tokens and their logits."""
+    input_ids, checksums = plain_tokens(model, 2, 64, ranks.device), {}
     model.eval()
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         logits = model(input_ids)
-    model.reshard()  # a forward leaves the root gathered, in the compute precision: not what is exported
+    reshard(model)
     folder = Path(args.checkpoint_dir) / "hf"
     partial = folder.with_name("hf.partial")
     if args.export_dtype != "auto":
@@ -2361,17 +2576,17 @@ def export_model(args: Namespace, model: nn.Module, parts: tuple | None, ranks: 
     tensors = gathered_tensors(model, ranks)
     if not ranks.is_main:
         list(tensors)  # yields nothing here, but takes part in every gather
-        return folder, input_ids, logits
+        return folder, checksums, input_ids, logits
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        write_safetensors(partial, hf_tensors(model, tensors, dtype))
+        write_safetensors(partial, hf_tensors(model, tensors, dtype, checksums))
         write_parts(partial, parts, dtype, source)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except OSError as error:
         raise UserError(f"could not write {folder}: {error.strerror}; the checkpoint is intact: make room, "
                         "then run the same command again") from error
-    return folder, input_ids, logits
+    return folder, checksums, input_ids, logits
 # <<< shared: export
 
 
@@ -2403,7 +2618,7 @@ METRICS = {
     "train/perplexity": "exp(train/loss)",
     "train/lr": "learning rate of this step",
     "train/grad_norm": "global L2 norm of the gradient before clipping",
-    "train/skipped_steps": "steps since the start without an update: gradient not finite, or --skip-spikes",
+    "train/skipped_steps": "steps since the start without an update, because the gradient was not finite",
     "train/tokens": "trained tokens (tokens with a label) since the start",
     "perf/tokens_per_s": "input tokens a second over all ranks since the last row, evaluation and waits too",
     "perf/tokens_per_s_per_gpu": "the same for one rank",
@@ -2587,11 +2802,13 @@ def evaluate(model: nn.Module, dataset: TokenDataset, batch_size: int, ranks: Ra
                       disable=not (ranks.is_main and sys.stderr.isatty())):
         start = first + ranks.rank * batch_size
         mine = range(start, min(start + batch_size, len(dataset)))
-        batch = collate([dataset[i] for i in mine or [0]], ranks.device, dataset.mask_documents)
+        batch = collate([dataset[i] for i in mine or [0]], ranks.device, dataset.mask_documents,
+                        dataset.seq_len)
         if not mine:
             batch["labels"].fill_(IGNORE)
         loss_sum += model(**batch).double()  # an fp32 sum over millions of tokens rounds
         token_count += (batch["labels"] != IGNORE).sum()
+    reshard(model)
     model.train()
     total = all_sum(torch.stack([loss_sum, token_count.double()])).tolist()  # sync point
     loss = total[0] / max(1.0, total[1])
@@ -2653,30 +2870,15 @@ def open_stream(args: Namespace, ranks: Ranks, resume_from: Path | None) -> tupl
     return streamed_batches(args, ranks, state), state
 
 
-def note_bad_steps(recent: list[tuple[float, ...]], progress: dict) -> list[dict]:
-    """Count the skipped among the last steps, (skipped, loss, gradient norm) each, in `progress`; returns a
-    record of each skipped one."""
-    first, records = progress["step"] - len(recent), []
-    for step, (bad, loss, norm) in enumerate(recent, first + 1):
+def note_bad_steps(skipped: list[float], progress: dict, samples_per_step: int, say: Callable) -> None:
+    """Count the last steps' skipped ones (1.0 each) in `progress` and name them."""
+    for back, bad in zip(range(len(skipped) - 1, -1, -1), skipped):
         progress["bad_in_a_row"] = progress["bad_in_a_row"] + 1 if bad else 0
+        progress["skipped_steps"] += bool(bad)
         if bad:
-            progress["skipped_steps"] += 1
-            is_spike = math.isfinite(norm)  # else JSON has no number for it
-            why = {"train/loss": loss, "train/grad_norm": norm} if is_spike else {}
-            records.append({"step": step, "why": "spike" if is_spike else "not finite", **why})
-    return records
-
-
-def add_samples(records: list[dict], dataset: TokenDataset | None, args: Namespace, progress: dict,
-                samples_per_step: int) -> None:
-    """To each record the {id, text} of its step's samples, none with --streaming. The text is the first 200
-    tokens."""
-    tokenizer = load_tokenizer(args) if dataset else None
-    for record in records:
-        stop = progress["samples"] - (progress["step"] - record["step"]) * samples_per_step
-        positions = range(stop - samples_per_step, stop) if dataset else []
-        ids = [sample_at(position, len(dataset), args.seed) for position in positions]
-        record["samples"] = [{"id": i, "text": tokenizer.decode(dataset[i]["input_ids"][:200])} for i in ids]
+            stop = progress["samples"] - back * samples_per_step
+            say(f"no update in step {progress['step'] - back}: its gradient was not finite (samples "
+                f"{stop - samples_per_step:,} to {stop - 1:,} in the order of training)")
 
 
 def describe_data(train_set: TokenDataset | None, eval_set: TokenDataset | None) -> list[str]:
@@ -2705,13 +2907,11 @@ def show_evaluation(bar, step: int, evaluation: dict, ranks: Ranks) -> None:
                   f"{evaluation['eval/perplexity']:.2f}  over {evaluation['eval/tokens']:,} tokens")
 
 
-def explain_bad_steps(streak: int, has_band: bool, run_dir: Path) -> str:
+def explain_bad_steps(streak: int, run_dir: Path) -> str:
     kept = checkpoints_in(run_dir / "checkpoints")
-    spike = " or that --skip-spikes refused" if has_band else ""
-    return (f"{streak} steps in a row had a gradient that is not finite{spike}; none of them changed the "
-            f"weights. Their samples are in {run_dir / 'bad_steps.jsonl'}; the newest checkpoint is "
-            f"{kept[-1] if kept else 'none'}. Lower --max-lr, or look at the data (a step without a single "
-            "trained token counts too)")
+    return (f"{streak} steps in a row had a gradient that is not finite; none of them changed the weights. "
+            f"The newest checkpoint is {kept[-1] if kept else 'none'}. Lower --max-lr, or look at the data "
+            "(a step without a single trained token counts too)")
 
 
 def indent(text: str) -> str:
@@ -2720,8 +2920,8 @@ def indent(text: str) -> str:
 
 def closing_lines(args: Namespace, run_dir: Path, error: float | None) -> list[str]:
     """Where everything is, and what to run next."""
-    lines = [f"checkpoint {checkpoints_in(run_dir / 'checkpoints')[-1]}",
-             f"record     {run_dir / 'metrics.jsonl'}, {run_dir / 'summary.json'}"]
+    lines = [f"checkpoint {path}" for path in checkpoints_in(run_dir / "checkpoints")[-1:]]
+    lines += [f"record     {run_dir / 'metrics.jsonl'}, {run_dir / 'summary.json'}"]
     if args.export:
         check = "not reloaded: too little memory" if error is None else f"reloaded: logits within {error:.0e}"
         lines += [f"model      {run_dir / 'hf'} (Hugging Face format; {check})",
@@ -2788,8 +2988,9 @@ def leave_stopped(stop: str, code: int, saver: Checkpointer, ranks: Ranks) -> No
     torch.distributed.destroy_process_group()
     if ranks.is_main:
         again = "remove that file, then the" if stop == "STOP file" else "the"
-        print(f"stopped ({stop}): {checkpoints_in(saver.folder)[-1]} is saved; {again} same command goes on "
-              f"from there. Exit code {code}", flush=True)
+        kept = checkpoints_in(saver.folder)
+        saved = f"{kept[-1]} is saved; {again} same command goes on from there" if kept else "nothing saved"
+        print(f"stopped ({stop}): {saved}. Exit code {code}", flush=True)
     sys.exit(code)
 # <<< shared: ending
 
@@ -2799,7 +3000,6 @@ def main() -> None:
     args = parse_args()
     relaunch_under_torchrun(args)
     ranks = read_ranks(args)
-    args.loss_chunk_tokens = args.loss_chunk_tokens or (2048 if ranks.device.type == "cuda" else 512)
     check_trackers(args)
     run_dir = Path(args.checkpoint_dir)
     check_writable(run_dir)
@@ -2825,6 +3025,7 @@ def main() -> None:
     hf_folder = fetch(args.hf_model) if args.hf_model else None
     # Shapes, then shards, then memory, then weights: no device needs room for more than its part.
     model = build_model(args, hf_folder, vocab_size)
+    model.loss_chunk = args.loss_chunk_tokens or rows_at_once(model, ranks.device)
     shard_model(model, args, mesh, dtype)
     if wants_compile(args, ranks.device.type):
         compile_head_loss(model)
@@ -2833,7 +3034,7 @@ def main() -> None:
     if hf_folder:
         fill_buffers(model)
     progress = {"step": 0, "samples": 0, "tokens": 0, "skipped_steps": 0, "bad_in_a_row": 0,
-                "best_eval_loss": None, "spike_band": [0.0] * 5}
+                "best_eval_loss": None}
     if resume_from:
         progress = load_checkpoint(resume_from, model, optimizer, ranks)
     elif hf_folder:
@@ -2844,7 +3045,8 @@ def main() -> None:
     if hf_folder:
         prove_loss(model, ranks)
     if hf_folder and args.mask_documents and args.packing:
-        prove_packing(model, ranks)
+        on_flash = ranks.device.type == "cuda" and dtype is torch.bfloat16 and args.use_flash_attn
+        prove_packing(model, ranks, can_use_varlen=on_flash)
     if train_set:
         batches, stream = ordered_batches(train_set, args, ranks, progress["samples"]), None
     else:
@@ -2860,11 +3062,11 @@ def main() -> None:
 
     samples_per_step = args.batch_size * args.grad_accum_steps * ranks.world_size
     num_replicas = ranks.world_size // mesh.size(-1)  # 1 without HSDP
+    reduces_always = args.reduce_every_micro_batch or mesh.size() == 1  # one device: no traffic, less memory
     token_flops, device_flops = flops_per_token(model, args.seq_len), peak_flops(ranks.device)
     loss_sum, token_count = torch.zeros(2, device=ranks.device)
     num_trained = torch.zeros((), dtype=torch.float64, device=ranks.device)
     skipped, times, num_input_tokens, stop = [], {}, 0, None
-    spike_band = torch.tensor(progress["spike_band"], dtype=torch.float64, device=ranks.device)
     phase = functools.partial(timed, times, watch)
     watch.step, watch.save_s = progress["step"], 1 + saved_bytes(model) / 1e8  # until one has been measured
     enter(watch, "loop")
@@ -2897,7 +3099,7 @@ def main() -> None:
             with phase("data"):
                 batch = next(batches)
             with phase("forward_backward"):
-                is_reduced = args.reduce_every_micro_batch or micro == args.grad_accum_steps - 1
+                is_reduced = reduces_always or micro == args.grad_accum_steps - 1
                 model.set_requires_gradient_sync(is_reduced)  # else whole gradients add up on each rank
                 loss = model(**batch)
                 loss.backward()
@@ -2914,11 +3116,7 @@ def main() -> None:
                 group["lr"] = lr
             step_loss, step_tokens, grad_norm, votes = reduce_stats(
                 model, loss_sum, token_count, num_replicas, watch.votes)
-            is_spike = None
-            if args.skip_spikes:
-                is_spike = leaves_band(torch.stack([step_loss, grad_norm]), spike_band, args.skip_spikes)
-            is_skipped = clip_and_step(optimizer, grad_norm, step_tokens, args.grad_clip, is_spike)
-            skipped.append(torch.stack([is_skipped, step_loss, grad_norm]))
+            skipped.append(clip_and_step(optimizer, grad_norm, step_tokens, args.grad_clip))
             optimizer.zero_grad()
             stop = agreed_stop(watch, votes)
 
@@ -2929,25 +3127,16 @@ def main() -> None:
         bar.update()
         note_step(watch, progress["step"], saver.seconds)
         is_last = progress["step"] == total_steps
-        is_save = is_last or stop or progress["step"] % args.checkpoint_interval == 0
+        is_save = is_time_to_save(args.checkpoint_interval, progress["step"], is_last or stop)
 
         # Log
-        if progress["step"] % args.log_interval == 0 or is_save or progress["step"] == 1:
-            recent = torch.stack(skipped)
-            values = torch.cat([num_trained[None], spike_band, recent.double().flatten()])
-            values = values.tolist()  # sync point
-            trained, progress["spike_band"], flat = values[0], values[1:6], values[6:]
-            recent = list(zip(flat[0::3], flat[1::3], flat[2::3]))  # (skipped, loss, norm) of each step
-            _, loss_value, norm_value = recent[-1]
+        if progress["step"] % args.log_interval == 0 or is_save or is_last or stop or progress["step"] == 1:
+            values = torch.stack([num_trained, step_loss, grad_norm, *skipped]).tolist()  # sync point
+            trained, loss_value, norm_value, *recent = values
             progress["tokens"] += int(trained)
             num_trained.zero_()
             skipped.clear()
-            bad_steps = note_bad_steps(recent, progress)
-            if bad_steps and ranks.is_main:
-                add_samples(bad_steps, train_set, args, progress, samples_per_step)
-                append_lines(run_dir / "bad_steps.jsonl", *bad_steps, unwritten=[])
-                bar.write(f"no update in step {', '.join(str(bad['step']) for bad in bad_steps)}: see "
-                          f"{run_dir / 'bad_steps.jsonl'}")
+            note_bad_steps(recent, progress, samples_per_step, bar.write if ranks.is_main else len)
             seconds, num_steps = time.perf_counter() - row_started, progress["step"] - row_step
             row = {
                 "step": progress["step"], "samples": progress["samples"], "train/loss": loss_value,
@@ -2967,7 +3156,7 @@ def main() -> None:
             times.clear()
             if progress["bad_in_a_row"] >= args.max_bad_steps:
                 finish_save(saver)
-                raise UserError(explain_bad_steps(progress["bad_in_a_row"], args.skip_spikes > 0, run_dir))
+                raise UserError(explain_bad_steps(progress["bad_in_a_row"], run_dir))
 
         # Save (all ranks): before the evaluation, which may run out of memory
         if is_save:

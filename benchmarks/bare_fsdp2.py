@@ -36,7 +36,7 @@ def main() -> None:
     device = torch.device("cuda", rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     config = replace(MODEL_SIZES[args.model_size], vocab_size=args.vocab_size)
     with torch.device("meta"):
-        model = CausalLM(config, loss_chunk=1)
+        model = CausalLM(config)
     dtype = torch.bfloat16 if cuda else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in model.model.layers:

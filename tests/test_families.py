@@ -211,7 +211,7 @@ def test_export_from_scratch_is_a_llama(nproc, dtype):
     saved = read_checkpoint(folder / "run" / "checkpoints" / "step_000002")
     sizes = train_llm.MODEL_SIZES["test"]
     sizes = train_llm.dataclasses.replace(sizes, vocab_size=config["vocab_size"], max_positions=SEQ_LEN)
-    live = train_llm.CausalLM(sizes, 16)
+    live = train_llm.CausalLM(sizes)
     live.load_state_dict({name: value.to(getattr(torch, dtype)).float()
                           for name, value in weights_of(saved).items()})
     ids = torch.arange(SEQ_LEN)[None]
@@ -241,7 +241,7 @@ def test_sizes_are_what_their_names_say():
         if number is None:
             continue  # test and quickstart promise no count
         with torch.device("meta"):
-            model = train_llm.CausalLM(config, 512)
+            model = train_llm.CausalLM(config)
         nominal = int(number[1]) * {"M": 1e6, "B": 1e9}[number[2]]
         assert sum(p.numel() for p in model.parameters()) == pytest.approx(nominal, rel=0.05), name
 

@@ -125,7 +125,7 @@ def best_fit(documents):
 def scratch_model():
     """transformers' Llama with the weights that the script's own model starts with."""
     c = replace(train_llm.MODEL_SIZES["test"], vocab_size=VOCAB, max_positions=SEQ_LEN)
-    start = train_llm.CausalLM(c, 512)
+    start = train_llm.CausalLM(c)
     train_llm.init_from_scratch(start, SEED, torch.device("cpu"))
     config = transformers.LlamaConfig(
         hidden_size=c.hidden_size, num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads,

@@ -25,7 +25,7 @@ GIB = 2**30
 def count_parameters(size: str, vocab_size: int = 32000) -> tuple[int, int, int]:
     """(all, in one block, in the root: embeddings and the last norm)."""
     with torch.device("meta"):
-        model = CausalLM(replace(MODEL_SIZES[size], vocab_size=vocab_size), loss_chunk=1)
+        model = CausalLM(replace(MODEL_SIZES[size], vocab_size=vocab_size))
     total = sum(p.numel() for p in model.parameters())
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     return total, block, total - block * len(model.model.layers)
