@@ -58,7 +58,7 @@ def graphs(monkeypatch):
 def own_decoder(script):
     config = script.ModelConfig(NUM_BLOCKS, 32, 2, 1, 64, vocab_size=VOCAB)
     torch.manual_seed(0)
-    return script.CausalLM(config, loss_chunk=64)
+    return script.CausalLM(config)
 
 
 def llama(script):
@@ -68,10 +68,7 @@ def llama(script):
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=VOCAB, hidden_size=32, num_hidden_layers=NUM_BLOCKS, num_attention_heads=2,
         num_key_value_heads=1, intermediate_size=64, use_cache=False))
-    if script is train_llm:
-        script.attach_chunked_loss(model, 64)
-    else:
-        script.attach_logprobs(model, 64)
+    (script.attach_chunked_loss if script is train_llm else script.attach_logprobs)(model)
     return model
 
 
