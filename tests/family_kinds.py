@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 SEQ_LEN = 64
 VOCAB = 512
-ENDS = list(range(0, VOCAB, 3))  # so many ends that rollouts of random models are of every length
+ENDS = list(range(0, VOCAB, 8))  # so many ends that rollouts of random models are of every length
 
 SIZES = dict(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, max_position_embeddings=256,
              initializer_range=0.1, bos_token_id=0, eos_token_id=0, pad_token_id=None)
@@ -28,7 +28,7 @@ KINDS = {
     "falcon_mamba": ("FalconMambaConfig", dict(SIZES, state_size=8)),
     "zamba": ("ZambaConfig", dict(
         GATED, num_hidden_layers=4, layers_block_type=TWICE, attn_layer_period=2, attn_layer_offset=1,
-        mamba_d_state=8, mamba_dt_rank=4, n_mamba_heads=2, use_mamba_kernels=False)),
+        mamba_d_state=8, mamba_dt_rank=4, n_mamba_heads=2)),
     "zamba2": ("Zamba2Config", dict(
         GATED, num_hidden_layers=4, layers_block_type=TWICE, mamba_d_state=8, n_mamba_heads=8, mamba_ngroups=1,
         num_mem_blocks=1, chunk_size=16, use_mem_rope=True)),
@@ -67,7 +67,7 @@ KINDS = {
     # A soft cap under a name of its own, so mild that a sum of losses hardly shows it
     "xlstm": ("xLSTMConfig", dict(
         vocab_size=VOCAB, hidden_size=64, embedding_dim=64, num_hidden_layers=2, num_heads=4, chunk_size=16,
-        mode="train", output_logit_soft_cap=8.0, bos_token_id=0, eos_token_id=0, pad_token_id=None)),
+        mode="train", output_logit_soft_cap=30.0, bos_token_id=0, eos_token_id=0, pad_token_id=None)),
     # Linear attention beside full attention, or without any
     "qwen3_next": ("Qwen3NextConfig", dict(
         EXPERTS, num_experts=4, shared_expert_intermediate_size=32, linear_num_value_heads=4,
@@ -75,7 +75,7 @@ KINDS = {
         layer_types=["linear_attention", "full_attention"])),
     "jamba": ("JambaConfig", dict(
         GATED, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
-        num_experts=4, mamba_d_state=8, mamba_dt_rank=4, use_mamba_kernels=False)),
+        num_experts=4, mamba_d_state=8, mamba_dt_rank=4)),
     "bamba": ("BambaConfig", dict(GATED, **STATE, attn_layer_indices=[1], mamba_n_heads=8)),
     "lfm2": ("Lfm2Config", dict(GATED, layer_types=["conv", "full_attention"], block_multiple_of=16)),
     "rwkv": ("RwkvConfig", dict(

@@ -97,7 +97,7 @@ def reinforce(ask, base, model_of):
             folder = base / f"reinforce-{kind}"
             result = ask(folder, [
                 "--model", model_of(kind), "--dataset", questions, "--checkpoint-dir", "run",
-                "--system-prompt", "", "--prompt-format", "plain", "--batch-size", 4, "--group-size", 3,
+                "--system-prompt", "", "--prompt-format", "plain", "--max-prompt-tokens", 64, "--batch-size", 4, "--group-size", 3,
                 "--max-new-tokens", MAX_NEW_TOKENS, "--train-steps", 1, "--zero-variance", "keep",
                 "--eval-limit", 0, "--device", "cpu", "--no-mixed-precision", "--no-export"],
                 script="train_gsm8k_fsdp2")
@@ -151,9 +151,9 @@ def check_against(source, folder, result, documents, loss=1e-5):
 
 
 def refusal(result, script="train_llm.py"):
-    """The one line on stderr."""
+    """The one line on stderr, warnings of transformers aside."""
     assert result.returncode == 1, result.stdout + result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    lines = [line for line in result.stderr.splitlines() if line.strip() and "[transformers]" not in line]
     assert len(lines) == 1 and lines[0].startswith(f"{script}: error: "), result.stderr
     return lines[0]
 
@@ -182,8 +182,7 @@ def test_decoder_that_base_model_prefix_does_not_name(train, reinforce, model_of
     check_against(model_of("llama4_text"), folder, result, documents)
     assert "whole logits" not in result.stdout
     folder, result = reinforce("llama4_text")
-    assert result.returncode == 0, result.stdout + result.stderr
-    check_rollouts(model_of("llama4_text"), folder)
+    check_rollouts(model_of("llama4_text"), folder, result)
 
 
 def test_buffers_that_a_parent_fills(train, model_of):
@@ -232,7 +231,8 @@ def test_bf16_step_computes_as_transformers_does(ask, base, model_of, tokenizer,
     folder.mkdir()
     torch.save(batch, folder / "batch.pt")
     flags = [] if kind in BIASED else ["--no-packing"]
-    result = ask(folder, ["--hf-model", model_of(kind), "--loss-chunk-tokens", 24, *flags], call="bf16_step")
+    result = ask(folder, ["--hf-model", model_of(kind), "--seq-len", SEQ_LEN, "--loss-chunk-tokens", 24, *flags],
+                 call="bf16_step")
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["masters"] == ["torch.float32"]
@@ -286,24 +286,25 @@ def test_loss_of_the_router_is_in_training_and_not_in_evaluation(train, model_of
 
 
 # ----------------------------------------------------------------------------------------------------
-# 5. Local rollouts: right, or refused before training
+# 5. Local rollouts
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3_next", "jamba", "bamba", "lfm2", "falcon_h1", "mamba2", "rwkv"])
-def test_rollouts_are_right_or_refused(reinforce, model_of, kind):
+@pytest.mark.parametrize("kind", ["llama", "qwen3_next", "jamba", "bamba", "lfm2", "falcon_h1", "mamba2"])
+def test_rollouts_of_linear_attention_are_right(reinforce, model_of, kind):
     folder, result = reinforce(kind)
-    if result.returncode or kind == "llama":
-        assert kind != "llama" or result.returncode == 0, result.stdout + result.stderr
-    if result.returncode:
-        assert "--rollouts" in refusal(result, "train_gsm8k_fsdp2.py")
-        assert not (folder / "run" / "metrics.jsonl").exists() or not read_metrics(folder / "run")
-    else:
-        check_rollouts(model_of(kind), folder)
+    check_rollouts(model_of(kind), folder, result)
 
 
-def check_rollouts(source, folder):
+def test_rollouts_of_a_family_without_such_a_cache_are_refused_before_training(reinforce):
+    folder, result = reinforce("rwkv")
+    assert "--rollouts" in refusal(result, "train_gsm8k_fsdp2.py")
+    assert not list((folder / "run").glob("*.jsonl"))
+
+
+def check_rollouts(source, folder, result):
     """Logged logprobs against a full forward of transformers, each completion by itself."""
-    rows = [json.loads(line) for path in (folder / "run").glob("rollouts*.jsonl") for line in path.open()]
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = [json.loads(line) for path in (folder / "run").glob("*rollouts.rank*.jsonl") for line in path.open()]
     model, lengths = load(source), {len(row["completion_ids"]) for row in rows}
     assert len(rows) == 12 and len(lengths) > 3, "rows that end alike prove little"
     assert len({len(row["prompt_ids"]) for row in rows}) == 4
