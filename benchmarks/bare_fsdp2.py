@@ -1,14 +1,16 @@
 """The shortest honest FSDP2 loop, as PyTorch's own examples write it: what train_llm.py is measured against.
 
-Same model, same tokens in the same order, same initial weights; whole logits, F.cross_entropy, AdamW and
-clip_grad_norm_ as they come. No data preparation, no checkpoints, no evaluation, no record.
+Same model, same tokens in the same order, same initial weights, so that the first loss is the same; whole
+logits, F.cross_entropy, AdamW and clip_grad_norm_ as they come. No data preparation, no checkpoints, no
+evaluation, no record. The caller says in which precision it computes.
 
-    torchrun --nproc_per_node 2 benchmarks/bare_fsdp2.py --tokens data_cache/tokens-KEY \
+    torchrun --nproc_per_node 2 benchmarks/bare_fsdp2.py --tokens data_cache/tokens-KEY --precision fp32 \
         --model-size quickstart --vocab-size 4096 --seq-len 256 --batch-size 4 --steps 40
 """
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +21,13 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_llm import MODEL_SIZES, CausalLM  # noqa: E402
+from train_llm import MODEL_SIZES, CausalLM, epoch_order, init_from_scratch  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=Path, required=True)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], required=True)
     parser.add_argument("--model-size", default="quickstart")
     for flag, default in (("--vocab-size", 4096), ("--seq-len", 256), ("--batch-size", 4), ("--steps", 40)):
         parser.add_argument(flag, type=int, default=default)
@@ -37,35 +40,33 @@ def main() -> None:
     config = replace(MODEL_SIZES[args.model_size], vocab_size=args.vocab_size)
     with torch.device("meta"):
         model = CausalLM(config)
-    dtype = torch.bfloat16 if cuda else torch.float32
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in model.model.layers:
         fully_shard(layer, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
     model.to_empty(device=device)
-    torch.manual_seed(0)
-    for param in model.parameters():
-        torch.nn.init.normal_(param, std=0.02) if param.dim() > 1 else torch.nn.init.ones_(param)
+    init_from_scratch(model, 0, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
     meta = json.loads((args.tokens / "meta.json").read_text())
     size, path = meta["train"]["tokens"], args.tokens / "train/tokens.bin"
     tokens = torch.from_file(str(path), size=size, dtype=torch.uint16)
-    num_samples = (len(tokens) - 1) // args.seq_len
-    order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(0))
+    num_samples = math.ceil((len(tokens) - 1) / args.seq_len)
+    order, last = epoch_order(num_samples, 0, 0), len(tokens) - args.seq_len - 1
     for step in range(args.steps):
         first = (step * world_size + rank) * args.batch_size
-        rows = [tokens[i * args.seq_len:i * args.seq_len + args.seq_len + 1].long()
-                for i in order[torch.arange(first, first + args.batch_size) % num_samples].tolist()]
-        batch = torch.stack(rows).to(device)
+        samples = order[torch.arange(first, first + args.batch_size) % num_samples]
+        starts = (samples * args.seq_len).clamp(max=last).tolist()
+        batch = torch.stack([tokens[i:i + args.seq_len + 1].long() for i in starts]).to(device)
         logits = model(batch[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if rank == 0 and step % 10 == 9:
-            print(f"step {step + 1} loss {loss.item():.4f}", flush=True)
+        if step == 0 or (rank == 0 and step % 10 == 9):
+            print(f"rank {rank} step {step + 1} loss {loss.item():.6f}", flush=True)
     dist.destroy_process_group()
 
 

@@ -4,7 +4,9 @@
 
 A hook that PyTorch calls after every optimizer step notes wall time, CPU time of the process (all threads)
 and resident memory, so that scripts which know nothing of it are measured alike. Writes OUT_FOLDER/rankN.json
-with five lists, one entry a step: start_s (since the process started), wall_s, cpu_s, peak_mib, resident_mib.
+with five lists, one entry a step: start_s (since the process started), wall_s, cpu_s, peak_mib, resident_mib;
+and with what a comparison must hold equal: computed_in, the types that linear layers gave out during the first
+step, threads, and versions.
 """
 
 import atexit
@@ -15,6 +17,8 @@ import runpy
 import sys
 import time
 from pathlib import Path
+
+PACKAGES = ("torch", "transformers", "trl")
 
 
 def process_start() -> float:
@@ -33,9 +37,16 @@ def main() -> None:
     record = {"start_s": [], "wall_s": [], "cpu_s": [], "peak_mib": [], "resident_mib": []}
 
     import torch
+    from torch.nn.modules.module import register_module_forward_hook
     from torch.optim.optimizer import register_optimizer_step_post_hook
+    computed_in = set()
+
+    def after_forward(module: torch.nn.Module, _, output: object) -> None:
+        if isinstance(module, torch.nn.Linear):
+            computed_in.add(str(output.dtype).removeprefix("torch."))
 
     def after_step(*_) -> None:
+        forward_hook.remove()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         record["start_s"].append(time.time() - started)
@@ -46,9 +57,12 @@ def main() -> None:
         record["resident_mib"].append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
 
     def write() -> None:
+        record.update(computed_in=sorted(computed_in), threads=torch.get_num_threads(), versions={
+            name: sys.modules[name].__version__ for name in PACKAGES if name in sys.modules})
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"rank{os.environ.get('RANK', 0)}.json").write_text(json.dumps(record))
 
+    forward_hook = register_module_forward_hook(after_forward)
     register_optimizer_step_post_hook(after_step)
     atexit.register(write)
     sys.argv = sys.argv[2:]
