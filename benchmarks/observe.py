@@ -5,8 +5,8 @@
 A hook that PyTorch calls after every optimizer step notes wall time, CPU time of the process (all threads)
 and resident memory, so that scripts which know nothing of it are measured alike. Writes OUT_FOLDER/rankN.json
 with five lists, one entry a step: start_s (since the process started), wall_s, cpu_s, peak_mib, resident_mib;
-and with what a comparison must hold equal: computed_in, the types that linear layers gave out during the first
-step, threads, and versions.
+and what a comparison must hold equal: computed_in, the types that linear layers gave out during the first
+step, and threads.
 """
 
 import atexit
@@ -17,8 +17,6 @@ import runpy
 import sys
 import time
 from pathlib import Path
-
-PACKAGES = ("torch", "transformers", "trl")
 
 
 def process_start() -> float:
@@ -57,8 +55,7 @@ def main() -> None:
         record["resident_mib"].append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
 
     def write() -> None:
-        record.update(computed_in=sorted(computed_in), threads=torch.get_num_threads(), versions={
-            name: sys.modules[name].__version__ for name in PACKAGES if name in sys.modules})
+        record.update(computed_in=sorted(computed_in), threads=torch.get_num_threads())
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"rank{os.environ.get('RANK', 0)}.json").write_text(json.dumps(record))
 
