@@ -6,8 +6,8 @@
     VLLM_PYTHON=.venv-vllm/bin/python python benchmarks/grpo_speed.py push [--rounds 5] [--pushes 10]
 
 All on CPU, each process one thread, both sides in turns (A B B A …) and in one precision: --precision fp32
-or bf16 (with fp32 masters; in TRL by autocast). Models have the layout of Qwen2 with random weights, and never
-end an answer, so that all completions are equally long.
+or bf16 (with fp32 masters; in TRL by autocast). Models have the layout of Qwen2 with random weights, and they
+never end an answer, so that all completions are equally long.
 
 step: a whole step (generate, judge, train) with --rollouts local, and one of TRL's GRPOTrainer with its own
 generation by transformers: same model, prompts, reward and optimizer, 2 questions x 8 completions x 64 tokens
