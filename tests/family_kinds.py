@@ -1,16 +1,24 @@
-"""Small random models, one for each kind of trouble that a family of transformers can make, and their data."""
+"""Small random models, one for each kind of trouble that a family of transformers can make; runs of the scripts
+with them, and what transformers itself computes. test_family_kinds.py and sweep_families.py share all of it."""
 
+import contextlib
 import functools
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 
 import torch
-from helpers import make_tokenizer
+from helpers import REPO, TORCHRUN_VARIABLES, make_tokenizer, read_checkpoint, read_metrics
 from safetensors.torch import load_file, save_file
 
 SEQ_LEN = 64
 VOCAB = 512
+MAX_NEW_TOKENS = 14
+LENGTHS = [9, 23, 40, 17, 31, 12]  # of the documents, in tokens
+FULL = [20, 44, 30, 34]  # fill two samples: no document is cut
 ENDS = list(range(0, VOCAB, 8))  # so many ends that rollouts of random models are of every length
 
 SIZES = dict(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, max_position_embeddings=256,
@@ -87,18 +95,27 @@ KINDS = {
         router_aux_loss_coef=0.5)),
     "qwen3_moe": ("Qwen3MoeConfig", dict(
         EXPERTS, num_experts=4, output_router_logits=True, router_aux_loss_coef=0.5)),
-    # None
+    "jetmoe": ("JetMoeConfig", dict(
+        SIZES, num_key_value_heads=2, kv_channels=16, intermediate_size=128, attention_dropout=0.0,
+        num_local_experts=4, num_experts_per_tok=2, output_router_logits=True, aux_loss_coef=0.5)),
+    # None of it
     "llama": ("LlamaConfig", GATED),
 }
 
 
+# ----------------------------------------------------------------------------------------------------
+# 1. Models
+
+
 def make_kind(kind, base, seed=0):
     """Save the model of KINDS in fp32, with a tokenizer, to `base`/`kind`; returns that folder."""
+    return make_model(base / kind, *KINDS[kind], seed)
+
+
+def make_model(folder, name, arguments, seed=0):
     import transformers
 
-    folder = base / kind
-    shutil.copytree(tokenizer_folder(base), folder)
-    name, arguments = KINDS[kind]
+    shutil.copytree(tokenizer_folder(folder.parent), folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = getattr(transformers, name)(**arguments)
@@ -179,6 +196,10 @@ def quantise(source, folder, method):
     return folder
 
 
+# ----------------------------------------------------------------------------------------------------
+# 2. Documents
+
+
 def documents_of(tokenizer, lengths):
     """One text for each length: so many tokens, the end token that training adds among them."""
     rng, texts = random.Random(0), []
@@ -212,3 +233,129 @@ def padded(documents):
     rows = [(torch.nn.functional.pad(ids[0], (0, width - len(labels))),
              torch.nn.functional.pad(labels, (0, width - len(labels)), value=-100)) for ids, labels in documents]
     return {"input_ids": torch.stack([ids for ids, _ in rows]), "labels": torch.stack([row for _, row in rows])}
+
+
+# ----------------------------------------------------------------------------------------------------
+# 3. Runs of the scripts
+
+
+@contextlib.contextmanager
+def open_driver():
+    """Starts kinds_driver.py; yields a function that sends a request and returns a CompletedProcess."""
+    env = {key: value for key, value in os.environ.items() if key not in TORCHRUN_VARIABLES}
+    driver = subprocess.Popen(
+        [sys.executable, str(REPO / "tests" / "kinds_driver.py")], text=True, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, env=env | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+
+    def ask(folder, argv, **request):
+        folder.mkdir(exist_ok=True)
+        request |= {"cwd": str(folder), "argv": list(map(str, argv))}
+        driver.stdin.write(json.dumps(request) + "\n")
+        driver.stdin.flush()
+        code = int(driver.stdout.readline())
+        return subprocess.CompletedProcess(argv, code, *((folder / name).read_text() for name in ("stdout", "stderr")))
+
+    try:
+        yield ask
+    finally:
+        driver.stdin.close()
+        driver.wait(60)
+
+
+def train_once(ask, folder, source, texts, *flags):
+    """train_llm.py in `folder`/run: one step that sees all texts and, without a learning rate, changes nothing."""
+    write_texts(folder / "texts.jsonl", texts)
+    return ask(folder, [
+        "--hf-model", source, "--dataset", "texts.jsonl", "--data-cache", folder.parent / "cache",
+        "--checkpoint-dir", "run", "--seq-len", SEQ_LEN, "--batch-size", len(texts), "--max-steps", 1,
+        "--warmup-steps", 0, "--max-lr", 0, "--grad-clip", 0, "--no-mixed-precision", "--loss-chunk-tokens", 24,
+        "--device", "cpu", *flags], script="train_llm")
+
+
+def reinforce_once(ask, folder, source):
+    """train_gsm8k_fsdp2.py in `folder`/run: one step, 3 local rollouts of each of 4 prompts."""
+    rows = [{"question": "Tom has 3 pencils" + " and 4 more" * more + "?", "answer": "#### 7"} for more in range(4)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ask(folder, [
+        "--model", source, "--dataset", "questions.jsonl", "--checkpoint-dir", "run", "--system-prompt", "",
+        "--prompt-format", "plain", "--max-prompt-tokens", 64, "--batch-size", 4, "--group-size", 3,
+        "--max-new-tokens", MAX_NEW_TOKENS, "--train-steps", 1, "--zero-variance", "keep", "--eval-limit", 0,
+        "--device", "cpu", "--no-mixed-precision", "--no-export"], script="train_gsm8k_fsdp2")
+
+
+def refusal(result, script="train_llm.py"):
+    """The one line on stderr, warnings of transformers aside."""
+    assert result.returncode == 1, result.stdout + result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip() and "[transformers]" not in line]
+    assert len(lines) == 1 and lines[0].startswith(f"{script}: error: "), result.stderr
+    return lines[0]
+
+
+# ----------------------------------------------------------------------------------------------------
+# 4. What transformers computes
+
+
+def load(folder, dtype=torch.float32):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def logits_of(model, ids):
+    """Of one document; xLSTM takes only multiples of its chunk."""
+    chunk = model.config.chunk_size if model.config.model_type == "xlstm" else 1
+    padded_ids = torch.nn.functional.pad(ids, (0, -ids.shape[1] % chunk))
+    return model(padded_ids, use_cache=False).logits[:, :ids.shape[1]].float()
+
+
+def loss_sum(model, documents):
+    """Summed loss of transformers' logits, each document by itself, and the number of trained tokens."""
+    losses = [torch.nn.functional.cross_entropy(
+        logits_of(model, ids)[0].double(), labels, ignore_index=-100, reduction="sum")
+        for ids, labels in documents]
+    return sum(losses), sum((labels != -100).sum().item() for _, labels in documents)
+
+
+def check_against(source, folder, result, documents, loss=1e-5):
+    """`check_trained` with the loss of transformers' logits, each document by itself."""
+    model = load(source)
+    total, count = loss_sum(model, documents)
+    check_trained(folder, result, total / count, model, loss)
+
+
+def check_trained(folder, result, expected, model, loss=1e-5, grads=1e-4):
+    """A finished run whose loss and gradients are those of `expected`, the mean loss of transformers' `model`.
+
+    The gradients are read from Adam's first moment in the checkpoint."""
+    assert result.returncode == 0, result.stdout + result.stderr
+    expected.backward()
+    found = read_metrics(folder / "run")[0]["train/loss"]
+    assert abs(found - expected.item()) <= loss * abs(expected.item()), (found, expected.item())
+    saved = read_checkpoint(folder / "run" / "checkpoints" / "step_000001")
+    moments = {key.split(".exp_avg")[0]: value for key, value in saved.items() if key.endswith(".exp_avg")}
+    expected_grads = {name: param.grad for name, param in model.named_parameters(remove_duplicate=False)}
+    largest = max(grad.abs().max() for grad in expected_grads.values() if grad is not None)
+    assert moments and largest > 0
+    for key, moment in moments.items():
+        name = next(name for name in expected_grads if key.endswith("." + name))
+        grad = expected_grads[name] if expected_grads[name] is not None else torch.zeros_like(moment)
+        difference = (10 * moment - grad).abs().max()  # 1 / (1 - beta1)
+        assert difference <= grads * largest, f"{name}: {difference / largest:.1e} of the largest gradient"
+
+
+def check_rollouts(source, folder, result):
+    """Logged logprobs against a full forward of transformers, each completion by itself."""
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = [json.loads(line) for path in (folder / "run").glob("*rollouts.rank*.jsonl") for line in path.open()]
+    model, lengths = load(source), {len(row["completion_ids"]) for row in rows}
+    assert len(rows) == 12 and len(lengths) > 3, "rows that end alike prove little"
+    assert len({len(row["prompt_ids"]) for row in rows}) == 4
+    for row in rows:
+        ids, start = torch.tensor([row["prompt_ids"] + row["completion_ids"]]), len(row["prompt_ids"])
+        with torch.no_grad():
+            logprobs = torch.log_softmax(logits_of(model, ids)[0, start - 1:-1], dim=-1)
+        expected = logprobs.gather(1, ids[0, start:, None])[:, 0]
+        error = (torch.tensor(row["logprobs"]) - expected).abs().max()
+        assert error < 1e-4, f"logprobs {error:.1e} off"
+        assert row["completion_ids"][-1] in ENDS or len(row["completion_ids"]) == MAX_NEW_TOKENS
+    assert read_metrics(folder / "run")[0]["train/mismatch_kl"] < 1e-6
