@@ -31,6 +31,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import select
 import shutil
@@ -2512,8 +2513,7 @@ def update_stats(totals: list[float]) -> dict[str, float]:
 @dataclasses.dataclass
 class Checkpointer:
     """The run's checkpoints and the save under way. RUN/checkpoints/step_000100 holds DCP's files (model,
-    optimizer, each rank's random state), progress.json, config.yaml, the script's source, and checksums.json
-    with size and CRC-32 of each of them."""
+    optimizer, each rank's random state), progress.json, config.yaml and the script's source."""
     folder: Path
     keep: int
     group: object = None  # gloo, of its own: a save must not meet training's collectives
@@ -2637,30 +2637,31 @@ def wait_for_copy(saver: Checkpointer) -> None:
         saver.staging = None
 
 
+def reason_of(error: BaseException) -> str:
+    """DCP's message holds the traceback of the rank that failed: a line such as "OSError: …" says why."""
+    reasons = re.findall(r"\w*Error: .+", str(error)) or [f"{type(error).__name__}: {first_line(error)}"]
+    return next((reason for reason in reasons if "[Errno" in reason), reasons[-1])
+
+
 def write_checkpoint(saver: Checkpointer, staged: Future, files: dict[str, str], ranks: Ranks) -> str:
-    """In the writer's thread (all ranks): tensors, texts, checksums; rank 0 publishes when all are done.
-    Returns what went wrong on any rank, else ""."""
+    """In the writer's thread (all ranks): tensors and texts; rank 0 publishes when all are done. Returns what
+    went wrong on any rank, else ""."""
     import torch.distributed.checkpoint as dcp
     partial = saver.folder / f"step_{saver.step:06d}.partial"
-    sums, problem = {}, ""
+    own, problem = [], ""
     try:
         dcp.save(staged.result(), checkpoint_id=partial, process_group=saver.group)
         for name, text in files.items():
             (partial / name).write_text(text)
-        names = [*files, ".metadata"] if ranks.is_main else files
-        own = [*partial.glob(f"__{ranks.rank}_*"), *(partial / name for name in names)]
-        sums = {path.name: checksum(path) for path in own}
+        own = [*files, *(path.name for path in partial.glob(f"__{ranks.rank}_*"))]
     except (Exception, dcp.CheckpointException) as error:  # the latter is a BaseException
-        # DCP's message holds the traceback of the rank that failed: a line such as "OSError: …" says why.
-        reasons = re.findall(r"\w*Error: .+", str(error)) or [f"{type(error).__name__}: {first_line(error)}"]
-        problem = next((reason for reason in reasons if "[Errno" in reason), reasons[-1])
-        problem += f", {shutil.disk_usage(saver.folder.parent).free >> 20} MiB are free"
-    found = gather_objects((sums, problem), saver.group)
+        problem = f"{reason_of(error)}, {shutil.disk_usage(saver.folder.parent).free >> 20} MiB are free"
+    found = gather_objects((own, problem), saver.group)
     problem = next((text for _, text in found if text), "")
     if ranks.is_main:
         try:
             if not problem:
-                publish(saver, partial, dict(itertools.chain(*(part.items() for part, _ in found))))
+                publish(saver, partial, [name for names, _ in found for name in names])
         except OSError as error:
             problem = f"{type(error).__name__}: {error}"
         if problem:
@@ -2675,22 +2676,11 @@ def write_checkpoint(saver: Checkpointer, staged: Future, files: dict[str, str],
 
 
 # >>> shared: publish
-def checksum(path: Path) -> tuple[int, int]:
-    """(bytes, CRC-32), in pieces, while other threads run."""
-    size = crc = 0
-    with path.open("rb", buffering=0) as file:
-        while piece := file.read(1 << 22):
-            size, crc = size + len(piece), zlib.crc32(piece, crc)
-    return size, crc
-
-
-def publish(saver: Checkpointer, partial: Path, sums: dict[str, tuple[int, int]]) -> None:
+def publish(saver: Checkpointer, partial: Path, names: list[str]) -> None:
     """Rank 0: rename a complete save into place and drop the oldest. Raises OSError."""
-    for name, (size, _) in sums.items():
-        if not (partial / name).is_file() or (partial / name).stat().st_size != size:
-            raise FileNotFoundError(f"rank 0 does not see the {name} that another rank wrote: "
-                                    "--checkpoint-dir must be one folder that all nodes share")
-    (partial / "checksums.json").write_text(json.dumps(sums))
+    if lacking := [name for name in names if not (partial / name).is_file()]:
+        raise FileNotFoundError(f"rank 0 does not see the {lacking[0]} that another rank wrote: "
+                                "--checkpoint-dir must be one folder that all nodes share")
     for path in (*partial.iterdir(), partial):  # DCP has done so for its own
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -2719,17 +2709,12 @@ def finish_save(saver: Checkpointer) -> str:
     return problem
 
 
-def save_before_end(saver: Checkpointer, start: Callable[[], None]) -> None:
-    """A save that the run must not end without (all ranks): three tries. Raises UserError."""
-    for wait_s in (2, 10, 0):
-        start()
-        problem = finish_save(saver)
-        if not problem:
-            return
-        time.sleep(wait_s)
-    kept = checkpoints_in(saver.folder)
-    raise UserError(f"could not save step {saver.step} ({problem}) in three tries: make room, then start the "
-                    f"same command again; it goes on from {kept[-1] if kept else 'the beginning'}")
+def save_before_end(saver: Checkpointer) -> None:
+    """Wait for the save that the run must not end without (all ranks). Raises UserError."""
+    if problem := finish_save(saver):
+        kept = checkpoints_in(saver.folder)
+        raise UserError(f"could not save step {saver.step} ({problem}): make room, then start the same "
+                        f"command again; it goes on from {kept[-1] if kept else 'the beginning'}")
 # <<< shared: publish
 
 
@@ -2756,43 +2741,23 @@ def checkpoints_to_resume(args: Namespace) -> list[Path]:
     return found
 
 
-def newest_intact(found: list[Path], ranks: Ranks) -> Path | None:
-    """The newest whose files are what was written (all ranks; each reads a part). Damaged ones are named, and
-    renamed once a good one is found. Raises UserError if there is none."""
-    for number, path in reversed(list(enumerate(found))):
-        problem = next(filter(None, gather_objects(damage(path, ranks))), None)
-        if problem is None:
-            if ranks.is_main:
-                for damaged in found[number + 1:]:
-                    damaged.rename(damaged.with_name(f"{damaged.name}.damaged"))
-            return path
-        if ranks.is_main:
-            print(f"{path} is damaged ({problem}): trying the one before it", file=sys.stderr, flush=True)
-    if found:
-        raise UserError(f"no intact checkpoint in {found[0].parent}: give this run another --checkpoint-dir, "
-                        "or remove the damaged ones to begin anew")
-    return None
-
-
-def damage(path: Path, ranks: Ranks) -> str | None:
-    """What is wrong with this rank's part of a checkpoint's files."""
-    try:
-        sums = json.loads((path / "checksums.json").read_text())
-        for name in sorted(sums)[ranks.rank::ranks.world_size]:
-            size, crc = checksum(path / name)
-            if [size, crc] != sums[name]:
-                return f"{name}: " + (f"{size:,} bytes in place of {sums[name][0]:,}" if size != sums[name][0]
-                                      else "its checksum differs")
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError) as error:
-        return first_line(error)
-    return None
 # <<< shared: find-checkpoint
 
 
 # >>> shared: load-checkpoint
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
+def load_checkpoint(found: list[Path], model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
+                    ) -> dict:
+    """`read_checkpoint` of the newest (all ranks). Raises UserError, which names the one before it."""
+    import torch.distributed.checkpoint as dcp
+    try:
+        return read_checkpoint(found[-1], model, optimizer, ranks)
+    except (dcp.CheckpointException, OSError, ValueError, RuntimeError, EOFError,
+            pickle.UnpicklingError) as error:
+        remedy = f"go on from {found[-2]}" if found[1:] else "begin anew"
+        raise UserError(f"{found[-1]} cannot be read ({reason_of(error)}): remove it to {remedy}") from error
+
+
+def read_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
     """Fill model, optimizer and random state, on any number of ranks; returns the progress (all ranks)."""
     import torch.distributed.checkpoint as dcp
     saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
@@ -2841,36 +2806,6 @@ def gathered_tensors(model: nn.Module, ranks: Ranks) -> Iterator[tuple[str, Tens
         full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         if ranks.is_main:
             yield name, full.cpu()
-
-
-def write_safetensors(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_gib: float = 5.0) -> None:
-    """model-00001-of-0000N.safetensors and their index, as `save_pretrained` does; one shard in memory."""
-    from safetensors.torch import save_file
-    folder.mkdir(parents=True, exist_ok=True)
-    shards, shard, size, total = [], {}, 0, 0
-
-    def flush() -> None:
-        path = folder / f"part-{len(shards):05d}"
-        save_file(shard, path, metadata={"format": "pt"})
-        shards.append((path, list(shard)))
-        shard.clear()
-
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > shard_gib * 2**30:
-            flush()
-            size = 0
-        shard[name] = tensor.contiguous()
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    flush()
-    weight_map = {}
-    for number, (path, names) in enumerate(shards, 1):
-        numbers = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        file = f"model{numbers}.safetensors"
-        path.rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
 def hf_parts(model: nn.Module, tokenizer) -> tuple:
@@ -2943,9 +2878,11 @@ def export_model(args: Namespace, model: nn.Module, parts: tuple | None, ranks: 
     if not ranks.is_main:
         list(tensors)  # yields nothing here, but takes part in every gather
         return folder, checksums, input_ids, logits
+    from huggingface_hub import save_torch_state_dict
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        write_safetensors(partial, hf_tensors(model, tensors, dtype, checksums))
+        partial.mkdir()
+        save_torch_state_dict(dict(hf_tensors(model, tensors, dtype, checksums)), partial)
         write_parts(partial, parts, dtype, source)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -3454,7 +3391,7 @@ def report_finished(args: Namespace, ranks: Ranks, found: list[Path], total_step
     try:
         if not found or json.loads((found[-1] / "progress.json").read_text())["step"] < total_steps:
             return False
-    except (OSError, ValueError):  # damaged, which `newest_intact` will say
+    except (OSError, ValueError):  # damaged, which `load_checkpoint` will say
         return False
     if args.export and not exported.is_dir():
         return False
@@ -3531,7 +3468,7 @@ def main() -> None:
 
     mesh = init_distributed(args, ranks)
     watch = open_watch(args, ranks, run_dir)
-    resume_from = newest_intact(checkpoints, ranks)
+    resume_from = checkpoints[-1] if checkpoints else None
     dtype = compute_dtype(args.mixed_precision, ranks.device)
     if args.mixed_precision and dtype is torch.float32:
         say("precision  this device has no native bf16: computing in fp32")
@@ -3540,7 +3477,7 @@ def main() -> None:
     progress = {"step": 0, "samples": 0, "tokens": 0, "skipped_updates": 0, "bad_in_a_row": 0,
                 "best_accuracy": None}
     if resume_from:
-        progress = load_checkpoint(resume_from, model, optimizer, ranks)
+        progress = load_checkpoint(checkpoints, model, optimizer, ranks)
     else:
         load_hf_weights(model, folder, args.trust_remote_code, ranks)
     prove_filled(model, ties)
@@ -3687,14 +3624,11 @@ def main() -> None:
         # Save (all ranks)
         if is_save:
             with phase("checkpoint"):
-                start = functools.partial(
-                    start_save, saver, checkpoint_tensors(model, optimizer, ranks), progress,
-                    dict(files) if ranks.is_main else {}, ranks)
+                own = dict(files) if ranks.is_main else {}
+                start_save(saver, checkpoint_tensors(model, optimizer, ranks), progress, own, ranks)
                 if is_last or stop:
-                    save_before_end(saver, start)
-                else:
-                    start()
-                if not args.async_checkpoint:
+                    save_before_end(saver)
+                elif not args.async_checkpoint:
                     finish_save(saver)
         if stop and not is_last:
             console.close()

@@ -9,9 +9,7 @@ where a run goes on, its weights and optimizer states are those of a run without
 also writes the README's table of faults, what the user sees, and seconds from the fault until it is seen.
 """
 
-import functools
 import json
-import math
 import os
 import re
 import shutil
@@ -25,9 +23,8 @@ import time
 import cluster_runs
 import psutil
 import pytest
-import torch
 from cluster_runs import STEPS, assert_same_bits, assert_same_state
-from helpers import mounted, read_checkpoint, read_metrics, run_script
+from helpers import mounted, read_metrics, run_script
 from quick_runs import free_port, quick_run, quick_runs
 
 import train_llm
@@ -312,51 +309,32 @@ def test_rendezvous_that_cannot_work(place, tmp_path):
 # ----------------------------------------------------------------------------------------------------
 # 4. Checkpoints and disks
 
-def flip_a_byte(folder):
-    path = folder / "__1_0.distcp"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
-
-
 DAMAGES = {
-    "truncated": (lambda f: os.truncate(f / "__0_0.distcp", 1000), "__0_0.distcp: 1,000 bytes in place of "),
-    "flipped": (flip_a_byte, "__1_0.distcp: its checksum differs"),
-    "missing": (lambda f: (f / "__1_0.distcp").unlink(), "__1_0.distcp is missing"),
-    "index": (lambda f: os.truncate(f / ".metadata", 10), ".metadata: 10 bytes in place of "),
-    "progress": (lambda f: (f / "progress.json").write_text("{"), "progress.json: 1 bytes in place of "),
-    "no_sums": (lambda f: (f / "checksums.json").unlink(), "checksums.json is missing"),
+    "truncated": lambda f: os.truncate(f / "__0_0.distcp", 1000),
+    "missing": lambda f: (f / "__1_0.distcp").unlink(),
+    "index": lambda f: os.truncate(f / ".metadata", 10),
+    "progress": lambda f: (f / "progress.json").write_text("{"),
 }
 
 
 @pytest.mark.parametrize("kind", [
-    pytest.param(kind, marks=[] if kind in ("truncated", "flipped") else slow) for kind in DAMAGES])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(place, straight, tmp_path, kind):
-    harm, message = DAMAGES[kind]
+    pytest.param(kind, marks=[] if kind == "truncated" else slow) for kind in DAMAGES])
+def test_a_damaged_checkpoint_is_named_with_the_one_before(place, straight, tmp_path, kind):
+    """Nothing is touched; without it, as the line says, the run goes on from the one before."""
     run_dir = tmp_path / "run"
     for step in (8, 12):
         shutil.copytree(checkpoint(straight, step), checkpoint(run_dir, step))
-    harm(checkpoint(run_dir, 12))
+    DAMAGES[kind](checkpoint(run_dir, 12))
     started = time.time()
-    result = prod(place, run_dir)[0]
-    [line] = [line for line in result.stderr.splitlines() if "is damaged" in line]
-    assert line.startswith(f"{checkpoint(run_dir, 12)} is damaged ({message}")
-    assert f"resumed    {checkpoint(run_dir, 8)}: step 8" in result.stdout
-    assert (run_dir / "checkpoints/step_000012.damaged").is_dir()  # kept, for a look
-    if kind in ("truncated", "flipped"):
-        table_row(f"newest checkpoint {kind}", started, result, f"is damaged ({message}")
+    result = prod(place, run_dir, code=1)[0]
+    message = last_error(result)
+    assert message.startswith(f"{checkpoint(run_dir, 12)} cannot be read (")
+    assert message.endswith(f"): remove it to go on from {checkpoint(run_dir, 8)}")
+    if kind == "truncated":
+        table_row("newest checkpoint truncated", started, result, "remove it to go on from")
+    shutil.rmtree(checkpoint(run_dir, 12))
+    assert f"resumed    {checkpoint(run_dir, 8)}: step 8" in prod(place, run_dir)[0].stdout
     assert_same_state(run_dir, straight)
-
-
-@slow
-def test_when_every_checkpoint_is_damaged_nothing_is_touched(place, straight, tmp_path):
-    run_dir = tmp_path / "run"
-    for step in (8, 12):
-        shutil.copytree(checkpoint(straight, step), checkpoint(run_dir, step))
-        flip_a_byte(checkpoint(run_dir, step))
-    message = last_error(prod(place, run_dir, code=1)[0])
-    assert message.startswith(f"no intact checkpoint in {run_dir}/checkpoints: ")
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_000008", "step_000012"]
 
 
 @pytest.mark.parametrize("flag", [
@@ -424,75 +402,3 @@ def test_a_second_run_on_the_folder_is_refused(place, straight, tmp_path):
     assert "waiting 20 s for its end" in second.stderr
     assert "give this run another --checkpoint-dir" in last_error(second)
     assert_same_state(tmp_path / "run", straight)
-
-
-# ----------------------------------------------------------------------------------------------------
-# 5. Loss spikes
-
-def reference_band(values, sigma):
-    """Which values leave the band, by the formulas in words of Python floats."""
-    mean = variance = 0.0
-    outside = []
-    for count, value in enumerate(values):
-        if not math.isfinite(value):
-            outside.append(False)
-            continue
-        done = sum(math.isfinite(v) for v in values[:count])
-        edge = mean + sigma * math.sqrt(variance) if done >= 50 else math.inf
-        outside.append(value > edge)
-        weight = max(1 / (done + 1), 0.01)
-        delta = min(value, edge) - mean
-        mean, variance = mean + weight * delta, (1 - weight) * (variance + weight * delta**2)
-    return outside, mean, variance
-
-
-def test_band_against_plain_floats():
-    generator = torch.Generator().manual_seed(0)
-    losses = 3 + 0.1 * torch.randn(400, generator=generator, dtype=torch.float64)
-    norms = 1 + 0.05 * torch.randn(400, generator=generator, dtype=torch.float64)
-    losses[20], losses[100], norms[200], losses[300:] = 9.0, 9.0, 4.0, losses[300:] + 3.0
-    losses[150] = norms[150] = math.nan
-    band, found = torch.zeros(5, dtype=torch.float64), []
-    for loss, norm in zip(losses, norms):
-        found.append(bool(train_llm.leaves_band(torch.stack([loss, norm]).float(), band, 5.0)))
-    by_loss, mean, variance = reference_band(losses.float().tolist(), 5.0)
-    by_norm, norm_mean, norm_variance = reference_band(norms.float().tolist(), 5.0)
-    assert found == [a or b for a, b in zip(by_loss, by_norm)]
-    assert band.tolist() == pytest.approx([mean, norm_mean, variance, norm_variance, 399], rel=1e-9)
-    assert not found[20] and found[100] and found[200] and not found[150]  # no band yet; spikes; not a number
-    assert found[300] and not any(found[380:])  # a lasting change is taken in
-
-
-SPIKE = """
-for name, param in model.named_parameters() if step in (58, 59) else []:
-    if name.startswith("lm_head"):
-        local_part(param.detach()).mul_(64.0 if step == 58 else 1 / 64)
-"""  # step 59 meets an output layer that is far too large
-
-
-def test_a_spike_is_skipped_and_written_down(place, tmp_path):
-    flags = ["--max-steps", 64, "--max-lr", 1e-5, "--checkpoint-interval", 56, "--log-interval", 8,
-             "--seed", 5]
-    spiky = functools.partial(prod, place, at_step=SPIKE)
-    spiky(tmp_path / "run", *flags, "--skip-spikes", 6)
-    [record] = [json.loads(line) for line in (tmp_path / "run/bad_steps.jsonl").read_text().splitlines()]
-    assert (record["step"], record["why"]) == (59, "spike")
-    assert record["train/loss"] > 10 and record["train/grad_norm"] > 0
-    args = train_llm.parse_args(flags_for(place, tmp_path / "run"))
-    tokenizer, train_set = train_llm.load_tokenizer(args), train_llm.open_datasets(
-        args, train_llm.prepare_data(args))[0]
-    ids = [train_llm.sample_at(position, len(train_set), 5) for position in range(58 * 8, 59 * 8)]
-    assert record["samples"] == [
-        {"id": i, "text": tokenizer.decode(train_set[i]["input_ids"])} for i in ids]
-    assert read_metrics(tmp_path / "run")[-1]["train/skipped_steps"] == 1
-    saved = read_checkpoint(checkpoint(tmp_path / "run", 64))
-    assert {float(tensor) for name, tensor in saved.items() if name.endswith(".step")} == {63.0}
-    # The band is part of a checkpoint: resumed behind step 56, step 59 is a spike again.
-    shutil.copytree(checkpoint(tmp_path / "run", 56), checkpoint(tmp_path / "resumed", 56))
-    spiky(tmp_path / "resumed", *flags, "--skip-spikes", 6)
-    again = read_checkpoint(checkpoint(tmp_path / "resumed", 64))
-    assert all(torch.equal(again[name], saved[name]) for name in saved)
-    # Without the flag the update is made.
-    spiky(tmp_path / "off", *flags)
-    assert read_metrics(tmp_path / "off")[-1]["train/skipped_steps"] == 0
-    assert not (tmp_path / "off/bad_steps.jsonl").exists()

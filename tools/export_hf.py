@@ -3,8 +3,8 @@
     python tools/export_hf.py runs/mine/checkpoints/step_000100 exported/mine
     python tools/export_hf.py runs/mine/checkpoints/step_000100 exported/mine --dtype bfloat16
 
-Needs little memory: tensors are read and written one after another, at most one file of weights (5 GiB)
-at a time. Then the folder is loaded and its logits are compared with the checkpoint's, if memory is enough.
+The weights are held in host memory once, in the precision of the folder. Then the folder is loaded, and its
+tensors and logits are compared with the checkpoint's, if memory is enough.
 Relative paths in the checkpoint's config.yaml are taken from the present folder: start the
 program where the training was started.
 """
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -94,7 +95,7 @@ def read_tensors(model: nn.Module, checkpoint: Path) -> Iterator[tuple[str, Tens
 
 @torch.no_grad()
 def logits_of_checkpoint(model: nn.Module, checkpoint: Path, input_ids: Tensor, is_hf: bool) -> Tensor | None:
-    """Of the model with the checkpoint's weights, which went through no export; None if memory is short."""
+    """Of the model with the checkpoint's weights, which went through no export; None where memory is short."""
     import torch.distributed.checkpoint as dcp
 
     nbytes = sum(tensor.nbytes for tensor in train_llm.model_tensors(model).values())
@@ -113,22 +114,24 @@ def main() -> None:
     run = read_run(args)
     model, source, tokenizer = build(run, args.checkpoint)
     dtype, partial = getattr(torch, args.dtype), args.folder.with_name(args.folder.name + ".partial")
+    checksums = {}
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         tensors = read_tensors(model, args.checkpoint)
-        train_llm.write_safetensors(partial, train_llm.hf_tensors(model, tensors, dtype))
+        save_torch_state_dict(dict(train_llm.hf_tensors(model, tensors, dtype, checksums)), partial)
         train_llm.write_parts(partial, train_llm.model_parts(model, tokenizer), dtype, source)
         if args.folder.exists():
             args.folder.rmdir()  # it is empty
         partial.rename(args.folder)
     except OSError as error:
         raise UserError(f"could not write {args.folder}: {error.strerror or error}") from error
-    input_ids = torch.arange(32)[None]
+    input_ids = train_llm.plain_tokens(model, 2, 64, torch.device("cpu"))
     expected, error = logits_of_checkpoint(model, args.checkpoint, input_ids, source is not None), None
     del model
     if expected is not None:
-        error = train_llm.verify_export(args.folder, input_ids, expected, run.trust_remote_code)
+        error = train_llm.verify_export(args.folder, checksums, input_ids, expected,
+                                        run.trust_remote_code)
     checked = "not reloaded: too little memory" if error is None else f"reloaded: logits within {error:.0e}"
     print(f"{args.folder}: {args.dtype}, Hugging Face format ({checked})")
 

@@ -1,7 +1,7 @@
 """Show what train_llm.py trains on: its first micro-batch as text, trained tokens in green.
 
     python tools/show_batch.py --hf-model MODEL --dataset my_chats.jsonl --seq-len 512
-    python tools/show_batch.py --sample 17 --config RUN/config.yaml      # a number from RUN/bad_steps.jsonl
+    python tools/show_batch.py --sample 17 --config RUN/config.yaml      # of a step that was skipped
 
 Takes the flags of train_llm.py, reads and tokenises through it (and leaves the tokens in --data-cache, where
 the training finds them), and needs neither a GPU nor other processes. Where standard output is no terminal,
