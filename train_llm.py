@@ -2516,7 +2516,8 @@ def export_model(args: Namespace, model: nn.Module, parts: tuple | None, ranks: 
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        save_torch_state_dict(dict(hf_tensors(model, tensors, dtype, checksums)), partial)
+        whole = hf_tensors(model, tensors, dtype, checksums)
+        save_torch_state_dict({name: part.clone() for name, part in whole}, partial)  # else views of fused ones
         write_parts(partial, parts, dtype, source)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

@@ -278,7 +278,6 @@ def newest_step(run_dir):
 
 def test_server_killed(servers, folder):
     """While it answers, and the second time while it has nothing to do."""
-
     server, run_dir = vllm.ready(servers["untied"]), folder / "killed"
     # Random weights seldom say the end token, so that most of a step's time is generation.
     args = run_flags(folder, server, "killed", 2, "--model", folder / "random", "--max-new-tokens", 180,

@@ -119,7 +119,8 @@ def main() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         tensors = read_tensors(model, args.checkpoint)
-        save_torch_state_dict(dict(train_llm.hf_tensors(model, tensors, dtype, checksums)), partial)
+        whole = train_llm.hf_tensors(model, tensors, dtype, checksums)
+        save_torch_state_dict({name: part.clone() for name, part in whole}, partial)
         train_llm.write_parts(partial, train_llm.model_parts(model, tokenizer), dtype, source)
         if args.folder.exists():
             args.folder.rmdir()  # it is empty
