@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import faulthandler
 import fcntl
 import functools
 import hashlib
@@ -30,14 +31,12 @@ import math
 import os
 import pickle
 import re
-import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import sysconfig
-import threading
 import time
 import traceback
 import types
@@ -64,8 +63,8 @@ IGNORE = -100  # the label of a token that is not trained, the value that torch 
 NAME = Path(__file__).name  # stands in front of every error
 
 # Exit codes: 0 finished, 1 an error that the last line explains, 2 wrong arguments; of a run that was asked
-# to stop, has saved, and goes on with the same command: these two, or 128 + the signal's number.
-STOP_CODES = {"STOP file": 3, "time limit": 124}
+# to stop, has saved, and goes on with the same command: this one, or 128 + the signal's number.
+STOP_CODES = {"STOP file": 3}
 
 
 class UserError(Exception):
@@ -188,8 +187,8 @@ def add_run_flags(group: argparse._ArgumentGroup, folder: str, save_every: int) 
     add("--resume", default="auto", metavar="{auto,none,FOLDER}", help="auto: --checkpoint-dir's newest")
     add("--stop-signals", metavar="NAMES", default="SIGTERM,SIGINT,SIGUSR1", help="signals that end the run "
         "after a checkpoint")
-    add("--stall-timeout", type=float, metavar="SECONDS", default=600.0, help="every rank says where it is "
-        "when no step ends for so long; after twice that the run ends")
+    add("--stall-timeout", type=float, metavar="SECONDS", default=600.0, help="every rank prints its "
+        "stacks when no step ends for so long; after twice that the run ends")
     add("--export", action=onoff, default=True, help="end with a Hugging Face folder")
     add("--export-dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: as computed")
     add("--tensorboard", action=onoff, default=False, help="needs the tensorboard package")
@@ -313,7 +312,7 @@ def find_problems(args: Namespace) -> Iterator[str]:
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. Distributed: who am I, which device, which mesh; the watch over signals, stalls and other ranks
+# 2. Distributed: who am I, which device, which mesh; how all ranks agree to stop
 
 # >>> shared: ranks
 @dataclasses.dataclass
@@ -323,7 +322,6 @@ class Ranks:
     local_rank: int
     world_size: int
     device: torch.device
-    parent: int = dataclasses.field(default_factory=os.getppid)  # read early, before it can have died unseen
 
     @property
     def is_main(self) -> bool:
@@ -392,6 +390,8 @@ def read_ranks(args: Namespace) -> Ranks:
         env.setdefault("MASTER_PORT", str(port))
         env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"],
                    WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"])
+    if "TORCHELASTIC_RUN_ID" in env:
+        die_with_launcher()
     rank, local_rank = int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0))
     world_size = int(env.get("WORLD_SIZE", 1))
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -414,7 +414,7 @@ def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceM
         torch.use_deterministic_algorithms(True)  # flash attention's backward, too; cuDNN's is left out
         torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and `prove_filled` looks for it
     # gloo serves tensors in host memory: --cpu-offload keeps the parameters there, an export gathers them.
-    # The timeout comes after the watch has said which rank is stuck, and where.
+    # The timeout comes after the stacks of a stalled step, see `stall_after`.
     timeout = timedelta(seconds=max(1200, 3 * args.stall_timeout))
     options = {"backend": "cpu:gloo,cuda:nccl" if cuda else "gloo", "timeout": timeout}
     if cuda:
@@ -452,30 +452,20 @@ def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceM
 
 # >>> shared: rendezvous
 def find_rendezvous(ranks: Ranks) -> None:
-    """Says in seconds what init_process_group would say after its timeout, or not at all."""
+    """Fails within seconds; init_process_group would wait for its timeout."""
     if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise UserError("RANK is set, MASTER_ADDR and MASTER_PORT are not: start this with torchrun or srun")
-    host, port, here = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), socket.gethostname()
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         socket.getaddrinfo(host, port)
     except OSError as error:
-        raise UserError(f"MASTER_ADDR={host} does not resolve on {here} ({error.strerror}): give an address "
-                        "of rank 0's node that every node can reach") from None
+        raise UserError(f"MASTER_ADDR={host} does not resolve on {socket.gethostname()} ({error.strerror}): "
+                        "give an address of rank 0's node that every node can reach") from None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         try:  # torchrun's, which listened before this process was started
-            return socket.create_connection((host, port), timeout=30).close()
+            socket.create_connection((host, port), timeout=30).close()
         except OSError:
             end_now("torchrun, which started this process, is gone", ranks.is_main)
-    if ranks.is_main:
-        return  # the store is this process's own
-    for waited in range(1200):
-        try:
-            return socket.create_connection((host, port), timeout=5).close()
-        except OSError as error:
-            if waited == 10:
-                print(f"rank {ranks.rank} on {here} waits for rank 0 at {host}:{port} ({error.strerror}): "
-                      "has it started, is the port open?", file=sys.stderr, flush=True)
-            time.sleep(1)
 
 
 def compute_dtype(mixed_precision: bool, device: torch.device) -> torch.dtype:
@@ -500,53 +490,51 @@ def gather_objects(value: object, group: object = None) -> list:
 # <<< shared: rendezvous
 
 
-# >>> shared: watch
-# The watch is a thread on each rank, because the loop may be stuck in a collective. It takes signals, looks
-# for a STOP file and the end of SLURM's time limit, and hands the wish to stop to the loop, where all ranks
-# agree on it in a collective that each step has anyway. It says where a stalled rank is, and ends this one
-# when another rank has ended.
+# >>> shared: stop
+# One rank hears a signal or sees a STOP file. It votes in the collective that each step has anyway, so that
+# all ranks stop after the same step.
 
 @dataclasses.dataclass
-class Watch:
-    """What the loop and its watching thread tell each other."""
-    codes: dict[str, int]  # reasons to stop and their exit codes, in the order of `votes`
-    votes: Tensor  # on the device: 1 for each reason that this rank has
-    signals: tuple[socket.socket, socket.socket]  # (reading end, end that gets each signal's number)
+class Stop:
+    """Why this rank wants to stop."""
+    codes: dict[str, int]  # reasons and their exit codes, in the order of the votes
+    file: Path
     asked: set[str] = dataclasses.field(default_factory=set)
-    step: int = 0
-    phase: str = "set-up"
-    since: float = dataclasses.field(default_factory=time.monotonic)  # the end of the last step
-    save_s: float = 0.0  # what a checkpoint takes, then the same for a step
-    step_s: float = 0.0
     in_flight: tuple[Tensor, torch.cuda.Event] | None = None  # GPU: the votes of the step before
-    closed: bool = False
-    thread: threading.Thread | None = None
 
 
-def open_watch(args: Namespace, ranks: Ranks, run_dir: Path) -> Watch:
-    """Start watching (each rank, once the process group stands)."""
-    codes = {name: 128 + getattr(signal, name) for name in args.stop_signals.split(",") if name} | STOP_CODES
-    watch = Watch(codes, torch.zeros(len(codes), device=ranks.device), socket.socketpair())
-    watch.thread = threading.Thread(target=watch_run, args=(watch, args.stall_timeout, ranks, run_dir),
-                                    daemon=True, name="watch")
-    watch.thread.start()
-    return watch
+def catch_signals(names: str, run_dir: Path, ranks: Ranks) -> Stop:
+    """From here on a stop signal means: finish the step, save, end. Until here it ends the process.
+
+    A handler of Python's runs when the collective returns that the main thread waits in."""
+    numbers = [getattr(signal, name) for name in names.split(",") if name]
+    codes = {number.name: 128 + number for number in numbers} | STOP_CODES
+    stop = Stop(codes, run_dir / "STOP")
+
+    def note(number: int, _: object) -> None:
+        name = signal.Signals(number).name
+        if name == "SIGINT" and name in stop.asked:
+            end_now("interrupted twice: ended at once", ranks.is_main, code=130)
+        ask_to_stop(stop, name, ranks)
+
+    for number in numbers:
+        signal.signal(number, note)
+        signal.siginterrupt(number, False)  # or system calls inside NCCL would fail with EINTR
+    return stop
 
 
-def close_watch(watch: Watch) -> None:
-    watch.closed = True
-    watch.thread.join()
+def release_signals(stop: Stop) -> None:
+    for name in stop.codes.keys() - STOP_CODES.keys():
+        default = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+        signal.signal(getattr(signal, name), default)
 
 
-def enter(watch: Watch, phase: str) -> None:
-    """Of what is no step: an evaluation, the export."""
-    watch.phase, watch.since = phase, time.monotonic()
-
-
-def note_step(watch: Watch, step: int, save_s: float) -> None:
-    now = time.monotonic()
-    watch.step, watch.step_s, watch.since = step, now - watch.since, now
-    watch.save_s = save_s or watch.save_s
+def ask_to_stop(stop: Stop, reason: str, ranks: Ranks) -> None:
+    if reason not in stop.asked and ranks.is_main:
+        again = "; again ends it at once" if reason == "SIGINT" else ""
+        # Not print, which a handler may have interrupted.
+        os.write(2, f"\n{reason}: this step is finished, then saved, then the run ends{again}\n".encode())
+    stop.asked.add(reason)
 
 
 def refuse_stop_file(run_dir: Path, ranks: Ranks) -> None:
@@ -554,102 +542,16 @@ def refuse_stop_file(run_dir: Path, ranks: Ranks) -> None:
         if ranks.is_main:
             print(f"{NAME}: error: {run_dir / 'STOP'} exists: remove it to train", file=sys.stderr)
         sys.exit(STOP_CODES["STOP file"])
-# <<< shared: watch
 
 
-# >>> shared: signals
-def catch_signals(watch: Watch) -> None:
-    """From here on a stop signal means: finish the step, save, end. Until here it ends the process."""
-    watch.signals[1].setblocking(False)
-    # Python's own handlers wait for the main thread, which a collective may hold; this socket does not.
-    signal.set_wakeup_fd(watch.signals[1].fileno(), warn_on_full_buffer=False)
-    numbers = [getattr(signal, name) for name in watch.codes.keys() - STOP_CODES.keys()]
-    for number in numbers:
-        signal.signal(number, lambda *_: None)
-        signal.siginterrupt(number, False)  # or system calls inside NCCL would fail with EINTR
-
-    def in_child() -> None:
-        release_signals(watch)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-
-    # A loader worker would swallow its signals, and wake this process through the socket that it shares.
-    os.register_at_fork(before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, numbers),
-                        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers),
-                        after_in_child=in_child)
+def votes_to_stop(stop: Stop, ranks: Ranks) -> Tensor:
+    """1 for each reason that this rank has (each rank, once a step)."""
+    if ranks.is_main and os.path.exists(stop.file):  # Path's own raises where a file system fails
+        ask_to_stop(stop, "STOP file", ranks)
+    return torch.tensor([float(name in stop.asked) for name in stop.codes], device=ranks.device)
 
 
-def release_signals(watch: Watch) -> None:
-    signal.set_wakeup_fd(-1)
-    for name in watch.codes.keys() - STOP_CODES.keys():
-        default = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
-        signal.signal(getattr(signal, name), default)
-
-
-def note_signals(watch: Watch, ranks: Ranks) -> None:
-    for number in watch.signals[0].recv(64):
-        name = signal.Signals(number).name
-        if name == "SIGINT" and name in watch.asked:
-            end_now("interrupted twice: ended at once", ranks.is_main, code=130)
-        if name in watch.codes:
-            ask_to_stop(watch, name, ranks)
-
-
-def ask_to_stop(watch: Watch, reason: str, ranks: Ranks) -> None:
-    if reason not in watch.asked:
-        again = "; again ends it at once" if reason == "SIGINT" else ""
-        if ranks.is_main:
-            print(f"\n{reason}: this step is finished, then saved, then the run ends{again}", file=sys.stderr,
-                  flush=True)
-        watch.asked.add(reason)
-        watch.votes = torch.tensor([float(name in watch.asked) for name in watch.codes], device=ranks.device)
-# <<< shared: signals
-
-
-# >>> shared: watch-turns
-def watch_run(watch: Watch, stall_timeout: float, ranks: Ranks, run_dir: Path) -> None:
-    """The watching thread, in turns of a second; a signal wakes it at once."""
-    deadline = slurm_deadline() if ranks.is_main else math.inf
-    parent = ranks.parent if "TORCHELASTIC_RUN_ID" in os.environ else None
-    store, peers = peer_store(ranks), {}
-    stalled_at = None
-    while not watch.closed:
-        if select.select([watch.signals[0]], [], [], 1.0)[0]:
-            note_signals(watch, ranks)
-        if parent is not None and os.getppid() != parent:
-            end_now("torchrun, which started this process, is gone", ranks.is_main)
-        if ranks.is_main and os.path.exists(run_dir / "STOP"):  # Path's own raises where a file system fails
-            ask_to_stop(watch, "STOP file", ranks)
-        margin = 10 + 2 * watch.save_s + 3 * watch.step_s
-        if time.time() > deadline - margin:
-            deadline = slurm_deadline()  # an operator may have extended it
-            if time.time() > deadline - margin:
-                ask_to_stop(watch, "time limit", ranks)
-        if store is not None:
-            look_after_peers(store, peers, watch, ranks)
-        waited = time.monotonic() - watch.since
-        if waited > stall_timeout and stalled_at != watch.since:
-            stalled_at = watch.since
-            report_stall(watch, waited, store, ranks)
-        # These may take longer than any step; a save has a timeout of its own.
-        has_no_limit = watch.phase in ("set-up", "checkpoint", "evaluation", "export")
-        if waited > 2 * stall_timeout and not has_no_limit:
-            end_now(f"no step has ended for {waited:.0f} s; above stands where each rank is", ranks.is_main)
-
-
-def slurm_deadline() -> float:
-    """When SLURM will end this job, in seconds since 1970; inf without a limit."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if not job or not shutil.which("squeue"):
-        return math.inf
-    command = ["squeue", "--noheader", "--job", job, "--format=%e"]
-    try:
-        end = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        return datetime.fromisoformat(end).timestamp()
-    except ValueError:  # N/A, or the controller does not answer: SLURM's signal remains
-        return math.inf
-
-
-def agreed_stop(watch: Watch, votes: Tensor) -> str | None:
+def agreed_stop(stop: Stop, votes: Tensor) -> str | None:
     """The reason to stop that some rank had, from the sum of `votes` over ranks: the same on each of them.
 
     On a GPU it is the sum of the step before: this one's is not there yet, and nobody waits for it."""
@@ -658,85 +560,33 @@ def agreed_stop(watch: Watch, votes: Tensor) -> str | None:
     if cuda:
         event = torch.cuda.Event()
         event.record()
-        before, watch.in_flight = watch.in_flight, (host, event)
+        before, stop.in_flight = stop.in_flight, (host, event)
         if before is None:
             return None
         host, event = before
         event.synchronize()  # sync point: with the step before
-    return next((reason for reason, count in zip(watch.codes, host.tolist()) if count), None)
-# <<< shared: watch-turns
-
-
-# >>> shared: peers
-def peer_store(ranks: Ranks) -> torch.distributed.Store | None:
-    """A connection to the rendezvous store of this thread's own: the main thread's may be waiting."""
-    if ranks.world_size == 1:
-        return None
-    store = torch.distributed.distributed_c10d._get_default_store().clone()
-    store.set_timeout(timedelta(seconds=20))
-    return store
-
-
-def look_after_peers(store: torch.distributed.Store, seen: dict, watch: Watch, ranks: Ranks) -> None:
-    """Show a sign of life, and end when another rank has ended or the next one shows none for 30 s.
-
-    A dead rank that no launcher notices (another node's) would otherwise leave the others in a collective
-    until its timeout. `seen` is what this function remembers."""
-    now, following = time.monotonic(), (ranks.rank + 1) % ranks.world_size
-    seen["turn"] = seen.get("turn", 0) + 1
-    life, lost = seen.get("life"), f"rank {following}"
-    try:
-        place = [seen["turn"], watch.step, watch.phase, socket.gethostname()]
-        store.set(f"life/{ranks.rank}", json.dumps(place))
-        if store.check(["ended"]):
-            time.sleep(3)  # most often the main thread notices, too, and says more
-            end_now(store.get("ended").decode(), ranks.is_main)
-        life = store.get(f"life/{following}") if store.check([f"life/{following}"]) else None
-    except RuntimeError as error:
-        lost = f"rank 0's node, where the rendezvous store is ({first_line(error)})"
-    if life is None or life != seen.get("life"):
-        seen.update(life=life, since=now)
-    elif now - seen["since"] > 30:
-        message = f"no sign of life from {lost} for 30 s"
-        with contextlib.suppress(RuntimeError):
-            store.set("ended", message)
-        end_now(message, show=True)
-
-
-def tell_others(message: str) -> None:
-    """Ranks that wait in a collective for this one end, too."""
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        with contextlib.suppress(RuntimeError):
-            torch.distributed.distributed_c10d._get_default_store().set("ended", message)
-# <<< shared: peers
+    return next((reason for reason, count in zip(stop.codes, host.tolist()) if count), None)
+# <<< shared: stop
 
 
 # >>> shared: stalls
-def report_stall(watch: Watch, waited: float, store: torch.distributed.Store | None, ranks: Ranks) -> None:
-    """Where this rank is, and on rank 0 where all are: the one that differs is the one to look at."""
-    stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident])[-8:]
-    lines = [f"no step has ended for {waited:.0f} s: rank {ranks.rank} on {socket.gethostname()} is in step "
-             f"{watch.step + 1}, {watch.phase}, at\n{''.join(stack)}"]
-    if ranks.is_main and store is not None:
-        places: dict[str, list[int]] = {}
-        for rank in range(ranks.world_size):
-            places.setdefault(where_is(store, rank), []).append(rank)
-        for place, found in places.items():
-            some = ", ".join(map(str, found[:8])) + (" …" if len(found) > 8 else "")
-            lines.append(f"in {place}: rank {some}")
-    print("\n" + "\n".join(lines), file=sys.stderr, flush=True)
+def stall_after(seconds: float | None) -> None:
+    """Where no step ends for so long, this process prints its stacks; after twice that SIGALRM ends it. Begins
+    anew with each call. None: what follows may take any time."""
+    faulthandler.cancel_dump_traceback_later()
+    signal.setitimer(signal.ITIMER_REAL, 2 * seconds if seconds else 0)
+    if seconds:
+        faulthandler.dump_traceback_later(seconds)
 
 
-def where_is(store: torch.distributed.Store, rank: int) -> str:
-    with contextlib.suppress(RuntimeError):
-        if store.check([f"life/{rank}"]):
-            _, step, phase, node = json.loads(store.get(f"life/{rank}"))
-            return f"step {step + 1}, {phase}, on {node}"
-    return "an unknown place, without a sign of life"
+def die_with_launcher() -> None:
+    """Ranks outlive a torchrun that is killed, and would go on writing where the next start writes."""
+    import ctypes
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def end_now(message: str, show: bool, code: int = 1) -> None:
-    """From any thread, whatever the others wait for."""
+    """Whatever other threads and ranks wait for."""
     if show:
         print(f"\n{NAME}: error: {message}", file=sys.stderr, flush=True)
     os._exit(code)
@@ -1661,8 +1511,10 @@ def shard_model(model: nn.Module, args: Namespace, mesh: torch.distributed.Devic
             # Without the forced sum FSDP asks for a pre-multiplied one, which gloo does not have.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+# <<< shared: shard
 
 
+# >>> shared: precision
 def note_fp32(model: nn.Module) -> nn.Module:
     """An hf model on the meta device, built in bf16, as fp32 masters, with the names of those tensors that
     transformers keeps in fp32 in a bf16 model (routers and score biases of mixtures of experts)."""
@@ -1689,8 +1541,10 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+# <<< shared: precision
 
 
+# >>> shared: recompute
 def wants_compile(args: Namespace, device_type: str) -> bool:
     return device_type == "cuda" if args.compile is None else args.compile
 
@@ -1734,7 +1588,7 @@ def save_expensive() -> Callable:
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return policy
-# <<< shared: shard
+# <<< shared: recompute
 
 
 # >>> shared: materialise
@@ -1821,8 +1675,10 @@ def refuse_quantised(folder: Path, config: object) -> None:
     if found:
         raise UserError(f"{folder} holds quantised weights ({found}), which cannot be trained: use the "
                         "model's bf16 release, or dequantise it first")
+# <<< shared: load
 
 
+# >>> shared: load-files
 def load_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ranks: Ranks) -> None:
     """Each rank reads its slices of the safetensors files, or rank 0 loads and broadcasts (all ranks)."""
     import torch.distributed.checkpoint as dcp
@@ -1878,7 +1734,7 @@ def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool
                  else torch.empty(tensor.shape, dtype=tensor.dtype, device=ranks.device))
         torch.distributed.broadcast(value, src=0)
         fill(tensor, value)
-# <<< shared: load
+# <<< shared: load-files
 
 
 # >>> shared: prove
@@ -2156,8 +2012,6 @@ class Checkpointer:
     staging: Future | None = None  # the copy that frees the parameters for the next update
     saving: Future | None = None  # of what went wrong, "" if nothing: the same text on every rank
     step: int = 0  # of that save
-    started: float = 0.0
-    seconds: float = 0.0  # the longest save so far
 
 
 def open_checkpoints(args: Namespace, ranks: Ranks) -> Checkpointer:
@@ -2231,11 +2085,6 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return states
 
 
-def saved_bytes(model: nn.Module) -> int:
-    """This rank's part of a checkpoint: parameters and two moments."""
-    return 3 * sum(local_part(param).nbytes for param in model.parameters())
-
-
 def random_states(ranks: Ranks) -> dict[str, Tensor]:
     states = {f"cpu_{ranks.rank}": torch.get_rng_state()}
     if ranks.device.type == "cuda":
@@ -2260,7 +2109,7 @@ def start_save(saver: Checkpointer, tensors: dict, progress: dict, files: dict[s
     own = files | {"progress.json": json.dumps(progress)} if ranks.is_main else files
     if ranks.device.type == "cuda":
         torch.cuda.synchronize()  # sync point: the copy runs on a stream of its own
-    saver.step, saver.started = progress["step"], time.perf_counter()
+    saver.step = progress["step"]
     saver.staging = saver.stager.stage(tensors)
     saver.saving = saver.writer.submit(write_checkpoint, saver, saver.staging, own, ranks)
 
@@ -2303,9 +2152,7 @@ def write_checkpoint(saver: Checkpointer, staged: Future, files: dict[str, str],
             kept = checkpoints_in(saver.folder)
             print(f"\nstep {saver.step} could not be saved ({problem}): is the disk full or read-only? The "
                   f"newest good checkpoint is {kept[-1] if kept else 'none'}", file=sys.stderr, flush=True)
-    problem = gather_objects(problem, saver.group)[0]
-    saver.seconds = max(saver.seconds, time.perf_counter() - saver.started)
-    return problem
+    return gather_objects(problem, saver.group)[0]
 # <<< shared: save
 
 
@@ -2373,8 +2220,6 @@ def checkpoints_to_resume(args: Namespace) -> list[Path]:
         raise UserError(f"--resume none: {args.checkpoint_dir} already holds {found[-1].name}; give this run "
                         "another --checkpoint-dir, or delete the old one")
     return found
-
-
 # <<< shared: find-checkpoint
 
 
@@ -2516,8 +2361,8 @@ def export_model(args: Namespace, model: nn.Module, parts: tuple | None, ranks: 
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        whole = hf_tensors(model, tensors, dtype, checksums)
-        save_torch_state_dict({name: part.clone() for name, part in whole}, partial)  # else views of fused ones
+        found = hf_tensors(model, tensors, dtype, checksums)  # some are views of fused tensors, hence clone
+        save_torch_state_dict({name: tensor.clone() for name, tensor in found}, partial)
         write_parts(partial, parts, dtype, source)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -2609,11 +2454,10 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def timed(times: dict[str, float], watch: Watch, key: str) -> Iterator[None]:
-    """Adds the block's seconds to times[key], and lets the watch know where the loop is."""
-    start, watch.phase = time.perf_counter(), key
+def timed(times: dict[str, float], key: str) -> Iterator[None]:
+    """Adds the block's seconds to times[key]."""
+    start = time.perf_counter()
     yield
-    watch.phase = "between phases"
     times[key] = times.get(key, 0.0) + time.perf_counter() - start
 
 
@@ -2916,7 +2760,6 @@ def run_and_report(saves_memory: str) -> None:
         else:
             traceback.print_exc()
     rank = os.environ.get("RANK", "0")
-    tell_others(f"rank {rank} on {socket.gethostname()} ended: {message}")
     if rank != "0" and code != 130:
         time.sleep(3)  # most often rank 0 has the same to say, and this process is ended before it repeats it
     # At once: other ranks may sit in a collective, and a save's threads must not hold this up.
@@ -2958,7 +2801,6 @@ def main() -> None:
         return
 
     mesh = init_distributed(args, ranks)
-    watch = open_watch(args, ranks, run_dir)
     resume_from = checkpoints[-1] if checkpoints else None
     dtype = compute_dtype(args.mixed_precision, ranks.device)
     if args.mixed_precision and dtype is torch.float32:
@@ -3008,10 +2850,8 @@ def main() -> None:
     loss_sum, token_count = torch.zeros(2, device=ranks.device)
     num_trained = torch.zeros((), dtype=torch.float64, device=ranks.device)
     skipped, times, num_input_tokens, stop = [], {}, 0, None
-    phase = functools.partial(timed, times, watch)
-    watch.step, watch.save_s = progress["step"], 1 + saved_bytes(model) / 1e8  # until one has been measured
-    enter(watch, "loop")
-    catch_signals(watch)
+    phase = functools.partial(timed, times)
+    asked = catch_signals(args.stop_signals, run_dir, ranks)
     bar = open_bar(total_steps, progress["step"], ranks)
     started = row_started = time.perf_counter()
     row, row_step, evaluation = {}, progress["step"], {}
@@ -3022,16 +2862,16 @@ def main() -> None:
         is_last = progress["step"] >= total_steps
         is_due = args.eval_interval and progress["step"] and progress["step"] % args.eval_interval == 0
         if eval_set and (is_last or is_due):
-            enter(watch, "evaluation")
+            stall_after(None)
             evaluation = evaluate(model, eval_set, args.batch_size, ranks)
             best = progress["best_eval_loss"]
             progress["best_eval_loss"] = min(evaluation["eval/loss"], math.inf if best is None else best)
             for track in trackers:
                 track({"step": progress["step"], **evaluation})
             show_evaluation(bar, progress["step"], evaluation, ranks)
-            enter(watch, "loop")
         if is_last:
             break
+        stall_after(args.stall_timeout)
 
         # Forward and backward: gradients of the summed loss, reduced with the last micro-batch (all ranks)
         loss_sum.zero_()
@@ -3056,17 +2896,16 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             step_loss, step_tokens, grad_norm, votes = reduce_stats(
-                model, loss_sum, token_count, num_replicas, watch.votes)
+                model, loss_sum, token_count, num_replicas, votes_to_stop(asked, ranks))
             skipped.append(clip_and_step(optimizer, grad_norm, step_tokens, args.grad_clip))
             optimizer.zero_grad()
-            stop = agreed_stop(watch, votes)
+            stop = agreed_stop(asked, votes)
 
         # Count
         progress["step"] += 1
         progress["samples"] += samples_per_step
         num_trained += step_tokens
         bar.update()
-        note_step(watch, progress["step"], saver.seconds)
         is_last = progress["step"] == total_steps
         is_save = is_time_to_save(args.checkpoint_interval, progress["step"], is_last or stop)
 
@@ -3100,6 +2939,8 @@ def main() -> None:
                 finish_save(saver)
                 raise UserError(explain_bad_steps(progress["bad_in_a_row"], run_dir))
 
+        stall_after(None)
+
         # Save (all ranks): before the evaluation, which may run out of memory
         if is_save:
             with phase("checkpoint"):
@@ -3112,13 +2953,11 @@ def main() -> None:
                 elif not args.async_checkpoint:
                     finish_save(saver)
         if stop and not is_last:
-            close_watch(watch)
-            leave_stopped(stop, watch.codes[stop], saver, ranks)
+            leave_stopped(stop, asked.codes[stop], saver, ranks)
 
     # End -------------------------------------------------------------------------------------
     bar.close()
-    release_signals(watch)  # everything is saved: from here on they end this process at once
-    enter(watch, "export")
+    release_signals(asked)  # everything is saved: from here on they end this process at once
     sample = exported = None
     if args.sample_tokens:
         sample = write_sample(model, load_tokenizer(args), args.sample_prompt, args.sample_tokens, ranks)
@@ -3126,7 +2965,6 @@ def main() -> None:
         parts = model_parts(model, load_tokenizer(args)) if ranks.is_main else None
         exported = export_model(args, model, parts, ranks, hf_folder, dtype)
     torch.distributed.barrier()
-    close_watch(watch)
     torch.distributed.destroy_process_group()  # rank 0 works alone from here: the others must not time out
     if not ranks.is_main:
         return

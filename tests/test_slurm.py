@@ -312,18 +312,6 @@ def test_a_preemption_and_a_time_limit(cluster, folder):
 
 
 @slow
-def test_the_time_limit_is_seen_from_inside(cluster, folder):
-    """Where SLURM sends no signal that matters, the training asks it for the job's end."""
-    slow_steps = 'time.sleep(0 if os.environ.get("SLURM_RESTART_COUNT") == "1" else 4)'
-    job = submit(cluster, folder, folder / "prodded.py", *flags_for(folder, "limited", 2),
-                 options=["--time=1", "--signal=B:CONT@1"], AT_STEP=slow_steps)
-    assert wait_for_end(cluster, folder, job) == ("COMPLETED", 0), printed(folder, job)
-    assert "stopped (time limit)" in log(folder, job).read_text()
-    assert "stopped (exit code 124): the job is requeued" in printed(folder, job)
-    assert_same_bits(folder / "limited", straight_run(folder, 2))
-
-
-@slow
 def test_a_rank_that_is_killed_once(cluster, folder):
     kill = (f"if step == 10 and ranks.rank == 1 and not os.path.exists({str(folder / 'died')!r}):\n"
             f"    finish_save(saver); open({str(folder / 'died')!r}, 'w').close(); os.kill(os.getpid(), 9)")
