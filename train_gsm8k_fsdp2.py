@@ -829,13 +829,9 @@ def mark_cut(text: str, finished: bool) -> str:
     return text if finished else text + "…"
 
 
-def is_right(completion_text: str, gold: Fraction) -> bool:
-    return parse_number(final_answer(completion_text) or "") == gold
-
-
 def reward(text: str, gold: Fraction, finished: bool, format_weight: float) -> tuple[float, bool]:  # EDIT:
     """(reward, right) of one completion. `finished`: it ended by itself and was not cut off at the limit."""
-    right = is_right(mark_cut(text, finished), gold)
+    right = parse_number(final_answer(mark_cut(text, finished)) or "") == gold
     num_markers, answer, after = marked_answer(text)
     in_form = finished and num_markers == 1 and answer != "" and not after.strip()
     return float(right) + format_weight * in_form, right

@@ -11,7 +11,6 @@ also writes the README's table of faults, what the user sees, and seconds from t
 
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -58,7 +57,7 @@ def prod(place, run_dir, *more, at_step="", code=0, nproc=2, env=None):
     results = quick_runs(flags_for(place, run_dir, *more, nproc=nproc), envs, script=place / "prodded.py")
     codes = [result.returncode for result in results]
     expected = code if isinstance(code, list) else [code] * nproc
-    assert codes == expected, "\n".join(f"{r.returncode}\n{r.stdout}\n{r.stderr}" for r in results)
+    assert code is None or codes == expected, "\n".join(f"{r.returncode}\n{r.stdout}\n{r.stderr}" for r in results)
     assert all("Traceback" not in result.stderr for result in results), results[0].stderr
     return results
 
@@ -179,7 +178,9 @@ def test_a_rank_killed_in_a_collective(place, straight, tmp_path):
 def test_a_rank_that_hangs_shows_its_stacks(place, tmp_path):
     """So does the one that waits for it; both end, whatever they are in."""
     hang = "if step == 6 and ranks.rank == 1: strike(), time.sleep(1000)"
-    results = prod(place, tmp_path / "run", "--stall-timeout", 4, at_step=hang, code=-signal.SIGALRM)
+    results = prod(place, tmp_path / "run", "--stall-timeout", 4, at_step=hang, code=None)
+    assert results[1].returncode == -signal.SIGALRM
+    assert results[0].returncode in (-signal.SIGALRM, 1)  # 1: the other's end was seen first
     for result in results:
         assert "Timeout (0:00:04)!" in result.stderr
     assert 'File "<string>", line 2 in <module>' in results[1].stderr  # AT_STEP's
