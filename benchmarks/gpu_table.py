@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,14 +48,13 @@ def read_results(folder: Path) -> list[dict]:
 def start(folder: Path) -> None:
     """The header: device, versions, commit, time."""
     import torch
-    import transformers
     wanted = os.environ.get("ON_GPU_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     git = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True,
                          text=True)
     header = {
         "stage": "header", "device": wanted, "rehearsal": wanted != "cuda",
         "name": f"{os.cpu_count()} CPU cores", "memory_gib": None,
-        "torch": torch.__version__, "cuda": torch.version.cuda, "transformers": transformers.__version__,
+        "torch": torch.__version__, "cuda": torch.version.cuda, "transformers": version("transformers"),
         "python": sys.version.split()[0], "commit": os.environ.get("ON_GPU_COMMIT") or git.stdout.strip(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
@@ -90,7 +90,8 @@ def figures(run: Path) -> dict:
              for key, name in FIGURES.items() if all(key in row for row in steady)}
     found |= {"steps": rows[-1]["step"], "first_step_s": rows[0]["time/step_s"],
               "peak_gib": max(row["perf/peak_mem_gib"] for row in rows),
-              "first_loss": rows[0]["train/loss"], "last_loss": rows[-1]["train/loss"]}
+              "first_loss": rows[0]["train/loss"], "last_loss": rows[-1]["train/loss"],
+              "checkpoint_s": max(row.get("time/checkpoint_s", 0.0) for row in rows)}
     for row in every:
         found |= {key.replace("/", "_"): row[key] for key in ("eval/loss", "eval/accuracy") if key in row}
     return found
@@ -158,6 +159,8 @@ def summary(row: dict) -> str:
         parts.append(f"{row['tokens_per_s']:,.0f} tokens/s a GPU")
     if "first_loss" in row and "completion_tokens_per_s" not in row:
         parts.append(f"loss {row['first_loss']:.4f} to {row['last_loss']:.4f} in step {row['steps']}")
+    if row["stage"].startswith("smoke") and "checkpoint_s" in row:
+        parts.append(f"the loop stood still for {row['checkpoint_s']:.2f} s in the step after a save")
     if "eval_loss" in row:
         parts.append(f"held-out loss {row['eval_loss']:.4f}")
     if "completion_tokens_per_s" in row:

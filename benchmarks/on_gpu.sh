@@ -178,7 +178,7 @@ device=$("${table[@]}" start "$out")
 declare -A flags_of
 sized="--log-interval 5 --no-export"
 if [[ $device == cuda ]]; then
-    patience=1 tiny=() corpus=(--dataset stdlib) workers=6 num_train=100000 num_test=100000
+    patience=1 tiny=() corpus=(--dataset stdlib) workers=5 num_train=100000 num_test=100000
     last_second=$((${ON_GPU_SECONDS:-540} - 15))  # the table and the logs take some
     flags_of=(
         [smoke]="--model-size 125M --batch-size 8 --max-steps 20 --log-interval 1 --checkpoint-interval 10"
@@ -239,8 +239,8 @@ run_tests() {
     local parallel=()
     ! "$python" -c 'import xdist' 2>/dev/null || parallel=(-n "$workers")
     # Each test starts a script, and each script would start as many compilers as there are cores.
-    stage tests 170 env TORCHINDUCTOR_COMPILE_THREADS=2 "$python" -m pytest -v -rs -p no:cacheprovider \
-        --junitxml="$out/junit.xml" "${parallel[@]}" "$root/tests/test_gpu.py"
+    stage tests 170 env TORCHINDUCTOR_COMPILE_THREADS=2 GPU_TEST_SECONDS=90 "$python" -m pytest -v -rs \
+        -p no:cacheprovider --junitxml="$out/junit.xml" "${parallel[@]}" "$root/tests/test_gpu.py"
 }
 
 smollm2() {
