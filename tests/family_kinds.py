@@ -1,5 +1,8 @@
-"""Small random models, one for each kind of trouble that a family of transformers can make; runs of the scripts
-with them, and what transformers itself computes. test_family_kinds.py and sweep_families.py share all of it."""
+"""Small random models, one for each kind of trouble that a family of transformers can make, runs of the
+scripts with them, and what transformers itself computes.
+
+test_family_kinds.py and sweep_families.py share all of it.
+"""
 
 import contextlib
 import functools
@@ -23,7 +26,8 @@ ENDS = list(range(0, VOCAB, 8))  # so many ends that rollouts of random models a
 
 SIZES = dict(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, max_position_embeddings=256,
              initializer_range=0.1, bos_token_id=0, eos_token_id=0, pad_token_id=None)
-GATED = dict(SIZES, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128, attention_dropout=0.0)
+GATED = dict(SIZES, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
+             attention_dropout=0.0)
 EXPERTS = dict(GATED, head_dim=16, moe_intermediate_size=32, num_experts_per_tok=2)
 BIASED = dict(EXPERTS, n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1)
 STATE = dict(mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1, mamba_chunk_size=16)
@@ -38,8 +42,8 @@ KINDS = {
         GATED, num_hidden_layers=4, layers_block_type=TWICE, attn_layer_period=2, attn_layer_offset=1,
         mamba_d_state=8, mamba_dt_rank=4, n_mamba_heads=2)),
     "zamba2": ("Zamba2Config", dict(
-        GATED, num_hidden_layers=4, layers_block_type=TWICE, mamba_d_state=8, n_mamba_heads=8, mamba_ngroups=1,
-        num_mem_blocks=1, chunk_size=16, use_mem_rope=True)),
+        GATED, num_hidden_layers=4, layers_block_type=TWICE, mamba_d_state=8, n_mamba_heads=8,
+        mamba_ngroups=1, num_mem_blocks=1, chunk_size=16, use_mem_rope=True)),
     # The decoder is not where base_model_prefix says
     "llama4_text": ("Llama4TextConfig", dict(
         GATED, intermediate_size_mlp=128, head_dim=16, num_local_experts=4, num_experts_per_tok=1,
@@ -230,9 +234,10 @@ def pieces(tokenizer, texts):
 def padded(documents):
     """The documents as rows of one batch, padded on the right."""
     width = max(ids.shape[1] for ids, _ in documents)
-    rows = [(torch.nn.functional.pad(ids[0], (0, width - len(labels))),
-             torch.nn.functional.pad(labels, (0, width - len(labels)), value=-100)) for ids, labels in documents]
-    return {"input_ids": torch.stack([ids for ids, _ in rows]), "labels": torch.stack([row for _, row in rows])}
+    pad = torch.nn.functional.pad
+    ids = [pad(ids[0], (0, width - ids.shape[1])) for ids, _ in documents]
+    labels = [pad(labels, (0, width - len(labels)), value=-100) for _, labels in documents]
+    return {"input_ids": torch.stack(ids), "labels": torch.stack(labels)}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -253,7 +258,8 @@ def open_driver():
         driver.stdin.write(json.dumps(request) + "\n")
         driver.stdin.flush()
         code = int(driver.stdout.readline())
-        return subprocess.CompletedProcess(argv, code, *((folder / name).read_text() for name in ("stdout", "stderr")))
+        texts = [(folder / name).read_text() for name in ("stdout", "stderr")]
+        return subprocess.CompletedProcess(argv, code, *texts)
 
     try:
         yield ask
@@ -263,18 +269,18 @@ def open_driver():
 
 
 def train_once(ask, folder, source, texts, *flags):
-    """train_llm.py in `folder`/run: one step that sees all texts and, without a learning rate, changes nothing."""
+    """train_llm.py in `folder`/run: one step that sees all texts and, its rate being 0, changes nothing."""
     write_texts(folder / "texts.jsonl", texts)
     return ask(folder, [
         "--hf-model", source, "--dataset", "texts.jsonl", "--data-cache", folder.parent / "cache",
         "--checkpoint-dir", "run", "--seq-len", SEQ_LEN, "--batch-size", len(texts), "--max-steps", 1,
-        "--warmup-steps", 0, "--max-lr", 0, "--grad-clip", 0, "--no-mixed-precision", "--loss-chunk-tokens", 24,
-        "--device", "cpu", *flags], script="train_llm")
+        "--warmup-steps", 0, "--max-lr", 0, "--grad-clip", 0, "--no-mixed-precision",
+        "--loss-chunk-tokens", 24, "--device", "cpu", *flags], script="train_llm")
 
 
 def reinforce_once(ask, folder, source):
     """train_gsm8k_fsdp2.py in `folder`/run: one step, 3 local rollouts of each of 4 prompts."""
-    rows = [{"question": "Tom has 3 pencils" + " and 4 more" * more + "?", "answer": "#### 7"} for more in range(4)]
+    rows = [{"question": "Tom has 3 pencils" + " and 4 more" * i + "?", "answer": "#### 7"} for i in range(4)]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return ask(folder, [
         "--model", source, "--dataset", "questions.jsonl", "--checkpoint-dir", "run", "--system-prompt", "",
@@ -332,21 +338,23 @@ def check_trained(folder, result, expected, model, loss=1e-5, grads=1e-4):
     found = read_metrics(folder / "run")[0]["train/loss"]
     assert abs(found - expected.item()) <= loss * abs(expected.item()), (found, expected.item())
     saved = read_checkpoint(folder / "run" / "checkpoints" / "step_000001")
-    moments = {key.split(".exp_avg")[0]: value for key, value in saved.items() if key.endswith(".exp_avg")}
-    expected_grads = {name: param.grad for name, param in model.named_parameters(remove_duplicate=False)}
+    suffix, params = ".exp_avg", model.named_parameters(remove_duplicate=False)
+    moments = {key.removesuffix(suffix): value for key, value in saved.items() if key.endswith(suffix)}
+    expected_grads = {name: param.grad for name, param in params}
     largest = max(grad.abs().max() for grad in expected_grads.values() if grad is not None)
     assert moments and largest > 0
     for key, moment in moments.items():
         name = next(name for name in expected_grads if key.endswith("." + name))
         grad = expected_grads[name] if expected_grads[name] is not None else torch.zeros_like(moment)
         difference = (10 * moment - grad).abs().max()  # 1 / (1 - beta1)
-        assert difference <= grads * largest, f"{name}: {difference / largest:.1e} of the largest gradient"
+        assert difference <= grads * largest, f"{name}: gradient {difference / largest:.1e} off"
 
 
 def check_rollouts(source, folder, result):
     """Logged logprobs against a full forward of transformers, each completion by itself."""
     assert result.returncode == 0, result.stdout + result.stderr
-    rows = [json.loads(line) for path in (folder / "run").glob("*rollouts.rank*.jsonl") for line in path.open()]
+    logs = (folder / "run").glob("*rollouts.rank*.jsonl")
+    rows = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     model, lengths = load(source), {len(row["completion_ids"]) for row in rows}
     assert len(rows) == 12 and len(lengths) > 3, "rows that end alike prove little"
     assert len({len(row["prompt_ids"]) for row in rows}) == 4

@@ -1,8 +1,8 @@
-"""Started by test_family_kinds.py: imports torch, transformers and both scripts once, then forks for each request.
+"""Started by test_family_kinds.py: imports torch, transformers and both scripts once, forks for each request.
 
-A request is a line of JSON on stdin, the answer a line on stdout. {"script": "train_llm", "argv": [...]} runs that
-script's command to its end; {"call": "bf16_step", "argv": [...]} calls a function of this file. What the child
-writes goes to the files "stdout" and "stderr" of the request's folder "cwd".
+A request is a line of JSON on stdin, the answer, an exit code, a line on stdout. {"script": "train_llm",
+"argv": [...]} runs that script's command to its end; {"call": "bf16_step", "argv": [...]} calls a function of
+this file. What the child writes goes to the files "stdout" and "stderr" of the request's folder "cwd".
 """
 
 import importlib
@@ -54,11 +54,12 @@ def bf16_step(argv):
     handle.remove()
     loss.backward()
     count = (batch["labels"] != -100).sum()
-    norm = torch.nn.utils.get_total_norm([param.grad for param in model.parameters() if param.grad is not None])
-    train_llm.clip_and_step(optimizer, norm.full_tensor(), count.float(), 1.0)
-    dtypes = {str(param.dtype) for param in model.parameters()}
-    print(json.dumps({"loss": loss.item() / count.item(), "norm": norm.full_tensor().item() / count.item(),
-                      "computed": computed, "masters": sorted(dtypes)}))
+    grads = [param.grad for param in model.parameters() if param.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads).full_tensor()
+    train_llm.clip_and_step(optimizer, norm / count, count.float(), 1.0)
+    masters = sorted({str(param.dtype) for param in model.parameters()})
+    found = {"loss": loss.item() / count.item(), "norm": norm.item() / count.item()}
+    print(json.dumps(found | {"computed": computed, "masters": masters}))
     torch.distributed.destroy_process_group()
 
 

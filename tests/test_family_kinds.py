@@ -1,7 +1,7 @@
 """Kinds of families that stopped or misled the scripts once, each against transformers itself.
 
-The commands run to their end, in forks of one process that has imported everything, kinds_driver.py: a run costs
-a second or two. First loss and gradients come from metrics.jsonl and from Adam's first moment in the checkpoint.
+The commands run to their end, in forks of one process that has imported everything, kinds_driver.py: a run
+costs a second or two.
 """
 
 import json
@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 from family_kinds import (
-    FULL, LENGTHS, QUANTISED, SEQ_LEN, check_against, check_rollouts, check_trained, documents_of, load, loss_sum,
-    make_kind, open_driver, padded, pieces, quantise, refusal, reinforce_once, train_once, write_texts,
+    FULL, LENGTHS, QUANTISED, SEQ_LEN, check_against, check_rollouts, check_trained, documents_of, load,
+    loss_sum, make_kind, open_driver, padded, pieces, quantise, refusal, reinforce_once, train_once,
+    write_texts,
 )
 from helpers import read_metrics
 from safetensors.torch import load_file
@@ -57,7 +58,8 @@ def train(ask, base, model_of, tokenizer):
             folder = base / f"train-{len(done)}"
             folder.mkdir()
             texts = documents_of(tokenizer, lengths)
-            done[key] = folder, train_once(ask, folder, model_of(kind), texts, *flags), pieces(tokenizer, texts)
+            result = train_once(ask, folder, model_of(kind), texts, *flags)
+            done[key] = folder, result, pieces(tokenizer, texts)
         return done[key]
 
     return run
@@ -150,8 +152,8 @@ def test_bf16_step_computes_as_transformers_does(ask, base, model_of, tokenizer,
     folder.mkdir()
     torch.save(batch, folder / "batch.pt")
     flags = [] if kind in BIASED else ["--no-packing"]
-    result = ask(folder, ["--hf-model", model_of(kind), "--seq-len", SEQ_LEN, "--loss-chunk-tokens", 24, *flags],
-                 call="bf16_step")
+    argv = ["--hf-model", model_of(kind), "--seq-len", SEQ_LEN, "--loss-chunk-tokens", 24, *flags]
+    result = ask(folder, argv, call="bf16_step")
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["masters"] == ["torch.float32"]
@@ -160,6 +162,9 @@ def test_bf16_step_computes_as_transformers_does(ask, base, model_of, tokenizer,
     logits = source(batch["input_ids"], use_cache=False).logits.float().flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, batch["labels"].flatten())
     assert found["loss"] == pytest.approx(expected.item(), rel=1e-3)
+    expected.backward()
+    grads = [param.grad.float() for param in source.parameters() if param.grad is not None]
+    assert found["norm"] == pytest.approx(torch.nn.utils.get_total_norm(grads).item(), rel=2e-2)
     held = {name: str(tensor.dtype) for name, tensor in source.state_dict().items()}
     kept = {name for name, dtype in held.items() if dtype == "torch.float32"}
     assert bool(kept) == (kind in BIASED)
@@ -173,7 +178,8 @@ def test_bf16_export_is_what_transformers_saves(train, base, model_of, kind):
     folder, result, _ = train(kind, "--export-dtype", "bfloat16", "--batch-size", 2, lengths=FULL)
     assert result.returncode == 0, result.stdout + result.stderr
     load(model_of(kind), torch.bfloat16).save_pretrained(base / f"saved-{kind}")
-    expected, found = (load_file(path / "model.safetensors") for path in (base / f"saved-{kind}", folder / "run/hf"))
+    expected = load_file(base / f"saved-{kind}" / "model.safetensors")
+    found = load_file(folder / "run" / "hf" / "model.safetensors")
     assert "torch.float32" in map(str, {tensor.dtype for tensor in expected.values()})
     assert {name: t.dtype for name, t in found.items()} == {name: t.dtype for name, t in expected.items()}
     for name, tensor in expected.items():
