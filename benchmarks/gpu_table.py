@@ -9,6 +9,7 @@ FOLDER holds results.jsonl; RUN is the folder of a training run, whose metrics.j
 stage printed. A figure is the median of the rows after the first third of the run's steps.
 """
 
+import argparse
 import json
 import os
 import re
@@ -275,20 +276,19 @@ def write(folder: Path) -> bool:
 
 
 def main() -> None:
-    if len(sys.argv) < 3:
-        sys.exit(__doc__)
-    action, folder, rest = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
-    if action == "start":
-        start(folder)
-    elif action == "add":
-        stage, code, seconds, run, log = rest
-        add(folder, stage, int(code), int(seconds), Path(run), Path(log))
-    elif action == "leave-out":
-        leave_out(folder, *rest)
-    elif action == "write":
-        sys.exit(0 if write(folder) else 1)
-    else:
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    actions = parser.add_subparsers(dest="action", required=True, metavar="start, add, leave-out or write")
+    arguments = {"start": (), "add": ("stage", "code", "seconds", "run", "log"),
+                 "leave-out": ("stage", "reason"), "write": ()}
+    types = {"folder": Path, "code": int, "seconds": int, "run": Path, "log": Path}
+    for action, names in arguments.items():
+        one = actions.add_parser(action)
+        for name in ("folder", *names):
+            one.add_argument(name, type=types.get(name, str))
+    args = vars(parser.parse_args())
+    action = {"start": start, "add": add, "leave-out": leave_out, "write": write}[args.pop("action")]
+    if action(**args) is False:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

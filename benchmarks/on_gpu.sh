@@ -194,7 +194,7 @@ if [[ $device == cuda ]]; then
     )
 else
     echo "on_gpu.sh: REHEARSAL: tiny sizes on the CPU; no figure of this run means anything" >&2
-    patience=4 tiny=(--tiny) corpus=(--dataset "$work/texts.jsonl" --vocab-size 512) workers=2
+    patience=6 tiny=(--tiny) corpus=(--dataset "$work/texts.jsonl" --vocab-size 512) workers=2
     last_second=$((${ON_GPU_SECONDS:-1800} - 15)) num_train=32 num_test=4
     small="--model-size test --seq-len 64 --batch-size 2 $sized --log-interval 2"
     flags_of=(
@@ -230,7 +230,7 @@ prepare() {
 }
 
 smoke() {
-    train smoke 90 --no-export || return
+    train smoke 110 --no-export || return
     command_of smoke
     stage smoke-resume 60 "${command[@]}" --max-steps 30
 }
@@ -265,7 +265,7 @@ smollm2() {
         cat "${parts[@]}" >"$work/smollm2.whl"
         make=(--make smollm2 --gguf "$work/smollm2.whl")
     fi
-    inputs smollm2-inputs 60 smollm2-sft "${make[@]}" || return
+    inputs smollm2-inputs 90 smollm2-sft "${make[@]}" || return
     train smollm2-sft 90 || :
     train smollm2-grpo 90
 }
