@@ -39,7 +39,7 @@ def test_a_stage_that_fails_is_named_and_the_next_one_goes_on(tmp_path):
     (model / "model.safetensors").touch()  # never read: the data come first
     running = start(tmp_path, "smollm2", "1B", "profile", GSM8K_DIR=str(tmp_path / "gsm8k"),
                     REAL_MODEL=str(model))
-    output, _ = running.communicate(timeout=300)
+    output, _ = running.communicate(timeout=600)
     assert running.returncode == 1, output
     table = (tmp_path / "out" / "table.md").read_text()
     found = results(tmp_path)
