@@ -278,13 +278,13 @@ def attention_operators(found):
 # ----------------------------------------------------------------------------------------------------
 # 3. Documents in a pack
 
-VARLEN = ["own", "llama", "qwen2", "qwen3", "mistral", "phi", "gpt2"]
+VARLEN = ["own", "llama", "qwen2", "qwen3", "mistral", "gemma3", "phi", "gpt2"]
 
 
 @pytest.mark.parametrize("family", [*VARLEN, "falcon_7b"])
 def test_packed_documents_are_trained_as_if_alone(mesh, tmp_path, family):
     """Two packs of ragged documents in bf16, by variable-length attention and by a mask, each against the
-    documents by themselves in fp32. Mistral looks back 16 tokens."""
+    documents by themselves in fp32. Mistral, and Gemma in every second layer, look back 16 tokens."""
     exact = alone_gradients(make(family, tmp_path))
     batch, errors, used = packed_batch(PACKS, 256), {}, {}
     for name, is_varlen in (("varlen", True), ("mask", False)):
