@@ -124,7 +124,7 @@ def script_flags(args: argparse.Namespace) -> list[str]:
         # Often enough that one checkpoint is complete by --stop-after even where it is written slowly.
         interval = max(1, args.stop_after // 3)
     return ["--max-steps", str(args.steps), "--checkpoint-interval", str(interval), "--keep-checkpoints", "2",
-            "--log-interval", "1", "--no-export"]
+            "--log-interval", "1", "--no-export", "--deterministic"]
 
 
 def flags_for(nproc: int, resume_nproc: int, run_dir: Path) -> list[str]:
