@@ -350,7 +350,7 @@ def test_pieces_of_texts_without_packing(place, texts_path):
     samples = [{key: value.tolist() for key, value in train_set[i].items()} for i in range(len(train_set))]
     assert [(sample["input_ids"], sample["labels"]) for sample in samples] == expected
     assert all(sample["position_ids"] == list(range(len(sample["input_ids"]))) for sample in samples)
-    batch = train_llm.collate([train_set[i] for i in range(3)], torch.device("cpu"), False)
+    batch = train_llm.collate([train_set[i] for i in range(3)], torch.device("cpu"), False, train_set.seq_len)
     longest = max(len(expected[i][0]) for i in range(3))
     for i in range(3):
         ids, labels = expected[i]

@@ -46,6 +46,11 @@ FAMILIES = {
 }
 
 
+def attach(model, chunk):
+    script.attach_logprobs(model)
+    model.chunk = chunk
+
+
 def make_model(family, seed=0):
     import transformers
 
@@ -283,8 +288,8 @@ def test_losses_and_gradients_through_a_model(kind):
     # The script's own part, from the logits on, stays in fp32.
     model, reference = model.double(), reference.double()
     exact, exact_reference = copy.deepcopy(model), copy.deepcopy(reference)
-    script.attach_logprobs(model, 7)
-    script.attach_logprobs(reference, 7)
+    attach(model, 7)
+    attach(reference, 7)
     batches = micro_batches(groups, args)
     script.add_old_logprobs(model, reference, batches, args)
     old = [[logprobs_of(exact, g.prompt_ids, c.ids, 0.7) for c in g.completions] for g in groups]
@@ -322,7 +327,7 @@ def test_in_fp32_the_error_is_that_of_the_model(kind):
         calls = pair if name == "script" else [WithLogprobs(each) for each in pair]
         if name == "script":
             for each in pair:
-                script.attach_logprobs(each, 7)
+                attach(each, 7)
         batches = micro_batches(groups, args)
         script.add_old_logprobs(*calls, batches, args)
         with torch.no_grad():
@@ -379,7 +384,7 @@ def test_one_update_a_batch_needs_no_old_logprobs():
     groups = with_sampler_logprobs(random_groups(), model, 1.0)
     model = model.double()
     exact = copy.deepcopy(model)
-    script.attach_logprobs(model, 512)
+    attach(model, 512)
     batches = micro_batches(groups, args, world_size=1)
     script.add_old_logprobs(model, None, batches, args)
     assert not any({"old_logprobs", "ref_logprobs"} & batch.keys() for batch in batches)
@@ -462,8 +467,8 @@ def test_split_order_padding_and_ranks_do_not_matter(kind):
     args = parse("--loss", kind, "--updates-per-batch", 2, "--kl-coef", 0.05, "--temperature", 0.7,
                  "--max-new-tokens", 15)
     model, reference = make_model("qwen2_tied"), make_model("qwen2_tied", seed=1)
-    script.attach_logprobs(model, 16)
-    script.attach_logprobs(reference, 16)
+    attach(model, 16)
+    attach(reference, 16)
     sequences, found = random_sequences(13), []
     generator = torch.Generator().manual_seed(6)
     shift = [0.01 * torch.randn(param.shape, generator=generator) for param in model.parameters()]
@@ -491,7 +496,7 @@ def test_split_order_padding_and_ranks_do_not_matter(kind):
 def test_empty_micro_batches_do_not_count():
     args = parse("--kl-coef", 0.1)
     model = make_model("qwen2")
-    script.attach_logprobs(model, 16)
+    attach(model, 16)
     for kind in LOSSES:
         args.loss = kind
         batches = [script.collate([], CPU)]
@@ -571,9 +576,10 @@ def test_chunked_logprobs_against_fp64(chunk, has_bias):
     for dtype in (torch.float32, torch.float64):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight, bias) if x is not None]
         if dtype is torch.float32:
-            transform = script.functools.partial(script.to_logits, scale=0.5, cap=3.0, temperature=0.7)
+            functions = {f.__name__: f for f in (script.to_logits, script.head_logprobs, script.logits_gradient)}
+            options = {"scale": 0.5, "cap": 3.0, "temperature": 0.7}
             tensors = [*leaves, *[None] * (not has_bias), targets]
-            logprobs, entropy = script.ChunkedLogprobs.apply(*tensors, transform, chunk)
+            logprobs, entropy = script.ChunkedLogprobs.apply(*tensors, functions, options, chunk)
             assert not entropy.requires_grad
         else:
             logits = 0.5 * (leaves[0] @ leaves[1].T + (leaves[2] if has_bias else 0))
@@ -606,7 +612,7 @@ def test_logprobs_against_transformers(family):
     error = far(gradients(plain), gradients(exact))
     for chunk in (1, 7, 1000):
         twin = copy.deepcopy(model)
-        script.attach_logprobs(twin, chunk)
+        attach(twin, chunk)
         logprobs, entropy = twin(ids, rows, targets, 0.7)
         (upstream * logprobs).sum().backward()
         assert close(logprobs.detach(), expected.detach(), 1e-6) and close(entropy, entropies, 1e-6)
@@ -625,7 +631,7 @@ def alone():
 
 
 def sharded(model, mesh):
-    script.attach_logprobs(model, 7)
+    attach(model, 7)
     args = parse("--activation-checkpointing", "none", "--no-compile")
     script.shard_model(model, args, mesh, torch.float32)
     return model
