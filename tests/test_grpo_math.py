@@ -787,7 +787,7 @@ def test_a_completion_depends_on_its_prompt_and_seed_only(alone, tmp_path):
     model, _ = script.load_policy(args, tmp_path, mesh, torch.float32, ranks)
     script.load_hf_weights(model, tmp_path, False, ranks)
     script.prove_logprobs(model, ranks)
-    sampler = script.open_sampler(args, model, tmp_path, tokenizer, ranks)
+    sampler = script.open_sampler(args, model, tmp_path, tokenizer, torch.float32, ranks)
     sampling = Sampling(1.0, 20, ENDS)
     prompts, seeds = random_prompts(9), [zlib.crc32(b"%d" % i) for i in range(9)]
 
