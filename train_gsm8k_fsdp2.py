@@ -1120,11 +1120,12 @@ def note_fp32(model: nn.Module) -> nn.Module:
 
 
 def fp32_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules that hold nothing but parameters kept in fp32: they are gathered, and compute, in fp32."""
-    kept = getattr(model, "fp32_names", ())
-    for name, module in model.named_modules() if kept else ():
-        names = [f"{name}.{part}" for part, _ in module.named_parameters(recurse=False)]
-        if names and kept.issuperset(names) and not any(True for _ in module.children()):
+    """The outermost modules of which every parameter is kept in fp32: they are gathered, and compute, in it."""
+    kept, inner = getattr(model, "fp32_names", ()), set()
+    for path, module in model.named_modules() if kept else ():
+        names = [f"{path}.{name}" for name, _ in module.named_parameters()]
+        if names and kept.issuperset(names) and id(module) not in inner:
+            inner.update(map(id, module.modules()))
             yield module
 
 
