@@ -3092,8 +3092,7 @@ def prove_rollouts(sampler: Sampler, ranks: Ranks) -> None:
     try:
         waiting = start_completions(sampler, prompts, 2, [0, 1], sampling)
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        problem = f"{name} cannot be sampled here ({first_line(error)}): use --rollouts vllm"
-        raise UserError(problem) from error
+        raise UserError(f"{name} cannot be sampled ({first_line(error)}): use --rollouts vllm") from error
     completions = [(prompt, c) for prompt, wait in zip(prompts, waiting) for c in wait()]
     batch = collate([Sequence(prompt + c.ids, len(prompt), c.logprobs, 0.0) for prompt, c in completions],
                     ranks.device)
