@@ -7,12 +7,14 @@ and what a fault came to.
 
 import json
 import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import real_model as real
 import vllm_server as vllm
-from helpers import read_metrics
+from helpers import REPO, read_metrics
 from quick_runs import quick_ranks, quick_run
 
 pytestmark = pytest.mark.slow
@@ -44,13 +46,32 @@ def load(folder, dtype="float32"):
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype, dtype)).eval()
 
 
 def in_both(function, *args):
     """[function(dtype, …)] of DTYPES, at the same time."""
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(DTYPES, pool.map(lambda dtype: function(dtype, *args), DTYPES)))
+
+
+def test_the_model_itself(model, tokenizer):
+    """tools/make_smollm2.py: weights, configuration, tokenizer, template; made once."""
+    command = [sys.executable, str(REPO / "tools/make_smollm2.py"), str(model)]
+    made = subprocess.run(command, capture_output=True, text=True)
+    assert made.returncode == 0 and made.stdout == f"{model} is there already\n", made.stderr
+    whole = load(model, "auto")
+    assert str(whole.dtype) == "torch.bfloat16" and whole.num_parameters() == 134_515_008
+    assert whole.lm_head.weight is whole.model.embed_tokens.weight
+    assert len(tokenizer) == whole.config.vocab_size == 49_152
+    text = "He paid $12.50  for\n\n3 pens, didn't he?"
+    pieces = [tokenizer.decode(token) for token in tokenizer(text)["input_ids"]]
+    assert "".join(pieces) == text and pieces[3:8] == ["1", "2", ".", "5", "0"] and "\n\n" in pieces
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True,
+                                         tokenize=False)
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert whole.generation_config.eos_token_id == tokenizer.eos_token_id == end
 
 
 # ----------------------------------------------------------------------------------------------------

