@@ -1,4 +1,4 @@
-"""A real instruct model, fine-tuned on GSM8K's training questions: held-out loss and accuracy, before and after.
+"""A real instruct model, fine-tuned on GSM8K's training questions: held-out loss and accuracy.
 
     python tools/make_smollm2.py smollm2                   # SmolLM2-135M-Instruct; any chat model will do
     python benchmarks/finetune_gsm8k.py smollm2 --gsm8k FOLDER --out runs/gsm8k_sft --minutes 50
@@ -232,26 +232,28 @@ def table(result: dict) -> str:
     """Markdown of what is known so far."""
     loss, accuracy = result.get("before_loss"), result.get("before_accuracy")
     plan, trained, after = result.get("plan"), result.get("train"), result.get("after_accuracy")
-    epochs = f"{plan['steps'] / plan['steps_per_epoch']:.2f}" if plan else "?"
-    lines = [f"| | before | after {plan['steps'] if plan else '?'} steps, {epochs} epochs |", "|---|---:|---:|"]
+    steps = plan["steps"] if plan else 0
+    epochs = f" steps, {steps / plan['steps_per_epoch']:.2f} epochs" if plan else ""
+    lines = [f"| | before | after {steps}{epochs} |", "|---|---:|---:|"]
 
     def line(label: str, *cells: str | None) -> None:
         lines.append(f"| {label} | " + " | ".join(cell or "" for cell in cells) + " |")
 
     last = list(trained["eval_losses"].values())[-1] if trained else None
     if loss:
-        line(f"held-out loss, {loss['tokens']:,} answer tokens", f"{loss['loss']:.4f}", last and f"{last:.4f}")
+        label = f"held-out loss, {loss['tokens']:,} answer tokens"
+        line(label, f"{loss['loss']:.4f}", last and f"{last:.4f}")
     if accuracy:
         line(f"exact match, {accuracy['questions']} test questions, greedy (95 % interval)",
              percent(accuracy), after and percent(after))
         line("answers cut", *(found and f"{found['truncated_frac']:.1%}" for found in (accuracy, after)))
         line("tokens an answer", *(found and f"{found['length_mean']:.0f}" for found in (accuracy, after)))
     if trained:
-        steps, load = plan["steps"], trained["load"]
+        load = trained["load"]
         lines += ["", "| training | |", "|---|---:|"]
         line("seconds a step, median", f"{trained['step_s']:.2f}")
         line("tokens a second", f"{trained['tokens_per_s']:,.0f}")
-        line("CPU seconds a step, all processes, start and evaluations too", f"{trained['cpu_s'] / steps:.1f}")
+        line("CPU seconds a step, all processes, start and evaluations in", f"{trained['cpu_s'] / steps:.1f}")
         line("minutes, quarterly evaluations included", f"{trained['seconds'] / 60:.1f}")
         line("load average of the machine meanwhile (this run's own processes too)", f"{load:.1f}")
         line("peak memory of rank 0, GiB", f"{trained['peak_mem_gib']:.2f}")
