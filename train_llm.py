@@ -1255,7 +1255,8 @@ class Attention(nn.Module):  # grouped-query, with rotary positions
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cu_seqlens is not None:
             return self.o_proj(attend_within_documents(q, k, v, cu_seqlens).flatten(2))
-        if mask is not None:  # no fused kernel takes a mask and fewer key-value heads on every GPU
+        if mask is not None or (x.is_cuda and x.dtype == torch.float32):
+            # On a GPU only flash attention takes fewer key-value heads; the whole scores would be made.
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))

@@ -237,7 +237,7 @@ smoke() {
 
 run_tests() {
     local parallel=()
-    ! "$python" -c 'import xdist' 2>/dev/null || parallel=(-n "$workers")
+    ! "$python" -c 'import xdist' 2>/dev/null || parallel=(-n "$workers" --dist worksteal)
     # Each test starts a script, and each script would start as many compilers as there are cores.
     stage tests 170 env TORCHINDUCTOR_COMPILE_THREADS=2 GPU_TEST_SECONDS=90 "$python" -m pytest -v -rs \
         -p no:cacheprovider --junitxml="$out/junit.xml" "${parallel[@]}" "$root/tests/test_gpu.py"
