@@ -140,7 +140,7 @@ def generation_settings(folder):
 # ----------------------------------------------------------------------------------------------------
 # 2. GRPO, which samples by itself
 
-NUM_QUESTIONS, GROUP, ANSWER = 2, 4, 12
+NUM_QUESTIONS, GROUP, ANSWER = 2, 4, 7  # about a third of the answers is cut, so that rewards differ
 
 
 def grpo(dtype, model, folder, run, *more):
@@ -240,8 +240,9 @@ def test_grpo_with_vllm(served_runs, servers, folder, tokenizer, dtype):
     (error, shortfall), (before, _) = map(difference, (folder / f"served_{dtype}/hf", real.real_model()))
     print(dtype, "error", error, "shortfall", shortfall, "with the weights of before", before)
     exact = dtype == "float32" or not real.computes_bf16()
-    assert error < (1e-4 if exact else 0.1) and shortfall < (1e-4 if exact else 0.3)
-    assert before > (1e-3 if exact else 0) and before > error
+    # Rounding: 4e-6 and 7e-3; the weights of before the three steps: 2e-2.
+    assert error < (1e-4 if exact else 0.05) and shortfall < (1e-4 if exact else 0.3)
+    assert before > max(error, 1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -312,10 +313,16 @@ def test_damaged_exports(loaded, dtype):
         assert "its configuration is another" in found[fault]["error"]
 
 
+@pytest.fixture(scope="module")
+def pushed(servers, tuned, model, folder):
+    return in_both(lambda dtype: proofs(
+        "push", dtype, folder, model, tuned[dtype][0] / "hf", servers[dtype].port))
+
+
 @each_dtype
-def test_pushes_of_other_weights(servers, tuned, model, folder, dtype):
-    found = proofs("push", dtype, folder, model, tuned[dtype][0] / "hf", servers[dtype].port)
-    print(dtype, json.dumps(found, indent=1))
+def test_pushes_of_other_weights(pushed, dtype):
+    found = pushed[dtype]
+    print(dtype, {name: proof.get("value", proof["error"]) for name, proof in found.items()})
     for name in ("none", "changed", "mended"):
         assert found[name]["error"] is None
     for name in ("block of another layer", "stale"):
