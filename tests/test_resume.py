@@ -254,7 +254,7 @@ def test_activation_checkpointing_recomputes():
         if mode != "none":
             train_llm.recompute_in_backward(block, selective=mode == "selective")
         with FlopCounterMode(display=False) as counter:
-            block(x, cos, sin, None).square().sum().backward()
+            block(x, cos, sin, None, None).square().sum().backward()
         flops[mode] = counter.get_total_flops()
         grads[mode] = torch.cat([p.grad.flatten() for p in block.parameters()])
     assert torch.equal(grads["none"], grads["full"])
