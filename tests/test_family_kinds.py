@@ -214,8 +214,11 @@ def test_loss_of_the_router_is_in_training_and_not_in_evaluation(train, model_of
 # 5. Local rollouts
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3_next", "jamba", "bamba", "lfm2", "falcon_h1", "mamba2"])
-def test_rollouts_of_linear_attention_are_right(reinforce, model_of, kind):
+HYBRIDS = ["qwen3_next", "jamba", "bamba", "lfm2", "falcon_h1", "mamba2"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "falcon", *HYBRIDS])
+def test_rollouts_are_right(reinforce, model_of, kind):
     folder, result = reinforce(kind)
     check_rollouts(model_of(kind), folder, result)
 
