@@ -5,7 +5,7 @@
     python benchmarks/survival_cost.py memory [--saves 50]
 
 steps: train_llm.py against its version in the git commit --before (057e073 is the last one without signals,
-watch, checksums and lock), in turns A B B A, on the same model and tokens. Medians over the runs of the
+lock and record), in turns A B B A, on the same model and tokens. Medians over the runs of the
 median step after the first 10; CPU seconds are summed over the ranks.
 
 saves: a state of 500 MB, saved every 20 steps, by --no-async-checkpoint, by --async-checkpoint, and not at
