@@ -39,9 +39,9 @@ def memory_gib(size: str, num_gpus: int, tokens: int, vocab_size: int, chunk: in
     inner = 6 * c.hidden_size + 2 * c.num_kv_heads * c.head_size + 4 * c.ffn_size
     parts = {
         "states": 16 * total / num_gpus,
-        "gathered": 2 * (2 * block + root),
+        "gathered": 2 * (total if num_gpus == 1 else 2 * block + root),  # one GPU frees nothing to gather again
         "reduced": 6 * block,
-        "head": 6 * vocab_size * c.hidden_size + 12 * chunk * vocab_size,
+        "head": 6 * vocab_size * c.hidden_size + 12 * min(chunk, tokens) * vocab_size,
         "activations": 2 * tokens * (c.num_layers * c.hidden_size + inner),
     }
     return {name: nbytes / GIB for name, nbytes in parts.items()}
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1, help="sequences per GPU and micro-batch")
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--vocab-size", type=int, default=32000)
-    parser.add_argument("--loss-chunk-tokens", type=int, default=2048)
+    parser.add_argument("--loss-chunk-tokens", type=int, default=8192)
     parser.add_argument("--detail", metavar="SIZE", help="the parts of one size, in place of the table")
     args = parser.parse_args()
     shape = (args.batch_size * args.seq_len, args.vocab_size, args.loss_chunk_tokens)
