@@ -50,6 +50,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timedelta
 from fractions import Fraction
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.distributed
@@ -609,8 +610,8 @@ def agreed_stop(stop: Stop, votes: Tensor) -> str | None:
 
 # >>> shared: stalls
 def stall_after(seconds: float | None) -> None:
-    """Where no step ends for so long, this process prints its stacks; after twice that SIGALRM ends it. Begins
-    anew with each call. None: what follows may take any time."""
+    """Where no step ends for so long, this process prints its stacks; after twice that SIGALRM ends it.
+    Begins anew with each call. None: what follows may take any time."""
     faulthandler.cancel_dump_traceback_later()
     signal.setitimer(signal.ITIMER_REAL, 2 * seconds if seconds else 0)
     if seconds:
@@ -1120,7 +1121,7 @@ def note_fp32(model: nn.Module) -> nn.Module:
 
 
 def fp32_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """The outermost modules of which every parameter is kept in fp32: they are gathered, and compute, in it."""
+    """The outermost modules whose parameters are all kept in fp32: they are gathered, and compute, in it."""
     kept, inner = getattr(model, "fp32_names", ()), set()
     for path, module in model.named_modules() if kept else ():
         names = [f"{path}.{name}" for name, _ in module.named_parameters()]
@@ -1229,8 +1230,11 @@ def fill(param: Tensor, value: Tensor) -> None:
 # >>> shared: load
 def fill_buffers(model: nn.Module) -> None:
     """What no file holds: rotary tables and other non-persistent buffers of a transformers model, in fp32."""
-    for param in model.parameters():
-        param._is_hf_initialized = True
+    for module in model.modules():
+        # Without buffers there is nothing to fill, and RWKV would compute with sharded parameters.
+        module._is_hf_initialized = any(True for _ in module.parameters(recurse=False)) and not module._buffers
+        for param in module.parameters(recurse=False):
+            param._is_hf_initialized = True
     # FSDP's class looks like custom code, of which modules without parameters would be skipped.
     own_class = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
     model.is_custom_code = own_class.is_custom_code
@@ -2912,17 +2916,13 @@ def rollout_metrics(groups: list[Group], step: int) -> dict[str, float]:
     rewards = [value for group in groups for value in group.rewards]
     finishes = [completion.finish for group in groups for completion in group.completions]
     return {
-        "rollout/reward_mean": mean(rewards), "rollout/accuracy": len(lengths[True]) / max(1, len(both)),
-        "rollout/zero_variance_frac": mean([not has_variance(group) for group in groups]),
-        "rollout/truncated_frac": mean([finish == "length" for finish in finishes]),
-        "rollout/length_mean": mean(both), "rollout/length_right": mean(lengths[True]),
-        "rollout/length_wrong": mean(lengths[False]),
-        "rollout/version_lag": mean([step - group.version for group in groups]),
+        "rollout/reward_mean": fmean(rewards), "rollout/accuracy": len(lengths[True]) / max(1, len(both)),
+        "rollout/zero_variance_frac": fmean([not has_variance(group) for group in groups]),
+        "rollout/truncated_frac": fmean([finish == "length" for finish in finishes]),
+        "rollout/length_mean": fmean(both), "rollout/length_right": fmean(lengths[True] or [0]),
+        "rollout/length_wrong": fmean(lengths[False] or [0]),
+        "rollout/version_lag": fmean([step - group.version for group in groups]),
     }
-
-
-def mean(values: list) -> float:
-    return sum(values) / max(1, len(values))
 
 
 def format_row(row: dict, total_steps: int) -> str:

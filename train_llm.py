@@ -571,8 +571,8 @@ def agreed_stop(stop: Stop, votes: Tensor) -> str | None:
 
 # >>> shared: stalls
 def stall_after(seconds: float | None) -> None:
-    """Where no step ends for so long, this process prints its stacks; after twice that SIGALRM ends it. Begins
-    anew with each call. None: what follows may take any time."""
+    """Where no step ends for so long, this process prints its stacks; after twice that SIGALRM ends it.
+    Begins anew with each call. None: what follows may take any time."""
     faulthandler.cancel_dump_traceback_later()
     signal.setitimer(signal.ITIMER_REAL, 2 * seconds if seconds else 0)
     if seconds:
@@ -1448,7 +1448,7 @@ def attach_chunked_loss(model: nn.Module) -> None:
 def auxiliary_loss(model: nn.Module, config: object) -> Callable | None:
     """What a mixture of experts adds to its mean loss where its config asks for it: the coefficient times the
     load-balancing loss over a micro-batch (Fedus et al. 2021, arXiv:2101.03961, eq. 4 to 6)."""
-    coefficient = getattr(config, "router_aux_loss_coef", None) or 0.0
+    coefficient = getattr(config, "router_aux_loss_coef", getattr(config, "aux_loss_coef", None)) or 0.0
     if not (getattr(config, "output_router_logits", False) and coefficient):
         return None
     function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
@@ -1527,7 +1527,7 @@ def note_fp32(model: nn.Module) -> nn.Module:
 
 
 def fp32_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """The outermost modules of which every parameter is kept in fp32: they are gathered, and compute, in it."""
+    """The outermost modules whose parameters are all kept in fp32: they are gathered, and compute, in it."""
     kept, inner = getattr(model, "fp32_names", ()), set()
     for path, module in model.named_modules() if kept else ():
         names = [f"{path}.{name}" for name, _ in module.named_parameters()]
@@ -1649,8 +1649,11 @@ def init_from_scratch(model: CausalLM, seed: int, device: torch.device) -> None:
 # >>> shared: load
 def fill_buffers(model: nn.Module) -> None:
     """What no file holds: rotary tables and other non-persistent buffers of a transformers model, in fp32."""
-    for param in model.parameters():
-        param._is_hf_initialized = True
+    for module in model.modules():
+        # Without buffers there is nothing to fill, and RWKV would compute with sharded parameters.
+        module._is_hf_initialized = any(True for _ in module.parameters(recurse=False)) and not module._buffers
+        for param in module.parameters(recurse=False):
+            param._is_hf_initialized = True
     # FSDP's class looks like custom code, of which modules without parameters would be skipped.
     own_class = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
     model.is_custom_code = own_class.is_custom_code

@@ -11,8 +11,8 @@ script's --max-restarts, and nothing here starts anything.
 
 After every kill: all tensors of each published checkpoint can be read; no process is left; the training goes
 on with the step after the newest checkpoint, at most two intervals back (one, and the steps during the save
-that the kill interrupted). Each row of metrics, and at the end every tensor of the last checkpoint, equals the
-straight run's to the last bit.
+that the kill interrupted). Each row of metrics, and at the end every tensor of the last checkpoint, equals
+the straight run's to the last bit.
 
 Writes report.json and report.md into --folder. Needs the psutil package. Exit codes: 0 all of this holds, 1
 it does not (the folder shows what was found), 2 wrong arguments.

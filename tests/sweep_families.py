@@ -9,7 +9,7 @@ An entry says "refused" where the command ended with one clear line, and in brac
 seven seconds a family. PhiMoE's routers draw experts at random in training: its loss is another each time.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from family_kinds import (
@@ -187,4 +187,8 @@ def main(folder, *families):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", help="new, for the models and runs")
+    parser.add_argument("families", nargs="*", help="some of them; if not given: all")
+    given = parser.parse_args()
+    main(given.folder, *given.families)

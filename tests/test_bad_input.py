@@ -224,7 +224,8 @@ def test_full_disk(place, tmp_path, mode):
             f"step {step} could not be saved" for step in (3, 4, 5, 6)]
         assert all(", 0 MiB are free)" in line and f"checkpoint is {kept[-1]}" in line for line in said)
         assert last.startswith("train_llm.py: error: could not save step 6 (")
-        assert "): make room, then start the same command again" in last and last.endswith(f"goes on from {kept[-1]}")
+        assert "): make room, then start the same command again" in last
+        assert last.endswith(f"goes on from {kept[-1]}")
         for path in kept:
             assert all(torch.isfinite(tensor).all() for tensor in read_checkpoint(path).values())
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
@@ -395,7 +396,8 @@ def test_steps_that_are_not_finite_stop_the_run(place, tmp_path):
         num_samples = len(train_llm.open_datasets(args, train_llm.prepare_data(args))[0])
         per_step = 2 * world_size
         for step in (2, 3, 4):
-            ids = [train_llm.sample_at(p, num_samples, 5) for p in range((step - 1) * per_step, step * per_step)]
+            positions = range((step - 1) * per_step, step * per_step)
+            ids = [train_llm.sample_at(p, num_samples, 5) for p in positions]
             assert (f"no update in step {step}: its gradient is not finite. Samples: "
                     f"{', '.join(map(str, ids))}\n") in results[0].stdout
         # Skipped is skipped: weights and optimizer states are those of the last good update, bit for bit.

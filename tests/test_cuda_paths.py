@@ -1,4 +1,4 @@
-"""What the scripts prepare for CUDA, as far as a CPU can show it; tests/test_gpu.py shows the rest on a GPU."""
+"""What the scripts prepare for CUDA, as far as a CPU can show it; tests/test_gpu.py shows the rest."""
 
 import contextlib
 import json
@@ -151,7 +151,8 @@ def test_one_device_gathers_and_divides_nothing(script, flags):
 
     args = script.parse_args([*flags, "--no-use-flash-attn"])
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         with kernels_as_they_were():
             model = train_llm.CausalLM(train_llm.dataclasses.replace(
@@ -181,7 +182,7 @@ def test_one_device_gathers_and_divides_nothing(script, flags):
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_the_loss_takes_gradients_only_where_they_are_wanted(grad):
-    """Under no_grad `needs_input_grad` is still true for parameters: evaluation computed the head's gradient."""
+    """Under no_grad `needs_input_grad` is true for parameters: evaluation took the head's gradient."""
     asked, head = [], nn.Linear(8, 32)
 
     def loss_fn(hidden, weight, bias, labels):

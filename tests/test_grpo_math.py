@@ -576,7 +576,8 @@ def test_chunked_logprobs_against_fp64(chunk, has_bias):
     for dtype in (torch.float32, torch.float64):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight, bias) if x is not None]
         if dtype is torch.float32:
-            functions = {f.__name__: f for f in (script.to_logits, script.head_logprobs, script.logits_gradient)}
+            functions = {name: getattr(script, name)
+                         for name in ("to_logits", "head_logprobs", "logits_gradient")}
             options = {"scale": 0.5, "cap": 3.0, "temperature": 0.7}
             tensors = [*leaves, *[None] * (not has_bias), targets]
             logprobs, entropy = script.ChunkedLogprobs.apply(*tensors, functions, options, chunk)

@@ -5,6 +5,7 @@ The policy answers with any digit (grpo_models.py), so that groups of answers ea
 
 import contextlib
 import fcntl
+import functools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import quick_runs
 import torch
 import train_gsm8k_fsdp2 as script
 import yaml
@@ -28,6 +30,7 @@ from quick_runs import quick_ranks, quick_run
 from safetensors.torch import load_file
 
 SCRIPT = "train_gsm8k_fsdp2.py"
+error_line = functools.partial(quick_runs.error_line, script=SCRIPT)
 STEPS, STOP = 6, 3
 slow = pytest.mark.slow
 
@@ -245,7 +248,8 @@ def answers_right(model, tokenizer, path):
         asked = tokenizer(f"Question: {row['question']}\nAnswer:", return_tensors="pt")
         ids = model.generate(**asked, do_sample=False, max_new_tokens=12, pad_token_id=tokenizer.pad_token_id)
         text = tokenizer.decode(ids[0, asked["input_ids"].shape[1]:], skip_special_tokens=True)
-        right += script.is_right(text, script.parse_number(script.final_answer(row["answer"])))
+        gold = script.parse_number(script.final_answer(row["answer"]))
+        right += script.reward(text, gold, True, 0.0)[1]
     return right
 
 

@@ -57,7 +57,8 @@ def prod(place, run_dir, *more, at_step="", code=0, nproc=2, env=None):
     results = quick_runs(flags_for(place, run_dir, *more, nproc=nproc), envs, script=place / "prodded.py")
     codes = [result.returncode for result in results]
     expected = code if isinstance(code, list) else [code] * nproc
-    assert code is None or codes == expected, "\n".join(f"{r.returncode}\n{r.stdout}\n{r.stderr}" for r in results)
+    shown = "\n".join(f"{r.returncode}\n{r.stdout}\n{r.stderr}" for r in results)
+    assert code is None or codes == expected, shown
     assert all("Traceback" not in result.stderr for result in results), results[0].stderr
     return results
 
@@ -139,7 +140,8 @@ def test_a_second_interrupt_ends_at_once(place, tmp_path):
              "    subprocess.Popen(['sh', '-c', f'sleep 1; kill -INT {pid}; sleep 2; kill -INT {pid}'])\n"
              "    time.sleep(1000)")
     result = prod(place, tmp_path / "run", at_step=twice, code=130, nproc=1)[0]
-    assert "SIGINT: this step is finished, then saved, then the run ends; again ends it at once" in result.stderr
+    said = "SIGINT: this step is finished, then saved, then the run ends; again ends it at once"
+    assert said in result.stderr
     assert last_error(result) == "interrupted twice: ended at once"
     assert [path.name for path in train_llm.checkpoints_in(tmp_path / "run/checkpoints")] == ["step_000004"]
 
@@ -185,8 +187,8 @@ def test_a_rank_that_hangs_shows_its_stacks(place, tmp_path):
         assert "Timeout (0:00:04)!" in result.stderr
     assert 'File "<string>", line 2 in <module>' in results[1].stderr  # AT_STEP's
     assert " in backward\n" in results[0].stderr or " in forward\n" in results[0].stderr
-    table_row("a rank hung in a sleep, `--stall-timeout 4`: stacks of each rank", tmp_path / "struck", results[0],
-              "Timeout (0:00:04)!")
+    table_row("a rank hung in a sleep, `--stall-timeout 4`: stacks of each rank", tmp_path / "struck",
+              results[0], "Timeout (0:00:04)!")
 
 
 @slow

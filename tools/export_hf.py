@@ -95,7 +95,7 @@ def read_tensors(model: nn.Module, checkpoint: Path) -> Iterator[tuple[str, Tens
 
 @torch.no_grad()
 def logits_of_checkpoint(model: nn.Module, checkpoint: Path, input_ids: Tensor, is_hf: bool) -> Tensor | None:
-    """Of the model with the checkpoint's weights, which went through no export; None where memory is short."""
+    """Of the model with the checkpoint's weights, which went through no export; None if memory is short."""
     import torch.distributed.checkpoint as dcp
 
     nbytes = sum(tensor.nbytes for tensor in train_llm.model_tensors(model).values())
