@@ -205,8 +205,8 @@ EXPORTS = {
     "none": lambda folder: None,
     "tensor of another layer": lambda folder: replace_tensor(
         folder, "model.layers.1.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight"),
-    "rope_theta 10,000": lambda folder: other_config(
-        folder, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+    "rope_theta 1,000": lambda folder: other_config(
+        folder, rope_parameters={"rope_type": "default", "rope_theta": 1e3}),
     "tie lost": lambda folder: other_config(folder, tie_word_embeddings=False),
 }
 
