@@ -1651,7 +1651,7 @@ def fill_buffers(model: nn.Module) -> None:
     """What no file holds: rotary tables and other non-persistent buffers of a transformers model, in fp32."""
     for module in model.modules():
         # Without buffers there is nothing to fill, and RWKV would compute with sharded parameters.
-        module._is_hf_initialized = any(True for _ in module.parameters(recurse=False)) and not module._buffers
+        module._is_hf_initialized = len(module._parameters) > 0 and not module._buffers
         for param in module.parameters(recurse=False):
             param._is_hf_initialized = True
     # FSDP's class looks like custom code, of which modules without parameters would be skipped.

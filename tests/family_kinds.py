@@ -262,9 +262,10 @@ def open_driver():
         request |= {"cwd": str(folder), "argv": list(map(str, argv))}
         driver.stdin.write(json.dumps(request) + "\n")
         driver.stdin.flush()
-        code = int(driver.stdout.readline())
+        code = driver.stdout.readline()
+        assert code, f"kinds_driver.py has ended: {driver.wait(10)}"
         texts = [(folder / name).read_text() for name in ("stdout", "stderr")]
-        return subprocess.CompletedProcess(argv, code, *texts)
+        return subprocess.CompletedProcess(argv, int(code), *texts)
 
     try:
         yield ask

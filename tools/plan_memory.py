@@ -39,7 +39,8 @@ def memory_gib(size: str, num_gpus: int, tokens: int, vocab_size: int, chunk: in
     inner = 6 * c.hidden_size + 2 * c.num_kv_heads * c.head_size + 4 * c.ffn_size
     parts = {
         "states": 16 * total / num_gpus,
-        "gathered": 2 * (total if num_gpus == 1 else 2 * block + root),  # one GPU frees nothing to gather again
+        # One GPU frees nothing, because it would have nothing to gather.
+        "gathered": 2 * (total if num_gpus == 1 else 2 * block + root),
         "reduced": 6 * block,
         "head": 6 * vocab_size * c.hidden_size + 12 * min(chunk, tokens) * vocab_size,
         "activations": 2 * tokens * (c.num_layers * c.hidden_size + inner),
