@@ -6,7 +6,8 @@ In fp32, one process, one step. loss: first loss within 1e-5 and gradients withi
 packing: so also with several documents in a sample, each compared by itself; export: the names on disk are
 the source's, and logits equal (the command itself compares them); rollouts: logprobs of local ones within
 1e-4. An entry says "refused" where the command ended with one clear line, and in brackets what else went
-wrong. About seven seconds a family. PhiMoE's routers draw experts at random in training: its loss is another each time.
+wrong. About seven seconds a family. PhiMoE's routers draw experts at random in training: its loss is another
+each time.
 """
 
 import argparse
