@@ -1381,12 +1381,11 @@ def describe_model(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[s
 def prove_logprobs(model: nn.Module, ranks: Ranks) -> None:
     """Compare the chunked logprobs, token by token, with those of the model's own logits. A family that
     transforms its logits in a way that `to_logits` does not know keeps whole logits (all ranks)."""
-    ids = plain_tokens(model, 2, 33, ranks.device)
-    targets = ids[:, 1:].flatten()
-    rows = torch.arange(ids.numel(), device=ranks.device).view_as(ids)[:, :-1].flatten()
+    ids = plain_tokens(model, 2, 32, ranks.device)
+    targets, rows = ids.flatten(), torch.arange(ids.numel(), device=ranks.device)
     with torch.compiler.set_stance("force_eager"):
         logits = model(ids)
-        expected, _ = token_logprobs(logits[:, :-1].flatten(0, 1).float(), targets)
+        expected, _ = token_logprobs(logits.flatten(0, 1).float(), targets)
         chunked, _ = model(ids, rows, targets)
     reshard(model)
     if not torch.isfinite(expected).all():
@@ -1568,7 +1567,7 @@ def build_generator(args: Namespace, folder: Path, whole_logits: bool) -> nn.Mod
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     generator = build_model(args, folder).eval()
     generator.whole_logits = whole_logits
-    if generator.config._attn_implementation == "sdpa":
+    if generator.config._attn_implementation == "sdpa" and generator._supports_attention_backend:
         AttentionInterface.register("sdpa_padded", sdpa_attention_forward)
         AttentionMaskInterface.register("sdpa_padded", padded_mask)
         for config in (generator.config, generator.config.get_text_config()):

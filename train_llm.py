@@ -1448,7 +1448,7 @@ def attach_chunked_loss(model: nn.Module) -> None:
 def auxiliary_loss(model: nn.Module, config: object) -> Callable | None:
     """What a mixture of experts adds to its mean loss where its config asks for it: the coefficient times the
     load-balancing loss over a micro-batch (Fedus et al. 2021, arXiv:2101.03961, eq. 4 to 6)."""
-    coefficient = getattr(config, "router_aux_loss_coef", getattr(config, "aux_loss_coef", None)) or 0.0
+    coefficient = getattr(model, "router_aux_loss_coef", getattr(config, "aux_loss_coef", None)) or 0.0
     if not (getattr(config, "output_router_logits", False) and coefficient):
         return None
     function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
