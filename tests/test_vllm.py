@@ -141,7 +141,8 @@ def greedy_accuracy(model_folder, questions):
         out = model.generate(ids, do_sample=False, max_new_tokens=12, repetition_penalty=1.0, pad_token_id=0,
                              top_k=None, top_p=None, temperature=None)
         text = tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
-        right += script.is_right(text, script.parse_number(script.final_answer(row["answer"])))
+        gold = script.parse_number(script.final_answer(row["answer"]))
+        right += script.reward(text, gold, True, 0.0)[1]
     return right / len(rows)
 
 
