@@ -122,8 +122,8 @@ def test_broken_copies_are_caught(folder):
 
 def test_what_does_not_run_or_stop_is_told(folder):
     """A script that fails, and one that a signal ends without a save."""
-    handler = "signal.signal(number, lambda *_: None)"
-    deaf = edited(folder, "train_deaf.py", handler, handler.replace("lambda *_: None", "signal.SIG_DFL"))
+    handler = "signal.signal(number, note)"
+    deaf = edited(folder, "train_deaf.py", handler, handler.replace("note", "signal.SIG_DFL"))
     with ThreadPoolExecutor(2) as pool:
         failed, ignored = pool.map(lambda case: verify(folder, **case), (
             {"more": ("--tokenizer", "./nowhere")}, {"script": deaf}))
