@@ -626,7 +626,6 @@ def test_evaluation_can_be_left_out_or_cut(place):
 
 BAD_FLAGS = {
     "--batch-size 0": "--batch-size must be at least 1, not 0",
-    "--train-steps -1": "--train-steps must be at least 0, not -1",
     "--updates-per-batch 0": "--updates-per-batch must be at least 1, not 0",
     "--max-new-tokens -1": "--max-new-tokens must be at least 1, not -1",
     "--vllm-timeout nan": "--vllm-timeout must be at least 1, not nan",
