@@ -2,11 +2,11 @@
 
     RANK=0 WORLD_SIZE=1 … python tests/faults_driver.py load RESULTS.json DTYPE FOLDER WORK
     RANK=0 WORLD_SIZE=1 … python tests/faults_driver.py faults RESULTS.json DTYPE FOLDER WORK
-    RANK=0 WORLD_SIZE=1 … python tests/faults_driver.py push RESULTS.json DTYPE FOLDER CHANGED PORT
+    RANK=0 WORLD_SIZE=1 … python tests/faults_driver.py push RESULTS.json DTYPE FOLDER PORT
 
 `load` goes through what main() of both scripts proves of a model and of its export, `faults` does so with
 faults, too, and both write what each proof found. `push` does that with a vLLM server at PORT that has the
-same model; CHANGED is a folder with weights that are the same model's after some training.
+same model.
 """
 
 import contextlib
@@ -313,7 +313,19 @@ def of_another_layer(weights):
             if "layers.6." in name}
 
 
-def push(result, dtype, folder, changed, port):
+def train(model, prompt, answer):
+    """Three steps on one answer: a change of the weights that a server must follow."""
+    ids = torch.tensor([prompt + answer])
+    rows = torch.arange(len(prompt) - 1, ids.shape[1] - 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    for _ in range(3):
+        logprobs, _ = model(ids, rows, ids[0, len(prompt):])
+        (-logprobs.mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def push(result, dtype, folder, port):
     from real_model import gsm8k_rows
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -323,10 +335,10 @@ def push(result, dtype, folder, changed, port):
     model, tokenizer = load_gsm8k(args, folder, dtype, mesh, ranks), AutoTokenizer.from_pretrained(folder)
     link = gsm8k.open_link(args, gsm8k.open_server(args), dtype, ranks)
     sampling = gsm8k.Sampling(1.0, 16, [tokenizer.eos_token_id])
-    prompt = gsm8k.render_prompt(tokenizer, gsm8k_rows("test")[0]["question"], gsm8k.SYSTEM_PROMPT, "chat")
-    twins = [AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-             for source in (folder, changed)]
-    before, after = (dict(twin.named_parameters()) for twin in twins)
+    row = gsm8k_rows("test")[0]
+    prompt = gsm8k.render_prompt(tokenizer, row["question"], gsm8k.SYSTEM_PROMPT, "chat")
+    twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    before = {name: param.detach() for name, param in twin.named_parameters()}
     found, version = {}, 0
 
     def pushed(name, others):
@@ -339,14 +351,12 @@ def push(result, dtype, folder, changed, port):
             except gsm8k.UserError as error:
                 found[name] = {"error": str(error)}
 
-    with torch.no_grad():
-        pushed("none", {})
-        pushed("block of another layer", of_another_layer(before))
-        for name, param in model.named_parameters():
-            gsm8k.fill(param, after[name].detach())
-        pushed("changed", {})
-        pushed("stale", before)
-        pushed("mended", {})
+    pushed("none", {})
+    pushed("block of another layer", of_another_layer(before))
+    train(model, prompt, tokenizer(row["answer"])["input_ids"])
+    pushed("changed", {})
+    pushed("stale", before)
+    pushed("mended", {})
     Path(result).write_text(json.dumps(found, indent=1))
 
 
