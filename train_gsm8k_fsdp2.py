@@ -2663,13 +2663,14 @@ def hf_parts(model: nn.Module, tokenizer) -> tuple:
 def write_parts(folder: Path, parts: tuple, dtype: torch.dtype, source: Path | None) -> None:
     """`parts` as of `hf_parts`; `source` is the folder that a model came from, which may hold its code."""
     folder.mkdir(parents=True, exist_ok=True)
-    for code in source.glob("*.py") if source else ():
-        shutil.copy(code, folder)
     config, _, tokenizer = parts
     config.dtype = dtype
     tokenizer.model_max_length = getattr(config, "max_position_embeddings", None) or int(1e30)
     for part in filter(None, parts):
         part.save_pretrained(folder)
+    # Its code, and its own way to generate, which a model made from its configuration does not know.
+    for kept in [*source.glob("*.py"), *source.glob("generation_config.json")] if source else ():
+        shutil.copy(kept, folder)
 # <<< shared: export-files
 
 
