@@ -64,11 +64,11 @@ def test_answers_are_right_and_follow_from_the_question(problems):
 
 
 def test_the_judge_of_the_training_agrees(problems):
-    from train_gsm8k_fsdp2 import is_right, parse_number
+    from train_gsm8k_fsdp2 import parse_number, reward
     for row in problems["test"]:
-        number = row["answer"].rsplit("#### ", 1)[1]
-        assert is_right(row["answer"], parse_number(number))
-        assert not is_right(row["answer"], parse_number(number) + 1)
+        number = parse_number(row["answer"].rsplit("#### ", 1)[1])
+        assert reward(row["answer"], number, True, 0.1) == (1.1, True)
+        assert reward(row["answer"], number + 1, True, 0.1) == (0.1, False)
 
 
 def test_test_problems_are_new(problems):
