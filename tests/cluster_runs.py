@@ -3,7 +3,8 @@
 import json
 
 import torch
-from helpers import ENGLISH, REPO, make_tokenizer, read_checkpoint, read_metrics, run_script
+from helpers import ENGLISH, REPO, make_tokenizer, read_checkpoint, read_metrics
+from quick_runs import quick_ranks
 
 STEPS = 16
 SAMPLES = 8  # a step, however they are divided among processes
@@ -36,7 +37,7 @@ def straight_run(folder, nproc):
     """The run that nothing happens to, made once; returns its folder."""
     name = f"straight-{nproc}"
     if not (folder / name).exists():
-        run_script(flags_for(folder, name, nproc), nproc=nproc)
+        quick_ranks(flags_for(folder, name, nproc), nproc, timeout=300)
     return folder / name
 
 

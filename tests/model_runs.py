@@ -7,7 +7,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from helpers import HF_FAMILIES, make_hf_model, make_tokenizer, run_script
+from helpers import HF_FAMILIES, make_hf_model, make_tokenizer
+from quick_runs import quick_ranks
 
 SEQ_LEN = 64
 NUM_SAMPLES = 4  # one optimizer step of `training_flags` sees all of the data, so that the order is no matter
@@ -92,5 +93,5 @@ def train_once(family, nproc, tie, dtype, export_dtype):
         flags = ["--from-scratch", "--model-size", "test", "--tokenizer", source]
     write_documents(folder / "texts.jsonl", AutoTokenizer.from_pretrained(source))
     flags += [*training_flags(folder, nproc), "--export-dtype", export_dtype]
-    run_script(flags, nproc=nproc, cwd=folder)
+    quick_ranks(flags, nproc, cwd=folder, timeout=300)
     return folder

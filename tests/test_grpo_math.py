@@ -18,7 +18,8 @@ import pytest
 import torch
 import train_gsm8k_fsdp2 as script
 from grpo_models import flags, make_digit_tokenizer, make_policy, make_questions
-from helpers import TORCHRUN_VARIABLES, read_checkpoint, read_metrics, run_script
+from helpers import TORCHRUN_VARIABLES, read_checkpoint, read_metrics
+from quick_runs import quick_ranks
 from train_gsm8k_fsdp2 import Completion, Group, Sampling, Sequence, UserError
 
 V = 61
@@ -519,8 +520,8 @@ def run_on(folder, world_size, kind):
     more = ["--batch-size", 6 // world_size, "--train-steps", STEPS, "--loss", kind, "--updates-per-batch", 2,
             "--kl-coef", 0.1, "--max-lr", 3e-4, "--temperature", 1.2, "--mask-truncated", "--no-export",
             "--micro-batch-tokens", 400 // world_size, "--keep-checkpoints", 1]
-    run_script(flags(folder, run, world_size, *more), nproc=world_size, cwd=folder,
-               script="train_gsm8k_fsdp2.py")
+    quick_ranks(flags(folder, run, world_size, *more), world_size, cwd=folder, timeout=300,
+                script="train_gsm8k_fsdp2.py")
     saved = read_checkpoint(folder / run / "checkpoints" / f"step_{STEPS:06d}")
     weights = {key: value for key, value in saved.items() if key.startswith("model.")}
     return read_metrics(folder / run), weights

@@ -17,7 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from helpers import ENGLISH, make_hf_model, make_tokenizer, read_checkpoint, read_metrics, run_script
+from helpers import ENGLISH, make_hf_model, make_tokenizer, read_checkpoint, read_metrics
+from quick_runs import quick_ranks
 
 import train_llm
 
@@ -226,14 +227,14 @@ def references(kinds):
 
 
 def run_command(flags, run_dir, nproc, batch_size, accumulation, grad_clip):
-    run_script([
+    quick_ranks([
         *flags, "--seq-len", SEQ_LEN, "--batch-size", batch_size, "--grad-accum-steps", accumulation,
         "--max-steps", STEPS, "--warmup-steps", WARMUP, "--max-lr", MAX_LR, "--min-lr", MIN_LR,
         "--weight-decay", DECAY, "--grad-clip", grad_clip, "--seed", SEED, "--loss-chunk-tokens", 24,
         "--device", "cpu", "--no-mixed-precision", "--no-compile", "--checkpoint-dir", run_dir,
         "--data-cache", run_dir.parent / "cache", "--checkpoint-interval", 1, "--keep-checkpoints", 0,
         "--log-interval", 1, "--no-export",
-    ], nproc=nproc)
+    ], nproc, timeout=300)
     return read_metrics(run_dir), [run_dir / "checkpoints" / f"step_{t:06d}" for t in range(1, STEPS + 1)]
 
 
