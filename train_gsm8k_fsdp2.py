@@ -10,7 +10,7 @@ bias the ratio), tensor and pipeline parallelism in the trainer, LoRA.
     python train_gsm8k_fsdp2.py --model FOLDER --dataset FOLDER      # one CPU process, or all GPUs
     torchrun --nproc_per_node 8 train_gsm8k_fsdp2.py --model Qwen/Qwen2.5-1.5B-Instruct --batch-size 4
     examples/run_gsm8k.sh --config configs/train_gsm8k_fsdp2/qwen2.5_7b.yaml    # vLLM on the first GPU
-    srun --ntasks-per-node 8 python train_gsm8k_fsdp2.py --rollouts vllm --vllm-host 10.0.0.9
+    sbatch --nodes 4 launch_slurm.sh train_gsm8k_fsdp2.py --rollouts vllm --vllm-host 10.0.0.9
 
 Contents: 1 Arguments, 2 Distributed, 3 Data, 4 Model, 5 Optimizer and schedule, 6 Rollouts, 7 Weights to
 vLLM, 8 Advantages and loss, 9 Checkpoints and export, 10 Run record, 11 Evaluation, 12 Training. For another
@@ -34,6 +34,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -47,7 +48,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import datetime, timedelta
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
@@ -237,25 +238,27 @@ def add_run_flags(group: argparse._ArgumentGroup, folder: str, save_every: int) 
 # <<< shared: flags
 
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
-    args = read_args(argv)
+def fill_defaults(args: Namespace) -> None:
+    """Those that depend on other flags."""
     low, high = CLIP[args.loss]
     args.clip_low = low if args.clip_low is None else args.clip_low
     args.clip_high = high if args.clip_high is None else args.clip_high
     args.min_lr = args.max_lr if args.min_lr is None else args.min_lr
-    return args
 
 
 # >>> shared: arguments
-def read_args(argv: list[str] | None) -> Namespace:
+def parse_args(argv: list[str] | None = None) -> Namespace:
     """Default < config file < command line. Exits with code 2 and one line for each problem."""
     argv = sys.argv[1:] if argv is None else argv
     parser, finder = build_parser(), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
+    finder.add_argument("--config", action="append", default=[])
     finder.error = usage_error
-    path = finder.parse_known_args(argv)[0].config
-    args = parser.parse_args([*config_tokens(path, parser), *argv] if path else argv)
+    paths = finder.parse_known_args(argv)[0].config
+    if len(paths) > 1:
+        usage_error("--config is given twice: put all into one file")
+    args = parser.parse_args([*config_tokens(paths[0], parser), *argv] if paths else argv)
     del args.config
+    fill_defaults(args)
     if problems := list(find_problems(args)):
         usage_error("\n".join(problems))
     return args
@@ -275,6 +278,8 @@ def config_tokens(path: str, parser: argparse.ArgumentParser) -> list[str]:
     tokens = []
     for key, value in entries.items():
         flag = "--" + str(key).replace("_", "-")
+        if flag == "--config" or any(token.partition("=")[0] == flag for token in tokens):
+            usage_error(f"--config {path}: {key} is not for a file, or stands there twice")
         if isinstance(value, (dict, list)):
             usage_error(f"--config {path}: {key} must be one value, not a {type(value).__name__}")
         if isinstance(value, bool) and "--no-" + flag[2:] in parser._option_string_actions:
@@ -306,9 +311,12 @@ def find_common_problems(args: Namespace, positive: str, not_negative: str, sour
     at_least = dict.fromkeys(positive.split(), 1) | dict.fromkeys(not_negative.split(), 0)
     for name, least in at_least.items():
         value = getattr(args, name)
-        if value is not None and not value >= least:
+        if value is not None and not least <= value < math.inf:
             yield f"--{name.replace('_', '-')} must be at least {least}, not {value}"
-    if args.min_lr is not None and args.min_lr > args.max_lr:
+    for name, value in vars(args).items():
+        if value == "" and not name.endswith(("prompt", "signals")) or str(value).startswith("~"):
+            yield f"--{name.replace('_', '-')} '{value}': empty, or with a ~ that only a shell understands"
+    if args.min_lr > args.max_lr:
         yield f"--min-lr {args.min_lr} is above --max-lr {args.max_lr}: lower --min-lr as well"
     if args.gpu_ranks and not re.fullmatch(r"\d+(,\d+)*", args.gpu_ranks):
         yield f"--gpu-ranks {args.gpu_ranks}: expected numbers with commas, such as 0,2,3"
@@ -369,10 +377,12 @@ class Ranks:
 
 def relaunch_under_torchrun(args: Namespace) -> None:
     """Started plainly, with several GPUs or --nproc N: run this same command under torchrun, then exit."""
-    if "RANK" in os.environ or "SLURM_STEP_ID" in os.environ:
+    if "RANK" in os.environ:
         if args.gpu_ranks and os.environ.get("CUDA_VISIBLE_DEVICES") != args.gpu_ranks:
-            usage_error("--gpu-ranks comes too late under torchrun or srun: set CUDA_VISIBLE_DEVICES")
+            usage_error("--gpu-ranks comes too late under torchrun: set CUDA_VISIBLE_DEVICES")
         return
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        usage_error("srun started several of these, which do not know of each other: use launch_slurm.sh")
     select_gpus(args.gpu_ranks)
     num_gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
     nproc = args.nproc or max(1, num_gpus)
@@ -388,6 +398,8 @@ def relaunch_under_torchrun(args: Namespace) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     # Time to save, after a signal that torchrun passes on; torch 2.11 does not read this and gives 30 s.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    if args.max_restarts:  # a new store each time: in torchrun's own the dead keep addresses (pytorch#135712)
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     passed_on = ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", *filter(None, args.stop_signals.split(","))]
     # The failing rank has printed one line of its own that says more than the launcher's table.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -405,34 +417,26 @@ def relaunch_under_torchrun(args: Namespace) -> None:
 
 def select_gpus(gpu_ranks: str | None) -> None:
     """--gpu-ranks becomes CUDA_VISIBLE_DEVICES before CUDA starts; another value there is a usage error."""
-    if not gpu_ranks:
-        return
-    visible = os.environ.setdefault("CUDA_VISIBLE_DEVICES", gpu_ranks)
+    visible = os.environ.setdefault("CUDA_VISIBLE_DEVICES", gpu_ranks) if gpu_ranks else gpu_ranks
     if visible != gpu_ranks:
         usage_error(f"--gpu-ranks {gpu_ranks} and CUDA_VISIBLE_DEVICES={visible} disagree: unset one of them")
-    if torch.cuda.device_count() != len(gpu_ranks.split(",")):
+    if gpu_ranks and torch.cuda.device_count() != len(gpu_ranks.split(",")):
         usage_error(f"--gpu-ranks {gpu_ranks}: only {torch.cuda.device_count()} of these GPUs exist here")
 # <<< shared: ranks
 
 
 # >>> shared: process-group
 def read_ranks(args: Namespace) -> Ranks:
-    """From torchrun's or accelerate's variables, from srun's, or alone."""
-    env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        host = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
-        if re.search(r"[\[,]", host):  # a compressed list: n[01-04]
-            host = subprocess.check_output(["scontrol", "show", "hostnames", host], text=True).split()[0]
-        env.setdefault("MASTER_ADDR", host)
-        # Every task computes the same port, and two steps on one node rarely the same one.
-        port = 20000 + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 20000
-        env.setdefault("MASTER_PORT", str(port))
-        env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"],
-                   WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"])
-    if "TORCHELASTIC_RUN_ID" in env:
+    """From torchrun's variables, which accelerate and launch_slurm.sh set, too, or alone."""
+    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    try:
+        rank, local_rank, world_size = (int(os.environ.get(name, alone)) for name, alone in names.items())
+    except ValueError as error:
+        raise UserError(f"of {', '.join(names)} in the environment, one is no number ({error})") from None
+    if not 0 <= rank < world_size:
+        raise UserError(f"RANK={rank} is outside WORLD_SIZE={world_size}: processes count from 0")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_launcher()
-    rank, local_rank = int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0))
-    world_size = int(env.get("WORLD_SIZE", 1))
     if args.device == "cuda" and not torch.cuda.is_available():
         usage_error("--device cuda: torch sees no GPU here; "
                     "use --device cpu, or install a CUDA build of torch")
@@ -448,6 +452,7 @@ def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceM
     """Start the process group (all ranks); returns the mesh: (replicate, shard), or (shard,) without HSDP."""
     from torch.distributed.device_mesh import init_device_mesh
     cuda = ranks.device.type == "cuda"
+    args.compile = cuda if args.compile is None else args.compile
     if args.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
         torch.use_deterministic_algorithms(True)  # flash attention's backward, too; cuDNN's is left out
@@ -463,15 +468,6 @@ def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceM
         options |= {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
     else:
         find_rendezvous(ranks)
-    is_old_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and (
-        os.environ["TORCHELASTIC_RESTART_COUNT"] != "0" and os.environ["GROUP_WORLD_SIZE"] == "1")
-    if is_old_store:
-        # HACK(torch 2.13, pytorch#135712): torchrun's store still holds the addresses of the ranks that died.
-        # Nodes count restarts differently: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a new store.
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = torch.distributed.TCPStore(*address, is_master=False, timeout=timeout)
-        store = torch.distributed.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        options |= {"store": store, "rank": ranks.rank, "world_size": ranks.world_size}
     try:
         torch.distributed.init_process_group(**options)
     except torch.distributed.DistNetworkError as error:
@@ -493,7 +489,7 @@ def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceM
 def find_rendezvous(ranks: Ranks) -> None:
     """Fails within seconds; init_process_group would wait for its timeout."""
     if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise UserError("RANK is set, MASTER_ADDR and MASTER_PORT are not: start this with torchrun or srun")
+        raise UserError("RANK is set, MASTER_ADDR and MASTER_PORT are not: start this with torchrun")
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         socket.getaddrinfo(host, port)
@@ -1094,7 +1090,7 @@ def shard_model(model: nn.Module, args: Namespace, mesh: torch.distributed.Devic
     for block in blocks:
         if args.activation_checkpointing != "none":
             recompute_in_backward(block, selective=args.activation_checkpointing == "selective")
-        if wants_compile(args, mesh.device_type):
+        if args.compile:
             block.compile()
         fully_shard(block, **options)
     # The root is never resharded after forward: the backward begins with the head.
@@ -1141,10 +1137,6 @@ def reshard(model: nn.Module) -> None:
 
 
 # >>> shared: recompute
-def wants_compile(args: Namespace, device_type: str) -> bool:
-    return device_type == "cuda" if args.compile is None else args.compile
-
-
 def recompute_in_backward(block: nn.Module, selective: bool) -> None:
     """Activation checkpointing by replacing the block's forward, so that no parameter changes its name.
 
@@ -1360,19 +1352,15 @@ def prove_filled(model: nn.Module, ties: dict[str, str]) -> None:
 def describe_model(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     """Lines for the start of a run: sizes, and this rank's parameters, gradients and optimizer states."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    by_dtype: dict[str, int] = {}
-    for param in model.parameters():
-        key = str(param.dtype).removeprefix("torch.")
-        by_dtype[key] = by_dtype.get(key, 0) + local_part(param).nbytes
-    sizes = ", ".join(f"{nbytes / 2**20:,.1f} MiB {key}" for key, nbytes in by_dtype.items())
+    masters = sum(local_part(param).nbytes for param in model.parameters()) / 2**20
     gradients, blocks = sum(local_part(param).nbytes for param in trainable) / 2**20, find_blocks(model)
     block_class = type(blocks[0]).__name__.removeprefix("FSDP")
     return [
         f"model      {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{sum(p.numel() for p in trainable):,} trainable",
         f"sharded    {len(blocks)} x {block_class}, and the root with what is left",
-        f"this rank  parameters {sizes}; gradients {gradients:,.1f} MiB float32; "
-        f"{type(optimizer).__name__} states {2 * gradients:,.1f} MiB float32",
+        f"this rank  MiB in float32: parameters {masters:,.1f}, gradients {gradients:,.1f}, "
+        f"{type(optimizer).__name__} states {2 * gradients:,.1f}",
     ]
 # <<< shared: prove
 
@@ -1421,15 +1409,53 @@ def unsharded(modules: list[nn.Module]) -> Iterator[None]:
 # 5. Optimizer and schedule
 
 # >>> shared: optimizer
-def build_optimizer(model: nn.Module, args: Namespace) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
     """Fused AdamW on fp32 masters; weight decay on matrices only, not on norms, biases and embeddings."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed = [p for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings]
     others = [p for p in model.parameters() if p.dim() <= 1 or id(p) in embeddings]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    # EDIT: another optimizer (`clip_and_step` relies on fused)
+    # EDIT: another optimizer
     return torch.optim.AdamW(groups, lr=args.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+@torch.no_grad()
+def reduce_stats(model: nn.Module, sums: Tensor, count: Tensor, num_replicas: int, votes: Tensor
+                 ) -> tuple[Tensor, ...]:
+    """(mean losses, count, gradient norm, sums of votes) over all ranks and micro-batches, by one collective.
+
+    `sums` are (K,) summed losses, `count` is what they are a mean over: trained tokens, or sequences.
+    Gradients here are those of the summed loss, so that their norm is divided by the count. Under HSDP each
+    replica holds the whole reduced gradient, hence the division by `num_replicas`."""
+    grads = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
+    norms = torch._foreach_norm([g for g in grads if g.numel()]) or [torch.zeros(())]
+    square = torch.stack(norms).square().sum().to(sums.device)
+    total, K = all_sum(torch.cat([sums, torch.stack([count, square / num_replicas]), votes])), len(sums)
+    return total[:K] / total[K], total[K], total[K + 1].sqrt() / total[K], total[K + 2:]
+
+
+@torch.no_grad()
+def clip_and_step(optimizer: torch.optim.Optimizer, grad_norm: Tensor, count: Tensor, grad_clip: float
+                  ) -> Tensor:
+    """One update, or none for a gradient that is not finite, on all ranks. Gradients are divided by `count`
+    (see `reduce_stats`) and clipped. Returns 1.0 where there was no update.
+
+    A fused kernel divides gradients by `grad_scale` and does nothing if `found_inf` is 1 (GradScaler's
+    protocol): that costs no pass over the gradients and no host-device synchronisation."""
+    found_inf = (~torch.isfinite(grad_norm)).float()
+    over = torch.clamp(grad_norm / grad_clip, min=1.0) if grad_clip else torch.ones_like(grad_norm)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    grads = [local_part(param.grad) for param in params if param.grad is not None]
+    where = local_part(params[0]).device  # the host with --cpu-offload
+    if optimizer.defaults.get("fused"):
+        optimizer.grad_scale, optimizer.found_inf = (count * over).to(where), found_inf.to(where)
+        optimizer.step()
+    elif not found_inf.item():  # sync point
+        torch._foreach_div_(grads, (count * over).to(where))
+        optimizer.step()
+    return found_inf
+# <<< shared: optimizer
 
 
 def learning_rate(step: int, total_steps: int, warmup_steps: int, max_lr: float, min_lr: float) -> float:
@@ -1438,37 +1464,6 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, max_lr: float,
         return max_lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
     return min_lr + 0.5 * (max_lr - min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-@torch.no_grad()
-def reduce_stats(model: nn.Module, loss_sum: Tensor, count: Tensor, num_replicas: int, votes: Tensor
-                 ) -> tuple[Tensor, ...]:
-    """(mean loss, count, gradient norm, sums of votes) over all ranks and micro-batches, by one collective.
-
-    `count` is what the loss is a mean over: trained tokens, or sequences. Gradients here are those of the
-    summed loss, so that their norm is divided by the count. Under HSDP each replica holds the whole reduced
-    gradient, hence the division by `num_replicas`."""
-    grads = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
-    norms = torch._foreach_norm([g for g in grads if g.numel()]) or [torch.zeros(())]
-    square = torch.stack(norms).square().sum().to(loss_sum.device)
-    total = all_sum(torch.cat([torch.stack([loss_sum, count, square / num_replicas]), votes]))
-    return total[0] / total[1], total[1], total[2].sqrt() / total[1], total[3:]
-
-
-@torch.no_grad()
-def clip_and_step(optimizer: torch.optim.AdamW, grad_norm: Tensor, count: Tensor, grad_clip: float) -> Tensor:
-    """One update, or none for a gradient that is not finite: decided on the device, on all ranks.
-
-    The fused kernel divides gradients by `grad_scale` and does nothing if `found_inf` is 1 (GradScaler's
-    protocol): dividing by `count` (see `reduce_stats`), clipping and skipping cost no pass over the gradients
-    and no host-device synchronisation. Returns `found_inf`."""
-    found_inf = (~torch.isfinite(grad_norm)).float()
-    over = torch.clamp(grad_norm / grad_clip, min=1.0) if grad_clip else torch.ones_like(grad_norm)
-    where = local_part(optimizer.param_groups[0]["params"][0]).device  # the host with --cpu-offload
-    optimizer.grad_scale, optimizer.found_inf = (count * over).to(where), found_inf.to(where)
-    optimizer.step()
-    return found_inf
-# <<< shared: optimizer
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1858,7 +1853,7 @@ def mark_resumed(run_dir: Path, step: int, ranks: Ranks) -> None:
     for path in run_dir.glob(ROLLOUT_LOG.format(rank="*")):
         rank = int(re.search(r"rank(\d+)", path.name)[1])
         if rank == ranks.rank or (ranks.is_main and rank >= ranks.world_size):
-            append_lines(path, {"step": step, "resumed": True}, unwritten=[])
+            append_lines(path, {"step": step, "resumed": True})
 
 
 def group_of(rows: dict[int, dict]) -> Group:
@@ -2392,26 +2387,19 @@ def lock_run(folder: Path, ranks: Ranks):
     20 s, since a run that was killed a moment ago may still be ending."""
     if not ranks.is_main:
         return None
-    lock = (folder / "lock").open("a+")
+    lock = (folder / "lock").open("w")
     for attempt in range(20):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
+            return lock
         except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read().strip()
             if attempt == 0:
-                print(f"{folder} is in use by {owner}: waiting 20 s for its end", file=sys.stderr, flush=True)
+                print(f"{folder} is in use by another run: waiting 20 s for its end", file=sys.stderr)
             time.sleep(1)
         except OSError as error:  # a network file system without locks
             print(f"{folder} cannot be locked ({error.strerror}): take care that no second run uses it")
             return None
-    else:
-        raise UserError(f"{folder} is in use by {owner}: give this run another --checkpoint-dir, or end that")
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
-    lock.flush()
-    return lock
+    raise UserError(f"{folder} is in use: give this run another --checkpoint-dir, or end that")
 
 
 def open_stager(saver: Checkpointer, cuda: bool) -> None:
@@ -2439,15 +2427,21 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """{parameter name: {step, exp_avg, exp_avg_sq}}, made of zeros where no update has happened yet."""
-    states = {}
-    for name, param in ((n, p) for n, p in model.named_parameters() if p.requires_grad):
-        if not optimizer.state[param]:
-            step = torch.zeros((), dtype=torch.float32, device=local_part(param).device)
-            optimizer.state[param] = {"step": step, "exp_avg": torch.zeros_like(param),
-                                      "exp_avg_sq": torch.zeros_like(param)}
-        states[name] = optimizer.state[param]
-    return states
+    """{parameter name: what the optimizer keeps of it}, whichever optimizer that is."""
+    params = model.named_parameters()
+    return {name: optimizer.state[param] for name, param in params if optimizer.state.get(param)}
+
+
+def make_room(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Give the optimizer the states that a checkpoint's metadata name, empty, before its first update."""
+    params = dict(model.named_parameters())
+    for key, found in saved.items():
+        name, _, state = key.removeprefix("optim.").rpartition(".")
+        if key.startswith("optim.") and name in params:
+            param, dtype = params[name], found.properties.dtype
+            optimizer.state[param][state] = (
+                torch.zeros_like(param, dtype=dtype) if found.size == param.shape
+                else torch.zeros(found.size, dtype=dtype, device=local_part(param).device))
 
 
 def random_states(ranks: Ranks) -> dict[str, Tensor]:
@@ -2541,10 +2535,6 @@ def publish(saver: Checkpointer, partial: Path, names: list[str]) -> None:
             shutil.rmtree(old.rename(old.with_suffix(".partial")), ignore_errors=True)
 
 
-def is_time_to_save(interval: int, step: int, is_end: object) -> bool:
-    return interval > 0 and (bool(is_end) or step % interval == 0)
-
-
 def finish_save(saver: Checkpointer) -> str:
     """Wait for the save under way (all ranks). Returns what went wrong, which has been said: training goes
     on, and the next interval saves again."""
@@ -2576,7 +2566,7 @@ def checkpoints_to_resume(args: Namespace) -> list[Path]:
     """What --resume names, oldest first. Refuses to mix a new run into a folder that holds an old one."""
     found = checkpoints_in(Path(args.checkpoint_dir) / "checkpoints")
     if args.resume not in ("auto", "none"):
-        step = json.loads((Path(args.resume) / "progress.json").read_text())["step"]
+        step = read_progress([Path(args.resume)], {})["step"]
         if found and int(found[-1].name[5:]) > step:
             raise UserError(f"--resume {args.resume}: {args.checkpoint_dir} holds {found[-1].name}, which is "
                             "newer; give this run another --checkpoint-dir")
@@ -2589,22 +2579,40 @@ def checkpoints_to_resume(args: Namespace) -> list[Path]:
 
 
 # >>> shared: load-checkpoint
+def read_progress(found: list[Path], start: dict) -> dict:
+    """The progress that the newest checkpoint holds, of the form of `start`; this where there is none."""
+    if not found:
+        return start
+    try:
+        progress = json.loads((found[-1] / "progress.json").read_text())
+        if found[-1].name != f"step_{progress['step']:06d}":
+            raise ValueError("progress.json is of another step")
+        return start | progress
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise unreadable(found, error) from error
+
+
+def unreadable(found: list[Path], error: BaseException) -> UserError:
+    remedy = f"go on from {found[-2]}" if found[1:] else "begin anew"
+    return UserError(f"{found[-1]} cannot be read ({reason_of(error)}): remove it to {remedy}")
+
+
 def load_checkpoint(found: list[Path], model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
-                    ) -> dict:
+                    ) -> None:
     """`read_checkpoint` of the newest (all ranks). Raises UserError, which names the one before it."""
     import torch.distributed.checkpoint as dcp
     try:
-        return read_checkpoint(found[-1], model, optimizer, ranks)
+        read_checkpoint(found[-1], model, optimizer, ranks)
     except (dcp.CheckpointException, OSError, ValueError, RuntimeError, EOFError,
             pickle.UnpicklingError) as error:
-        remedy = f"go on from {found[-2]}" if found[1:] else "begin anew"
-        raise UserError(f"{found[-1]} cannot be read ({reason_of(error)}): remove it to {remedy}") from error
+        raise unreadable(found, error) from error
 
 
-def read_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
-    """Fill model, optimizer and random state, on any number of ranks; returns the progress (all ranks)."""
+def read_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    """Fill model, optimizer and random state, on any number of ranks (all ranks)."""
     import torch.distributed.checkpoint as dcp
     saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    make_room(model, optimizer, saved)
     tensors = {"model": model_tensors(model), "optim": optimizer_tensors(model, optimizer)}
     for name, tensor in tensors["model"].items():
         found = saved.get(f"model.{name}")
@@ -2620,7 +2628,6 @@ def read_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     dcp.load(tensors | ({"random": here} if here else {}), checkpoint_id=path)
     for name, state in here.items():
         torch.set_rng_state(state) if name[:3] == "cpu" else torch.cuda.set_rng_state(state, ranks.device)
-    return json.loads((path / "progress.json").read_text())
 # <<< shared: load-checkpoint
 
 
@@ -2839,7 +2846,7 @@ def write_record(folder: Path, args: Namespace, ranks: Ranks) -> dict[str, str]:
         environment = {"commit": commit or None, "dirty": dirty, "python": sys.version.split()[0], **modules,
                        "device": device, "world_size": ranks.world_size}
         write_once(folder / "config.yaml", config)
-        write_once(folder / "command.txt", " ".join([sys.executable, *sys.argv]) + "\n")
+        write_once(folder / "command.txt", shlex.join([sys.executable, *sys.argv]) + "\n")
         write_once(folder / Path(__file__).name, source)
         write_once(folder / "env.json", json.dumps(environment, indent=1))
     return {"config.yaml": config, Path(__file__).name: source}
@@ -2851,7 +2858,7 @@ def open_trackers(args: Namespace, ranks: Ranks) -> list[Callable[[dict], None]]
     """Rank 0: functions that take a row of metrics: the file's, and TensorBoard's or W&B's if asked for."""
     if not ranks.is_main:
         return []
-    trackers = [functools.partial(append_lines, Path(args.checkpoint_dir) / "metrics.jsonl", unwritten=[])]
+    trackers = [functools.partial(append_lines, Path(args.checkpoint_dir) / "metrics.jsonl")]
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(Path(args.checkpoint_dir) / "tensorboard")
@@ -2863,22 +2870,17 @@ def open_trackers(args: Namespace, ranks: Ranks) -> list[Callable[[dict], None]]
     return trackers
 
 
-def append_lines(path: Path, *rows: dict, unwritten: list[str]) -> None:
-    """JSON lines; what a full disk refuses is kept in `unwritten`, said once, written when there is room."""
-    was_written = not unwritten
-    unwritten += [json.dumps(row) + "\n" for row in rows]
-    data = "".join(unwritten).encode()
+def append_lines(path: Path, *rows: dict) -> None:
+    """JSON lines. A full disk costs these rows, and a line that says so, but not the run."""
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
     try:
         with path.open("ab", buffering=0) as file:  # a buffer would write its rest when the file is closed
             size = file.tell()
             if file.write(data) < len(data):
                 file.truncate(size)  # no half line
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        unwritten.clear()
     except OSError as error:
-        if was_written:
-            print(f"\n{path} cannot be written ({error.strerror}): its rows are kept in memory, training "
-                  "goes on", file=sys.stderr, flush=True)
+        print(f"\n{path} lacks {len(rows)} rows: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def check_trackers(args: Namespace) -> None:
@@ -3059,7 +3061,7 @@ def load_policy(args: Namespace, folder: Path, mesh: torch.distributed.DeviceMes
                 ranks: Ranks, master: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, str]]:
     """A sharded model without its weights, and its ties: shapes, then shards, then memory (all ranks)."""
     model = build_model(args, folder, master)
-    attach_logprobs(model, compiled=wants_compile(args, ranks.device.type))
+    attach_logprobs(model, compiled=args.compile)
     model.chunk = args.logprob_chunk_tokens or rows_at_once(model, ranks.device)
     shard_model(model, args, mesh, dtype)
     ties = materialise(model, ranks.device, args.cpu_offload)
@@ -3171,11 +3173,11 @@ def roll_out(pending: Pending, sampler: Sampler, tasks: Tasks, args: Namespace, 
     return groups, pending.stop
 
 
-def log_rollouts(groups: list[Group], step: int, args: Namespace, ranks: Ranks, unwritten: list[str]) -> None:
+def log_rollouts(groups: list[Group], step: int, args: Namespace, ranks: Ranks) -> None:
     """Each rank writes its part."""
     mine = [g for g in groups if g.position // args.batch_size % ranks.world_size == ranks.rank]
     path = Path(args.checkpoint_dir) / ROLLOUT_LOG.format(rank=ranks.rank)
-    append_lines(path, *rollout_rows(mine, step), unwritten=unwritten)
+    append_lines(path, *rollout_rows(mine, step))
 
 
 def describe_tasks(tasks: Tasks, args: Namespace, ranks: Ranks) -> list[str]:
@@ -3224,20 +3226,16 @@ def show_evaluation(console: Console, step: int, found: dict, ranks: Ranks) -> N
 
 
 # >>> shared: ending
-def report_finished(args: Namespace, ranks: Ranks, found: list[Path], total_steps: int, flag: str) -> bool:
-    """True, and a line on rank 0 that names the `flag` for the number of steps, if the newest checkpoint is
-    the run's last and the export stands."""
+def report_finished(args: Namespace, ranks: Ranks, found: list[Path], step: int, total: int, flag: str
+                    ) -> bool:
+    """True, and a line on rank 0 that names the `flag` for the number of steps, if the newest checkpoint, of
+    `step`, is the run's last and the export stands."""
     exported = Path(args.checkpoint_dir) / "hf"
-    try:
-        if not found or json.loads((found[-1] / "progress.json").read_text())["step"] < total_steps:
-            return False
-    except (OSError, ValueError):  # damaged, which `load_checkpoint` will say
-        return False
-    if args.export and not exported.is_dir():
+    if not found or step < total or (args.export and not exported.is_dir()):
         return False
     if ranks.is_main:
         model = f", {exported} the model" if args.export else ""
-        print(f"this run is finished: {found[-1]} holds all {total_steps} steps{model}. A larger "
+        print(f"this run is finished: {found[-1]} holds all {total} steps{model}. A larger "
               f"{flag} goes on from there; another --checkpoint-dir starts anew")
     return True
 
@@ -3300,22 +3298,23 @@ def main() -> None:
     refuse_stop_file(run_dir, ranks)
 
     checkpoints = checkpoints_to_resume(args)
-    if report_finished(args, ranks, checkpoints, args.train_steps, "--train-steps"):
-        return
     folder = fetch(args.model)
     tasks = load_tasks(args)  # takes as long as it needs: no process group exists yet
 
     mesh = init_distributed(args, ranks)
+    checkpoints = gather_objects(checkpoints)[0]  # rank 0's, which alone has waited for the run before to end
+    progress = read_progress(checkpoints, {
+        "step": 0, "samples": 0, "tokens": 0, "skipped_updates": 0, "bad_in_a_row": 0, "best_accuracy": None})
+    if report_finished(args, ranks, checkpoints, progress["step"], args.train_steps, "--train-steps"):
+        return torch.distributed.destroy_process_group()
     resume_from = checkpoints[-1] if checkpoints else None
     dtype = compute_dtype(args.mixed_precision, ranks.device)
     if args.mixed_precision and dtype is torch.float32:
         say("precision  this device has no native bf16: computing in fp32")
     model, ties = load_policy(args, folder, mesh, dtype, ranks)
     optimizer = build_optimizer(model, args)  # after sharding, which replaces the parameters
-    progress = {"step": 0, "samples": 0, "tokens": 0, "skipped_updates": 0, "bad_in_a_row": 0,
-                "best_accuracy": None}
     if resume_from:
-        progress = load_checkpoint(checkpoints, model, optimizer, ranks)
+        load_checkpoint(checkpoints, model, optimizer, ranks)
     else:
         load_hf_weights(model, folder, args.trust_remote_code, ranks)
     prove_filled(model, ties)
@@ -3337,7 +3336,7 @@ def main() -> None:
     reduces_always = args.reduce_every_micro_batch or mesh.size() == 1  # one device: no traffic, less memory
     num_wanted = args.batch_size * ranks.world_size  # groups a step
     loss_sum, count = torch.zeros(2, device=ranks.device)
-    times, unwritten, stop, pending, row, evaluation = {}, [], None, None, {}, {}
+    times, stop, pending, row, evaluation = {}, None, None, {}, {}
     probe = (tasks.train.prompts[0], sampler.sampling) if link else None
     phase = functools.partial(timed, times)
     asked = catch_signals(args.stop_signals, run_dir, ranks)
@@ -3379,7 +3378,7 @@ def main() -> None:
         else:
             groups, progress["samples"] = roll_out(pending, sampler, tasks, args, ranks, phase)
         with phase("reward"):
-            log_rollouts(groups, step + 1, args, ranks, unwritten)
+            log_rollouts(groups, step + 1, args, ranks)
         pending = None
         if link and ranks.is_main:
             check_server(link)
@@ -3418,10 +3417,10 @@ def main() -> None:
                 wait_for_copy(saver)  # the update would change what is being copied
             with phase("train"):
                 update_loss, update_count, grad_norm, votes = reduce_stats(
-                    model, loss_sum, count, num_replicas, votes_to_stop(asked, ranks))
+                    model, loss_sum[None], count, num_replicas, votes_to_stop(asked, ranks))
                 # Without anything to train on the norm is 0/0, and the update is left out
                 is_skipped = clip_and_step(optimizer, grad_norm, update_count, args.grad_clip)
-                updates.append(torch.stack([is_skipped, update_loss, grad_norm]))
+                updates.append(torch.stack([is_skipped, update_loss[0], grad_norm]))
                 optimizer.zero_grad()
                 stop = agreed_stop(asked, votes)
 
@@ -3433,7 +3432,8 @@ def main() -> None:
         note_updates([values[i:i + 3] for i in range(len(totals), len(values), 3)], len(sequences), progress)
         console.bar.update()
         is_last = progress["step"] == args.train_steps
-        is_save = is_time_to_save(args.checkpoint_interval, progress["step"], is_last or stop)
+        every = args.checkpoint_interval
+        is_save = every and (is_last or stop or progress["step"] % every == 0)
 
         # Log
         is_skipped, loss_value, norm_value = values[-3:]

@@ -9,7 +9,7 @@ learning.
     python train_llm.py --from-scratch --model-size test --max-steps 20         # one CPU process, or all GPUs
     python train_llm.py --nproc 2 --config configs/train_llm/quickstart.yaml    # two processes
     torchrun --nproc_per_node 8 train_llm.py --hf-model meta-llama/Llama-2-7b-hf --dataset my_chats.jsonl
-    srun --ntasks-per-node 8 python train_llm.py --from-scratch --model-size 7B --dataset my_texts
+    sbatch --nodes 4 launch_slurm.sh --from-scratch --model-size 7B --dataset my_texts
 
 Contents: 1 Arguments, 2 Distributed, 3 Data, 4 Model, 5 Optimizer and schedule, 6 Loss, 7 Checkpoints and
 export, 8 Run record, 9 Evaluation, 10 Training. What a row of your data becomes is decided in section 3, the
@@ -31,6 +31,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -46,7 +47,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -123,8 +124,10 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
     add("--max-steps", type=int, help="if not given: --num-epochs x --steps-per-epoch, 100000 at the most")
     add("--num-epochs", type=int, default=1, help="passes over the data")
     add("--steps-per-epoch", type=int, help="if not given: one pass over the data; 1000 with --streaming")
-    add("--max-lr", type=float, default=3e-4, help="learning rate after warm-up")
-    add("--min-lr", type=float, help="where the cosine ends; if not given: 3e-5, a tenth of --max-lr at most")
+    add("--max-lr", type=float, help="learning rate after warm-up; if not given: 3e-4, for --hf-model 2e-5")
+    add("--min-lr", type=float, help="where it ends; if not given: 3e-5, a tenth of --max-lr at the most")
+    add("--schedule", choices=["cosine", "wsd", "constant"], default="cosine", help="after warm-up; wsd: "
+        "constant, then straight down in the last fifth")
     add("--warmup-steps", type=int, help="if not given: 2000, a tenth of all steps at the most")
     add("--weight-decay", type=float, default=0.1, help="on matrices; not on norms, biases and embeddings")
     add("--grad-clip", type=float, default=1.0, help="largest global gradient norm; 0 is off")
@@ -135,8 +138,6 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
     add("--seed", type=int, default=0, help="of initial weights, sample order, held-out share and dropout")
     add("--log-interval", type=int, default=10, help="steps between logged rows")
     add("--eval-interval", type=int, default=0, help="steps between evaluations; 0: at the end only")
-    add("--sample-tokens", type=int, default=0, help="print so many tokens of the model's at the end")
-    add("--sample-prompt", default="", help="text that the sample continues")
 
 
 # >>> shared: flags
@@ -196,23 +197,26 @@ def add_run_flags(group: argparse._ArgumentGroup, folder: str, save_every: int) 
 # <<< shared: flags
 
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
-    args = read_args(argv)
+def fill_defaults(args: Namespace) -> None:  # that depend on other flags
+    if args.max_lr is None:
+        args.max_lr = 2e-5 if args.hf_model else 3e-4
     if args.min_lr is None:
         args.min_lr = min(3e-5, args.max_lr / 10)
-    return args
 
 
 # >>> shared: arguments
-def read_args(argv: list[str] | None) -> Namespace:
+def parse_args(argv: list[str] | None = None) -> Namespace:
     """Default < config file < command line. Exits with code 2 and one line for each problem."""
     argv = sys.argv[1:] if argv is None else argv
     parser, finder = build_parser(), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
+    finder.add_argument("--config", action="append", default=[])
     finder.error = usage_error
-    path = finder.parse_known_args(argv)[0].config
-    args = parser.parse_args([*config_tokens(path, parser), *argv] if path else argv)
+    paths = finder.parse_known_args(argv)[0].config
+    if len(paths) > 1:
+        usage_error("--config is given twice: put all into one file")
+    args = parser.parse_args([*config_tokens(paths[0], parser), *argv] if paths else argv)
     del args.config
+    fill_defaults(args)
     if problems := list(find_problems(args)):
         usage_error("\n".join(problems))
     return args
@@ -232,6 +236,8 @@ def config_tokens(path: str, parser: argparse.ArgumentParser) -> list[str]:
     tokens = []
     for key, value in entries.items():
         flag = "--" + str(key).replace("_", "-")
+        if flag == "--config" or any(token.partition("=")[0] == flag for token in tokens):
+            usage_error(f"--config {path}: {key} is not for a file, or stands there twice")
         if isinstance(value, (dict, list)):
             usage_error(f"--config {path}: {key} must be one value, not a {type(value).__name__}")
         if isinstance(value, bool) and "--no-" + flag[2:] in parser._option_string_actions:
@@ -263,9 +269,12 @@ def find_common_problems(args: Namespace, positive: str, not_negative: str, sour
     at_least = dict.fromkeys(positive.split(), 1) | dict.fromkeys(not_negative.split(), 0)
     for name, least in at_least.items():
         value = getattr(args, name)
-        if value is not None and not value >= least:
+        if value is not None and not least <= value < math.inf:
             yield f"--{name.replace('_', '-')} must be at least {least}, not {value}"
-    if args.min_lr is not None and args.min_lr > args.max_lr:
+    for name, value in vars(args).items():
+        if value == "" and not name.endswith(("prompt", "signals")) or str(value).startswith("~"):
+            yield f"--{name.replace('_', '-')} '{value}': empty, or with a ~ that only a shell understands"
+    if args.min_lr > args.max_lr:
         yield f"--min-lr {args.min_lr} is above --max-lr {args.max_lr}: lower --min-lr as well"
     if args.gpu_ranks and not re.fullmatch(r"\d+(,\d+)*", args.gpu_ranks):
         yield f"--gpu-ranks {args.gpu_ranks}: expected numbers with commas, such as 0,2,3"
@@ -286,10 +295,9 @@ def find_common_problems(args: Namespace, positive: str, not_negative: str, sour
 def find_problems(args: Namespace) -> Iterator[str]:
     """Every argument that cannot work, before anything is downloaded, tokenised or started."""
     positive = ("seq_len batch_size grad_accum_steps num_epochs loss_chunk_tokens max_bad_steps log_interval "
-                "max_steps steps_per_epoch nproc hsdp_shard_size vocab_size "
-                "stall_timeout")
-    not_negative = ("warmup_steps weight_decay grad_clip keep_checkpoints eval_interval sample_tokens min_lr "
-                    "max_lr max_restarts checkpoint_interval")
+                "max_steps steps_per_epoch nproc hsdp_shard_size vocab_size stall_timeout")
+    not_negative = ("warmup_steps weight_decay grad_clip keep_checkpoints eval_interval max_lr min_lr "
+                    "max_restarts checkpoint_interval")
     yield from find_common_problems(args, positive, not_negative, "dataset hf_model tokenizer")
     if args.from_scratch == bool(args.hf_model):
         yield "choose one: --hf-model NAME_OR_FOLDER or --from-scratch"
@@ -330,10 +338,12 @@ class Ranks:
 
 def relaunch_under_torchrun(args: Namespace) -> None:
     """Started plainly, with several GPUs or --nproc N: run this same command under torchrun, then exit."""
-    if "RANK" in os.environ or "SLURM_STEP_ID" in os.environ:
+    if "RANK" in os.environ:
         if args.gpu_ranks and os.environ.get("CUDA_VISIBLE_DEVICES") != args.gpu_ranks:
-            usage_error("--gpu-ranks comes too late under torchrun or srun: set CUDA_VISIBLE_DEVICES")
+            usage_error("--gpu-ranks comes too late under torchrun: set CUDA_VISIBLE_DEVICES")
         return
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        usage_error("srun started several of these, which do not know of each other: use launch_slurm.sh")
     select_gpus(args.gpu_ranks)
     num_gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
     nproc = args.nproc or max(1, num_gpus)
@@ -349,6 +359,8 @@ def relaunch_under_torchrun(args: Namespace) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     # Time to save, after a signal that torchrun passes on; torch 2.11 does not read this and gives 30 s.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    if args.max_restarts:  # a new store each time: in torchrun's own the dead keep addresses (pytorch#135712)
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     passed_on = ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", *filter(None, args.stop_signals.split(","))]
     # The failing rank has printed one line of its own that says more than the launcher's table.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -366,34 +378,26 @@ def relaunch_under_torchrun(args: Namespace) -> None:
 
 def select_gpus(gpu_ranks: str | None) -> None:
     """--gpu-ranks becomes CUDA_VISIBLE_DEVICES before CUDA starts; another value there is a usage error."""
-    if not gpu_ranks:
-        return
-    visible = os.environ.setdefault("CUDA_VISIBLE_DEVICES", gpu_ranks)
+    visible = os.environ.setdefault("CUDA_VISIBLE_DEVICES", gpu_ranks) if gpu_ranks else gpu_ranks
     if visible != gpu_ranks:
         usage_error(f"--gpu-ranks {gpu_ranks} and CUDA_VISIBLE_DEVICES={visible} disagree: unset one of them")
-    if torch.cuda.device_count() != len(gpu_ranks.split(",")):
+    if gpu_ranks and torch.cuda.device_count() != len(gpu_ranks.split(",")):
         usage_error(f"--gpu-ranks {gpu_ranks}: only {torch.cuda.device_count()} of these GPUs exist here")
 # <<< shared: ranks
 
 
 # >>> shared: process-group
 def read_ranks(args: Namespace) -> Ranks:
-    """From torchrun's or accelerate's variables, from srun's, or alone."""
-    env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        host = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
-        if re.search(r"[\[,]", host):  # a compressed list: n[01-04]
-            host = subprocess.check_output(["scontrol", "show", "hostnames", host], text=True).split()[0]
-        env.setdefault("MASTER_ADDR", host)
-        # Every task computes the same port, and two steps on one node rarely the same one.
-        port = 20000 + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 20000
-        env.setdefault("MASTER_PORT", str(port))
-        env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"],
-                   WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"])
-    if "TORCHELASTIC_RUN_ID" in env:
+    """From torchrun's variables, which accelerate and launch_slurm.sh set, too, or alone."""
+    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    try:
+        rank, local_rank, world_size = (int(os.environ.get(name, alone)) for name, alone in names.items())
+    except ValueError as error:
+        raise UserError(f"of {', '.join(names)} in the environment, one is no number ({error})") from None
+    if not 0 <= rank < world_size:
+        raise UserError(f"RANK={rank} is outside WORLD_SIZE={world_size}: processes count from 0")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_launcher()
-    rank, local_rank = int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0))
-    world_size = int(env.get("WORLD_SIZE", 1))
     if args.device == "cuda" and not torch.cuda.is_available():
         usage_error("--device cuda: torch sees no GPU here; "
                     "use --device cpu, or install a CUDA build of torch")
@@ -409,6 +413,7 @@ def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceM
     """Start the process group (all ranks); returns the mesh: (replicate, shard), or (shard,) without HSDP."""
     from torch.distributed.device_mesh import init_device_mesh
     cuda = ranks.device.type == "cuda"
+    args.compile = cuda if args.compile is None else args.compile
     if args.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
         torch.use_deterministic_algorithms(True)  # flash attention's backward, too; cuDNN's is left out
@@ -424,15 +429,6 @@ def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceM
         options |= {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
     else:
         find_rendezvous(ranks)
-    is_old_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and (
-        os.environ["TORCHELASTIC_RESTART_COUNT"] != "0" and os.environ["GROUP_WORLD_SIZE"] == "1")
-    if is_old_store:
-        # HACK(torch 2.13, pytorch#135712): torchrun's store still holds the addresses of the ranks that died.
-        # Nodes count restarts differently: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a new store.
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = torch.distributed.TCPStore(*address, is_master=False, timeout=timeout)
-        store = torch.distributed.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        options |= {"store": store, "rank": ranks.rank, "world_size": ranks.world_size}
     try:
         torch.distributed.init_process_group(**options)
     except torch.distributed.DistNetworkError as error:
@@ -454,7 +450,7 @@ def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceM
 def find_rendezvous(ranks: Ranks) -> None:
     """Fails within seconds; init_process_group would wait for its timeout."""
     if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise UserError("RANK is set, MASTER_ADDR and MASTER_PORT are not: start this with torchrun or srun")
+        raise UserError("RANK is set, MASTER_ADDR and MASTER_PORT are not: start this with torchrun")
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         socket.getaddrinfo(host, port)
@@ -1319,12 +1315,12 @@ class CausalLM(nn.Module):
         self.head_loss = head_loss  # `compile_head_loss` puts its compiled form here
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None,
-                cu_seqlens: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V), or with labels (B, T) the sum of the tokens' losses, in fp32."""
+                cu_seqlens: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits (B, T, V), or with labels (B, T) `chunked_loss` of them."""
         hidden = self.model(input_ids, position_ids, cu_seqlens)
         if labels is None:
             return self.lm_head(hidden)
-        return chunked_cross_entropy(hidden, labels, self.lm_head, self.head_loss, self.loss_chunk)
+        return chunked_loss(hidden, labels, self.lm_head, self.head_loss, self.loss_chunk)
 
 
 def rotary_table(position_ids: Tensor, head_size: int, theta: float, dtype: torch.dtype
@@ -1410,7 +1406,7 @@ def build_model(args: Namespace, folder: Path | None, vocab_size: int) -> nn.Mod
 
 
 def attach_chunked_loss(model: nn.Module) -> None:
-    """Give a transformers model the call of `CausalLM`: logits, or with labels the summed loss in chunks."""
+    """Give a transformers model the call of `CausalLM`: logits, or with labels `chunked_loss` of them."""
     full_forward, head, config = model.forward, model.get_output_embeddings(), model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     cap = getattr(config, "final_logit_softcapping", None) or 0.0
@@ -1422,7 +1418,7 @@ def attach_chunked_loss(model: nn.Module) -> None:
 
     # As an attribute, not as a wrapping module: parameter names stay those of the files on disk.
     def forward(input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None,
-                cu_seqlens: Tensor | None = None) -> Tensor:
+                cu_seqlens: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         call = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
         if config._attn_implementation == "varlen":
             call["cu_seqlens"] = cu_seqlens
@@ -1437,10 +1433,13 @@ def attach_chunked_loss(model: nn.Module) -> None:
             call["output_router_logits"] = True
         out = full_forward(**call) if model.whole_logits else base(**call)
         if model.whole_logits:
-            loss = cross_entropy_sum(out.logits.flatten(0, 1), labels.flatten())
+            sums = loss_terms(out.logits.flatten(0, 1), labels.flatten())
+            loss, sums = weigh(sums), sums.detach()
         else:
-            loss = chunked_cross_entropy(out[0], labels, head, model.head_loss, model.loss_chunk)
-        return loss + balance(out.router_logits) * (labels != IGNORE).sum() if with_balance else loss
+            loss, sums = chunked_loss(out[0], labels, head, model.head_loss, model.loss_chunk)
+        if with_balance:
+            loss = loss + balance(out.router_logits) * (labels != IGNORE).sum()
+        return loss, sums
 
     model.forward = forward
 
@@ -1500,7 +1499,7 @@ def shard_model(model: nn.Module, args: Namespace, mesh: torch.distributed.Devic
     for block in blocks:
         if args.activation_checkpointing != "none":
             recompute_in_backward(block, selective=args.activation_checkpointing == "selective")
-        if wants_compile(args, mesh.device_type):
+        if args.compile:
             block.compile()
         fully_shard(block, **options)
     # The root is never resharded after forward: the backward begins with the head.
@@ -1547,10 +1546,6 @@ def reshard(model: nn.Module) -> None:
 
 
 # >>> shared: recompute
-def wants_compile(args: Namespace, device_type: str) -> bool:
-    return device_type == "cuda" if args.compile is None else args.compile
-
-
 def recompute_in_backward(block: nn.Module, selective: bool) -> None:
     """Activation checkpointing by replacing the block's forward, so that no parameter changes its name.
 
@@ -1779,21 +1774,31 @@ def prove_filled(model: nn.Module, ties: dict[str, str]) -> None:
 def describe_model(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     """Lines for the start of a run: sizes, and this rank's parameters, gradients and optimizer states."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    by_dtype: dict[str, int] = {}
-    for param in model.parameters():
-        key = str(param.dtype).removeprefix("torch.")
-        by_dtype[key] = by_dtype.get(key, 0) + local_part(param).nbytes
-    sizes = ", ".join(f"{nbytes / 2**20:,.1f} MiB {key}" for key, nbytes in by_dtype.items())
+    masters = sum(local_part(param).nbytes for param in model.parameters()) / 2**20
     gradients, blocks = sum(local_part(param).nbytes for param in trainable) / 2**20, find_blocks(model)
     block_class = type(blocks[0]).__name__.removeprefix("FSDP")
     return [
         f"model      {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{sum(p.numel() for p in trainable):,} trainable",
         f"sharded    {len(blocks)} x {block_class}, and the root with what is left",
-        f"this rank  parameters {sizes}; gradients {gradients:,.1f} MiB float32; "
-        f"{type(optimizer).__name__} states {2 * gradients:,.1f} MiB float32",
+        f"this rank  MiB in float32: parameters {masters:,.1f}, gradients {gradients:,.1f}, "
+        f"{type(optimizer).__name__} states {2 * gradients:,.1f}",
     ]
 # <<< shared: prove
+
+
+def check_memory(model: nn.Module, args: Namespace, mesh: torch.distributed.DeviceMesh) -> None:
+    """Before anything is allocated: fp32 parameters, gradients, AdamW's two states against what is free."""
+    size = sum(p.numel() for p in model.parameters())
+    nbytes = 16 * size // mesh.size(-1)
+    if mesh.device_type == "cuda" and not args.cpu_offload:
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        free = 1024 * int(available[1]) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if nbytes > free:
+        raise UserError(f"{size / 1e9:.1f}B parameters, gradients and AdamW states take {nbytes >> 30} GiB a "
+                        f"process, {free >> 30} are free: choose a smaller model, or use more devices")
 
 
 @torch.no_grad()
@@ -1819,7 +1824,7 @@ def prove_loss(model: nn.Module, ranks: Ranks) -> None:
     model.train()
     # bf16: half a unit in the last place of the largest logit, by which two orders of adding may differ.
     bound = 3e-6 if logits.dtype == torch.float32 else torch.finfo(logits.dtype).eps / 2
-    if each and not (torch.stack(each) - expected).abs().mean() <= bound * logits.abs().max():
+    if each and not (torch.stack(each)[:, 0] - expected).abs().mean() <= bound * logits.abs().max():
         model.whole_logits = True
         if ranks.is_main:
             print("this model transforms its logits in a way of its own: "
@@ -1867,90 +1872,119 @@ def prove_packing(model: nn.Module, ranks: Ranks, can_use_varlen: bool = False) 
 # 5. Optimizer and schedule
 
 # >>> shared: optimizer
-def build_optimizer(model: nn.Module, args: Namespace) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
     """Fused AdamW on fp32 masters; weight decay on matrices only, not on norms, biases and embeddings."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed = [p for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings]
     others = [p for p in model.parameters() if p.dim() <= 1 or id(p) in embeddings]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    # EDIT: another optimizer (`clip_and_step` relies on fused)
+    # EDIT: another optimizer
     return torch.optim.AdamW(groups, lr=args.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
-def learning_rate(step: int, total_steps: int, warmup_steps: int, max_lr: float, min_lr: float) -> float:
-    """For the update after `step` updates: linear warm-up to max_lr, then a cosine that ends at min_lr."""
-    if step < warmup_steps:
-        return max_lr * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-    return min_lr + 0.5 * (max_lr - min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
 @torch.no_grad()
-def reduce_stats(model: nn.Module, loss_sum: Tensor, count: Tensor, num_replicas: int, votes: Tensor
+def reduce_stats(model: nn.Module, sums: Tensor, count: Tensor, num_replicas: int, votes: Tensor
                  ) -> tuple[Tensor, ...]:
-    """(mean loss, count, gradient norm, sums of votes) over all ranks and micro-batches, by one collective.
+    """(mean losses, count, gradient norm, sums of votes) over all ranks and micro-batches, by one collective.
 
-    `count` is what the loss is a mean over: trained tokens, or sequences. Gradients here are those of the
-    summed loss, so that their norm is divided by the count. Under HSDP each replica holds the whole reduced
-    gradient, hence the division by `num_replicas`."""
+    `sums` are (K,) summed losses, `count` is what they are a mean over: trained tokens, or sequences.
+    Gradients here are those of the summed loss, so that their norm is divided by the count. Under HSDP each
+    replica holds the whole reduced gradient, hence the division by `num_replicas`."""
     grads = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
     norms = torch._foreach_norm([g for g in grads if g.numel()]) or [torch.zeros(())]
-    square = torch.stack(norms).square().sum().to(loss_sum.device)
-    total = all_sum(torch.cat([torch.stack([loss_sum, count, square / num_replicas]), votes]))
-    return total[0] / total[1], total[1], total[2].sqrt() / total[1], total[3:]
+    square = torch.stack(norms).square().sum().to(sums.device)
+    total, K = all_sum(torch.cat([sums, torch.stack([count, square / num_replicas]), votes])), len(sums)
+    return total[:K] / total[K], total[K], total[K + 1].sqrt() / total[K], total[K + 2:]
 
 
 @torch.no_grad()
-def clip_and_step(optimizer: torch.optim.AdamW, grad_norm: Tensor, count: Tensor, grad_clip: float) -> Tensor:
-    """One update, or none for a gradient that is not finite: decided on the device, on all ranks.
+def clip_and_step(optimizer: torch.optim.Optimizer, grad_norm: Tensor, count: Tensor, grad_clip: float
+                  ) -> Tensor:
+    """One update, or none for a gradient that is not finite, on all ranks. Gradients are divided by `count`
+    (see `reduce_stats`) and clipped. Returns 1.0 where there was no update.
 
-    The fused kernel divides gradients by `grad_scale` and does nothing if `found_inf` is 1 (GradScaler's
-    protocol): dividing by `count` (see `reduce_stats`), clipping and skipping cost no pass over the gradients
-    and no host-device synchronisation. Returns `found_inf`."""
+    A fused kernel divides gradients by `grad_scale` and does nothing if `found_inf` is 1 (GradScaler's
+    protocol): that costs no pass over the gradients and no host-device synchronisation."""
     found_inf = (~torch.isfinite(grad_norm)).float()
     over = torch.clamp(grad_norm / grad_clip, min=1.0) if grad_clip else torch.ones_like(grad_norm)
-    where = local_part(optimizer.param_groups[0]["params"][0]).device  # the host with --cpu-offload
-    optimizer.grad_scale, optimizer.found_inf = (count * over).to(where), found_inf.to(where)
-    optimizer.step()
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    grads = [local_part(param.grad) for param in params if param.grad is not None]
+    where = local_part(params[0]).device  # the host with --cpu-offload
+    if optimizer.defaults.get("fused"):
+        optimizer.grad_scale, optimizer.found_inf = (count * over).to(where), found_inf.to(where)
+        optimizer.step()
+    elif not found_inf.item():  # sync point
+        torch._foreach_div_(grads, (count * over).to(where))
+        optimizer.step()
     return found_inf
 # <<< shared: optimizer
 
 
-def resolve_steps(args: Namespace, dataset: TokenDataset | None, ranks: Ranks) -> tuple[int, int, str]:
-    """(total steps, warm-up steps, a line that says why)."""
-    samples_per_step = args.batch_size * args.grad_accum_steps * ranks.world_size
-    one_pass = math.ceil(len(dataset) / samples_per_step) if dataset else 1000
-    total = args.max_steps or min(args.num_epochs * (args.steps_per_epoch or one_pass), 100_000)
+def learning_rate(step: float, total_steps: float, warmup_steps: int, max_lr: float, min_lr: float,
+                  schedule: str = "cosine") -> float:
+    """For the update after `step` updates: linear warm-up to max_lr, then down to min_lr at the last one."""
+    if step < warmup_steps:
+        return max_lr * (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
+    height = {  # EDIT: the schedule, from 1 after the warm-up to 0
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "wsd": min(1.0, (1 - progress) / 0.2),  # warm-up, stable, decay: Hu et al. 2024, arXiv:2404.06395
+        "constant": 1.0,
+    }
+    return min_lr + (max_lr - min_lr) * height[schedule]
+
+
+def resolve_steps(args: Namespace, dataset: TokenDataset | None, ranks: Ranks, progress: dict
+                  ) -> tuple[int, int, float, list[str]]:
+    """(total steps, warm-up steps, ahead, lines that say why). Epochs count in samples, also where the batch
+    has changed since; the schedule, to go on where it was, is `ahead` steps ahead of those done."""
+    per_step, ahead = args.batch_size * args.grad_accum_steps * ranks.world_size, 0.0
+    total, known = args.num_epochs * (args.steps_per_epoch or 1000), "of a stream"
+    if dataset:
+        known = f"one pass over {len(dataset):,} sequences is {math.ceil(len(dataset) / per_step):,}"
+    if dataset and not (args.max_steps or args.steps_per_epoch):
+        ahead = progress["samples"] / per_step - progress["step"]
+        left = args.num_epochs * len(dataset) - progress["samples"]
+        total = progress["step"] + math.ceil(left / per_step)
+    total = args.max_steps or min(total, 100_000)
     warmup = args.warmup_steps if args.warmup_steps is not None else min(2000, total // 10)
     if warmup > total:
         raise UserError(f"--warmup-steps {warmup} is more than the run's {total} steps")
-    known = "the data's length is unknown"
-    if dataset:
-        known = f"one pass over {len(dataset):,} sequences is {one_pass:,}"
-    line = (f"steps      {total:,} ({known}), {warmup:,} of warm-up; {samples_per_step:,} sequences, "
-            f"{samples_per_step * args.seq_len:,} tokens a step")
-    return total, warmup, line
+    lines = [f"steps      {total:,} ({known}), {warmup:,} of warm-up; {per_step:,} sequences, "
+             f"{per_step * args.seq_len:,} tokens a step; learning rate {args.max_lr:g}"]
+    if total < 10 or (dataset and per_step > len(dataset)):
+        lines.append("note       so few and large steps learn little: lower --batch-size, raise --num-epochs")
+    return total, warmup, ahead, lines
 
 
 # ------------------------------------------------------------------------------------------------
 # 6. Loss: summed cross-entropy, in chunks, so that whole logits never exist
 
-def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over tokens with a label of -log p(label), in fp32. (N, V), (N,) -> ()."""
-    # EDIT: the objective
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
+# EDIT: the objective: each term's weight, its meaning, below its formula. The first is held-out loss, too.
+LOSSES = {
+    "loss": (1.0, "cross-entropy in nats per trained token of this step, over all ranks and micro-batches"),
+}
+
+
+def loss_terms(logits: Tensor, labels: Tensor) -> Tensor:
+    """The terms of `LOSSES`, each summed over the tokens with a label, in fp32. (N, V), (N,) -> (K,)."""
+    return torch.stack([F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")])
+
+
+def weigh(sums: Tensor) -> Tensor:
+    return sum(weight * term for (weight, _), term in zip(LOSSES.values(), sums.unbind(), strict=True))
 
 
 def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float = 1.0,
               cap: float = 0.0) -> Tensor:
-    """Output head, the family's scale and soft cap of the logits, loss. (N, D), (V, D), (V,), (N,) -> ()."""
+    """Output head, the family's scale and soft cap, loss terms. (N, D), (V, D), (V,), (N,) -> (K,)."""
     logits = F.linear(hidden.to(weight.dtype), weight, bias)  # Mamba 2 adds up its layers in fp32
     if scale != 1.0:
         logits = logits * scale
     if cap:
         logits = cap * torch.tanh(logits / cap)
-    return cross_entropy_sum(logits, labels)
+    return loss_terms(logits, labels)
 
 
 class ChunkedHeadLoss(torch.autograd.Function):
@@ -1962,35 +1996,38 @@ class ChunkedHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, loss_fn, chunk, needs_grad):
-        loss_sum = hidden.new_zeros((), dtype=torch.float32)
+        sums = hidden.new_zeros(len(LOSSES), dtype=torch.float32)
         params = [weight] if bias is None else [weight, bias]
         # fp32: over hundreds of chunks a bf16 sum would lose the small addends.
-        sums = [torch.zeros_like(p, dtype=torch.float32) for p in params] if needs_grad else []
+        totals = [torch.zeros_like(p, dtype=torch.float32) for p in params] if needs_grad else []
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             with torch.set_grad_enabled(needs_grad):
                 leaves = [t.detach().requires_grad_(needs_grad) for t in (hidden[rows], *params)]
-                loss = loss_fn(leaves[0], leaves[1], leaves[2] if bias is not None else None, labels[rows])
-            loss_sum += loss.detach()
+                terms = loss_fn(leaves[0], leaves[1], leaves[2] if bias is not None else None, labels[rows])
+                loss = weigh(terms)
+            sums += terms.detach()
             if needs_grad:
                 grad_hidden[rows], *grads = torch.autograd.grad(loss, leaves)
-                for total, grad in zip(sums, grads):
+                for total, grad in zip(totals, grads):
                     total += grad
-                del grads, grad  # of the size of the head: not beside the next chunk's logits
+                del loss, terms, grads, grad  # of the size of the head: not beside the next chunk's logits
         if needs_grad:
-            ctx.save_for_backward(grad_hidden, *(total.to(weight.dtype) for total in sums))
-        return loss_sum
+            ctx.save_for_backward(grad_hidden, *(total.to(weight.dtype) for total in totals))
+        ctx.mark_non_differentiable(sums)
+        return weigh(sums), sums
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    def backward(ctx, grad_loss, _):
         grad_hidden, grad_weight, *grad_bias = (grad.mul_(grad_loss) for grad in ctx.saved_tensors)
         return grad_hidden, grad_weight, grad_bias[0] if grad_bias else None, None, None, None, None
 
 
-def chunked_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Linear, loss_fn: Callable, chunk: int
-                          ) -> Tensor:
-    """Summed loss of (B, T, D) hidden states under an output head, as a differentiable fp32 scalar."""
+def chunked_loss(hidden: Tensor, labels: Tensor, head: nn.Linear, loss_fn: Callable, chunk: int
+                 ) -> tuple[Tensor, Tensor]:
+    """Of (B, T, D) hidden states under an output head: the weighted loss, summed over tokens, as a
+    differentiable fp32 scalar, and its terms (K,), see `loss_terms`, to be looked at."""
     bias = getattr(head, "bias", None)
     needs_grad = torch.is_grad_enabled()  # `ctx.needs_input_grad` is true for parameters under no_grad, too
     return ChunkedHeadLoss.apply(hidden.flatten(0, 1), head.weight, bias, labels.flatten(), loss_fn, chunk,
@@ -2033,26 +2070,19 @@ def lock_run(folder: Path, ranks: Ranks):
     20 s, since a run that was killed a moment ago may still be ending."""
     if not ranks.is_main:
         return None
-    lock = (folder / "lock").open("a+")
+    lock = (folder / "lock").open("w")
     for attempt in range(20):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
+            return lock
         except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read().strip()
             if attempt == 0:
-                print(f"{folder} is in use by {owner}: waiting 20 s for its end", file=sys.stderr, flush=True)
+                print(f"{folder} is in use by another run: waiting 20 s for its end", file=sys.stderr)
             time.sleep(1)
         except OSError as error:  # a network file system without locks
             print(f"{folder} cannot be locked ({error.strerror}): take care that no second run uses it")
             return None
-    else:
-        raise UserError(f"{folder} is in use by {owner}: give this run another --checkpoint-dir, or end that")
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
-    lock.flush()
-    return lock
+    raise UserError(f"{folder} is in use: give this run another --checkpoint-dir, or end that")
 
 
 def open_stager(saver: Checkpointer, cuda: bool) -> None:
@@ -2080,15 +2110,21 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """{parameter name: {step, exp_avg, exp_avg_sq}}, made of zeros where no update has happened yet."""
-    states = {}
-    for name, param in ((n, p) for n, p in model.named_parameters() if p.requires_grad):
-        if not optimizer.state[param]:
-            step = torch.zeros((), dtype=torch.float32, device=local_part(param).device)
-            optimizer.state[param] = {"step": step, "exp_avg": torch.zeros_like(param),
-                                      "exp_avg_sq": torch.zeros_like(param)}
-        states[name] = optimizer.state[param]
-    return states
+    """{parameter name: what the optimizer keeps of it}, whichever optimizer that is."""
+    params = model.named_parameters()
+    return {name: optimizer.state[param] for name, param in params if optimizer.state.get(param)}
+
+
+def make_room(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Give the optimizer the states that a checkpoint's metadata name, empty, before its first update."""
+    params = dict(model.named_parameters())
+    for key, found in saved.items():
+        name, _, state = key.removeprefix("optim.").rpartition(".")
+        if key.startswith("optim.") and name in params:
+            param, dtype = params[name], found.properties.dtype
+            optimizer.state[param][state] = (
+                torch.zeros_like(param, dtype=dtype) if found.size == param.shape
+                else torch.zeros(found.size, dtype=dtype, device=local_part(param).device))
 
 
 def random_states(ranks: Ranks) -> dict[str, Tensor]:
@@ -2182,10 +2218,6 @@ def publish(saver: Checkpointer, partial: Path, names: list[str]) -> None:
             shutil.rmtree(old.rename(old.with_suffix(".partial")), ignore_errors=True)
 
 
-def is_time_to_save(interval: int, step: int, is_end: object) -> bool:
-    return interval > 0 and (bool(is_end) or step % interval == 0)
-
-
 def finish_save(saver: Checkpointer) -> str:
     """Wait for the save under way (all ranks). Returns what went wrong, which has been said: training goes
     on, and the next interval saves again."""
@@ -2217,7 +2249,7 @@ def checkpoints_to_resume(args: Namespace) -> list[Path]:
     """What --resume names, oldest first. Refuses to mix a new run into a folder that holds an old one."""
     found = checkpoints_in(Path(args.checkpoint_dir) / "checkpoints")
     if args.resume not in ("auto", "none"):
-        step = json.loads((Path(args.resume) / "progress.json").read_text())["step"]
+        step = read_progress([Path(args.resume)], {})["step"]
         if found and int(found[-1].name[5:]) > step:
             raise UserError(f"--resume {args.resume}: {args.checkpoint_dir} holds {found[-1].name}, which is "
                             "newer; give this run another --checkpoint-dir")
@@ -2230,22 +2262,40 @@ def checkpoints_to_resume(args: Namespace) -> list[Path]:
 
 
 # >>> shared: load-checkpoint
+def read_progress(found: list[Path], start: dict) -> dict:
+    """The progress that the newest checkpoint holds, of the form of `start`; this where there is none."""
+    if not found:
+        return start
+    try:
+        progress = json.loads((found[-1] / "progress.json").read_text())
+        if found[-1].name != f"step_{progress['step']:06d}":
+            raise ValueError("progress.json is of another step")
+        return start | progress
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise unreadable(found, error) from error
+
+
+def unreadable(found: list[Path], error: BaseException) -> UserError:
+    remedy = f"go on from {found[-2]}" if found[1:] else "begin anew"
+    return UserError(f"{found[-1]} cannot be read ({reason_of(error)}): remove it to {remedy}")
+
+
 def load_checkpoint(found: list[Path], model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
-                    ) -> dict:
+                    ) -> None:
     """`read_checkpoint` of the newest (all ranks). Raises UserError, which names the one before it."""
     import torch.distributed.checkpoint as dcp
     try:
-        return read_checkpoint(found[-1], model, optimizer, ranks)
+        read_checkpoint(found[-1], model, optimizer, ranks)
     except (dcp.CheckpointException, OSError, ValueError, RuntimeError, EOFError,
             pickle.UnpicklingError) as error:
-        remedy = f"go on from {found[-2]}" if found[1:] else "begin anew"
-        raise UserError(f"{found[-1]} cannot be read ({reason_of(error)}): remove it to {remedy}") from error
+        raise unreadable(found, error) from error
 
 
-def read_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
-    """Fill model, optimizer and random state, on any number of ranks; returns the progress (all ranks)."""
+def read_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    """Fill model, optimizer and random state, on any number of ranks (all ranks)."""
     import torch.distributed.checkpoint as dcp
     saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    make_room(model, optimizer, saved)
     tensors = {"model": model_tensors(model), "optim": optimizer_tensors(model, optimizer)}
     for name, tensor in tensors["model"].items():
         found = saved.get(f"model.{name}")
@@ -2261,8 +2311,22 @@ def read_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     dcp.load(tensors | ({"random": here} if here else {}), checkpoint_id=path)
     for name, state in here.items():
         torch.set_rng_state(state) if name[:3] == "cpu" else torch.cuda.set_rng_state(state, ranks.device)
-    return json.loads((path / "progress.json").read_text())
 # <<< shared: load-checkpoint
+
+
+def compare_runs(args: Namespace, progress: dict, found: list[Path], identity: str, **now: object
+                 ) -> list[str]:
+    """Note `now` in `progress`; returns a line on it and on flags that differ from the newest checkpoint's.
+    Raises UserError for those of `identity`, which make another run, unless --resume names a checkpoint."""
+    import yaml
+    saved = yaml.safe_load((found[-1] / "config.yaml").read_text()) | progress if found else vars(args)
+    changed = [key for key, value in (vars(args) | now).items() if found and saved.get(key) != value]
+    shown = ", ".join(f"{key} {saved.get(key)} -> {(vars(args) | now)[key]}" for key in changed)
+    if args.resume == "auto" and set(identity.split()) & set(changed):
+        raise UserError(f"{found[-1]} is of another run ({shown}): give this one another --checkpoint-dir; "
+                        f"--resume {found[-1]} goes on from there")
+    progress |= now
+    return [f"changed    {shown}"] if changed else []
 
 
 # >>> shared: export-files
@@ -2404,8 +2468,8 @@ def model_parts(model: nn.Module, tokenizer) -> tuple:
 METRICS = {
     "step": "optimizer steps completed",
     "samples": "sequences seen, the position in the global order",
-    "train/loss": "cross-entropy in nats per trained token of this step, over all ranks and micro-batches",
-    "train/perplexity": "exp(train/loss)",
+    **{f"train/{name}": meaning for name, (_, meaning) in LOSSES.items()},
+    "train/perplexity": "exp of the first of LOSSES",
     "train/lr": "learning rate of this step",
     "train/grad_norm": "global L2 norm of the gradient before clipping",
     "train/skipped_steps": "steps since the start without an update, because the gradient was not finite",
@@ -2498,7 +2562,7 @@ def write_record(folder: Path, args: Namespace, ranks: Ranks) -> dict[str, str]:
         environment = {"commit": commit or None, "dirty": dirty, "python": sys.version.split()[0], **modules,
                        "device": device, "world_size": ranks.world_size}
         write_once(folder / "config.yaml", config)
-        write_once(folder / "command.txt", " ".join([sys.executable, *sys.argv]) + "\n")
+        write_once(folder / "command.txt", shlex.join([sys.executable, *sys.argv]) + "\n")
         write_once(folder / Path(__file__).name, source)
         write_once(folder / "env.json", json.dumps(environment, indent=1))
     return {"config.yaml": config, Path(__file__).name: source}
@@ -2510,7 +2574,7 @@ def open_trackers(args: Namespace, ranks: Ranks) -> list[Callable[[dict], None]]
     """Rank 0: functions that take a row of metrics: the file's, and TensorBoard's or W&B's if asked for."""
     if not ranks.is_main:
         return []
-    trackers = [functools.partial(append_lines, Path(args.checkpoint_dir) / "metrics.jsonl", unwritten=[])]
+    trackers = [functools.partial(append_lines, Path(args.checkpoint_dir) / "metrics.jsonl")]
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(Path(args.checkpoint_dir) / "tensorboard")
@@ -2522,22 +2586,17 @@ def open_trackers(args: Namespace, ranks: Ranks) -> list[Callable[[dict], None]]
     return trackers
 
 
-def append_lines(path: Path, *rows: dict, unwritten: list[str]) -> None:
-    """JSON lines; what a full disk refuses is kept in `unwritten`, said once, written when there is room."""
-    was_written = not unwritten
-    unwritten += [json.dumps(row) + "\n" for row in rows]
-    data = "".join(unwritten).encode()
+def append_lines(path: Path, *rows: dict) -> None:
+    """JSON lines. A full disk costs these rows, and a line that says so, but not the run."""
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
     try:
         with path.open("ab", buffering=0) as file:  # a buffer would write its rest when the file is closed
             size = file.tell()
             if file.write(data) < len(data):
                 file.truncate(size)  # no half line
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        unwritten.clear()
     except OSError as error:
-        if was_written:
-            print(f"\n{path} cannot be written ({error.strerror}): its rows are kept in memory, training "
-                  "goes on", file=sys.stderr, flush=True)
+        print(f"\n{path} lacks {len(rows)} rows: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def check_trackers(args: Namespace) -> None:
@@ -2574,10 +2633,11 @@ def format_row(row: dict, total_steps: int) -> str:
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. Evaluation: the whole held-out split, and a sample of what the model writes
+# 9. Evaluation: the whole held-out split
 
 @torch.no_grad()
-def evaluate(model: nn.Module, dataset: TokenDataset, batch_size: int, ranks: Ranks) -> dict[str, float]:
+def evaluate(model: nn.Module, name: str, dataset: TokenDataset, batch_size: int, ranks: Ranks
+             ) -> dict[str, float]:
     """Loss per trained token over every sample once, the same on any number of ranks (all ranks).
 
     Ranks take turns of single batches; one that has none left repeats a sample without labels, because every
@@ -2595,32 +2655,14 @@ def evaluate(model: nn.Module, dataset: TokenDataset, batch_size: int, ranks: Ra
                         dataset.seq_len)
         if not mine:
             batch["labels"].fill_(IGNORE)
-        loss_sum += model(**batch).double()  # an fp32 sum over millions of tokens rounds
+        loss_sum += model(**batch)[1][0].double()  # an fp32 sum over millions of tokens rounds
         token_count += (batch["labels"] != IGNORE).sum()
     reshard(model)
     model.train()
     total = all_sum(torch.stack([loss_sum, token_count.double()])).tolist()  # sync point
     loss = total[0] / max(1.0, total[1])
-    return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0)), "eval/tokens": int(total[1]),
-            "eval/time_s": time.perf_counter() - started}
-
-
-@torch.no_grad()
-def write_sample(model: nn.Module, tokenizer, prompt: str, num_tokens: int, ranks: Ranks) -> str:
-    """`num_tokens` more tokens at temperature 0.8, by full forwards without a cache: for a look, not for
-    serving (all ranks step together; rank 0 draws)."""
-    ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
-    tokens = torch.tensor([ids], device=ranks.device)
-    generator = torch.Generator(ranks.device).manual_seed(0)
-    model.eval()
-    with torch.compiler.set_stance("force_eager"):  # each length would compile anew
-        for _ in range(num_tokens):
-            probabilities = torch.softmax(model(tokens[:, -256:])[:, -1].float() / 0.8, dim=-1)
-            drawn = torch.multinomial(probabilities, 1, generator=generator)
-            torch.distributed.broadcast(drawn, src=0)
-            tokens = torch.cat([tokens, drawn], dim=1)
-    model.train()
-    return tokenizer.decode(tokens[0].tolist())
+    return {f"{name}/loss": loss, f"{name}/perplexity": math.exp(min(loss, 700.0)),
+            f"{name}/tokens": int(total[1]), f"{name}/time_s": time.perf_counter() - started}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2636,13 +2678,14 @@ def masks_documents(args: Namespace, folder: Path) -> bool:
     return json.loads((folder / "meta.json").read_text())["train"]["chat"]
 
 
-def open_datasets(args: Namespace, folder: Path) -> tuple[TokenDataset | None, TokenDataset | None, int]:
-    """(train or None with --streaming, held out or None, tokenizer's length)."""
+def open_datasets(args: Namespace, folder: Path) -> tuple[TokenDataset | None, dict[str, TokenDataset], int]:
+    """(train or None with --streaming, held-out sets by name, tokenizer's length)."""
     make = functools.partial(TokenDataset, folder, seq_len=args.seq_len, packing=args.packing,
                              mask_documents=args.mask_documents)
     train_set = None if args.streaming else make("train")
-    eval_set = make("eval") if args.eval_split or args.eval_fraction else None
-    return train_set, eval_set, json.loads((folder / "meta.json").read_text())["vocab_size"]
+    # EDIT: held-out sets; NAME/loss is the metric of each
+    eval_sets = {"eval": make("eval")} if args.eval_split or args.eval_fraction else {}
+    return train_set, eval_sets, json.loads((folder / "meta.json").read_text())["vocab_size"]
 
 
 def open_stream(args: Namespace, ranks: Ranks, resume_from: Path | None) -> tuple[Iterator[dict], dict]:
@@ -2652,30 +2695,23 @@ def open_stream(args: Namespace, ranks: Ranks, resume_from: Path | None) -> tupl
     if len(states) == ranks.world_size:
         state = states[ranks.rank]
     elif states:
-        state = {"rows": max(s["rows"] for s in states), "waiting": []}
-        if ranks.is_main:
-            print(f"streaming: saved by {len(states)} processes, resumed by {ranks.world_size}: goes on at "
-                  f"row {state['rows']}; a few rows around it may be seen twice or not at all")
+        raise UserError(f"--streaming: {resume_from} was saved by {len(states)} processes and can only be "
+                        "resumed by as many")
     return streamed_batches(args, ranks, state), state
 
 
-def note_bad_steps(skipped: list[float], progress: dict, samples_per_step: int, dataset: TokenDataset | None,
-                   seed: int, say: Callable) -> None:
-    """Count the skipped among the last steps (1.0 each) in `progress`, and name them with their samples."""
+def note_bad_steps(skipped: list[float], progress: dict, bar) -> None:
+    """Count the skipped among the last steps (1.0 each)."""
     for back, bad in zip(range(len(skipped) - 1, -1, -1), skipped):
         progress["bad_in_a_row"] = progress["bad_in_a_row"] + 1 if bad else 0
         progress["skipped_steps"] += bool(bad)
         if bad:
-            stop = progress["samples"] - back * samples_per_step
-            positions = range(stop - samples_per_step, stop) if dataset else []
-            ids = [sample_at(position, len(dataset), seed) for position in positions]
-            say(f"no update in step {progress['step'] - back}: its gradient is not finite. Samples: "
-                f"{', '.join(map(str, ids[:32])) or 'of the stream'}{', …' if ids[32:] else ''}")
+            bar.write(f"no update in step {progress['step'] - back}: its gradient is not finite")
 
 
-def describe_data(train_set: TokenDataset | None, eval_set: TokenDataset | None) -> list[str]:
+def describe_data(train_set: TokenDataset | None, eval_sets: dict[str, TokenDataset]) -> list[str]:
     lines = []
-    for name, dataset in (("data", train_set), ("held out", eval_set)):
+    for name, dataset in (("data", train_set), *eval_sets.items()):
         if dataset is None:
             continue
         filled = dataset.num_tokens / (len(dataset) * dataset.seq_len)
@@ -2693,50 +2729,33 @@ def show_row(bar, row: dict, total_steps: int, ranks: Ranks) -> None:
         print(format_row(row, total_steps), flush=True)
 
 
-def show_evaluation(bar, step: int, evaluation: dict, ranks: Ranks) -> None:
-    if ranks.is_main:
-        bar.write(f"step {step:>7,}  eval loss {evaluation['eval/loss']:.4f}  perplexity "
-                  f"{evaluation['eval/perplexity']:.2f}  over {evaluation['eval/tokens']:,} tokens")
-
-
-def explain_bad_steps(streak: int, run_dir: Path) -> str:
-    kept = checkpoints_in(run_dir / "checkpoints")
-    return (f"{streak} steps in a row had a gradient that is not finite; none of them changed the weights. "
-            f"The newest checkpoint is {kept[-1] if kept else 'none'}. Lower --max-lr, or look at the data "
-            "(a step without a single trained token counts too)")
-
-
-def indent(text: str) -> str:
-    return "\n".join("    " + line for line in text.splitlines())
+def show_evaluation(bar, step: int, name: str, found: dict) -> None:
+    bar.write(f"step {step:>7,}  {name} loss {found[f'{name}/loss']:.4f}  perplexity "
+              f"{found[f'{name}/perplexity']:.2f}  over {found[f'{name}/tokens']:,} tokens")
 
 
 def closing_lines(args: Namespace, run_dir: Path, error: float | None) -> list[str]:
     """Where everything is, and what to run next."""
-    lines = [f"checkpoint {path}" for path in checkpoints_in(run_dir / "checkpoints")[-1:]]
-    lines += [f"record     {run_dir / 'metrics.jsonl'}, {run_dir / 'summary.json'}"]
+    lines = [f"record     {run_dir / 'metrics.jsonl'}, {run_dir / 'summary.json'}"]
     if args.export:
         check = "not reloaded: too little memory" if error is None else f"reloaded: logits within {error:.0e}"
+        command = shlex.join([sys.executable, sys.argv[0], "--hf-model", str(run_dir / "hf")])
         lines += [f"model      {run_dir / 'hf'} (Hugging Face format; {check})",
-                  f"next       {sys.executable} {sys.argv[0]} --hf-model {run_dir / 'hf'} --seq-len "
-                  f"{args.seq_len} --dataset YOUR.jsonl --max-lr 2e-5 --checkpoint-dir runs/finetuned"]
+                  f"next       {command} --dataset YOUR.jsonl --checkpoint-dir runs/finetuned"]
     return lines
 
 
 # >>> shared: ending
-def report_finished(args: Namespace, ranks: Ranks, found: list[Path], total_steps: int, flag: str) -> bool:
-    """True, and a line on rank 0 that names the `flag` for the number of steps, if the newest checkpoint is
-    the run's last and the export stands."""
+def report_finished(args: Namespace, ranks: Ranks, found: list[Path], step: int, total: int, flag: str
+                    ) -> bool:
+    """True, and a line on rank 0 that names the `flag` for the number of steps, if the newest checkpoint, of
+    `step`, is the run's last and the export stands."""
     exported = Path(args.checkpoint_dir) / "hf"
-    try:
-        if not found or json.loads((found[-1] / "progress.json").read_text())["step"] < total_steps:
-            return False
-    except (OSError, ValueError):  # damaged, which `load_checkpoint` will say
-        return False
-    if args.export and not exported.is_dir():
+    if not found or step < total or (args.export and not exported.is_dir()):
         return False
     if ranks.is_main:
         model = f", {exported} the model" if args.export else ""
-        print(f"this run is finished: {found[-1]} holds all {total_steps} steps{model}. A larger "
+        print(f"this run is finished: {found[-1]} holds all {total} steps{model}. A larger "
               f"{flag} goes on from there; another --checkpoint-dir starts anew")
     return True
 
@@ -2802,12 +2821,19 @@ def main() -> None:
     checkpoints = checkpoints_to_resume(args)
     data_folder = prepare_data(args)  # takes as long as it needs: no process group exists yet
     args.mask_documents = masks_documents(args, data_folder)
-    train_set, eval_set, vocab_size = open_datasets(args, data_folder)
-    total_steps, warmup_steps, steps_line = resolve_steps(args, train_set, ranks)
-    if report_finished(args, ranks, checkpoints, total_steps, "--max-steps"):
-        return
+    train_set, eval_sets, vocab_size = open_datasets(args, data_folder)
 
     mesh = init_distributed(args, ranks)
+    checkpoints = gather_objects(checkpoints)[0]  # rank 0's, which alone has waited for the run before to end
+    progress = read_progress(checkpoints, {
+        "step": 0, "samples": 0, "tokens": 0, "skipped_steps": 0, "bad_in_a_row": 0, "best_eval_loss": None,
+        "processes": ranks.world_size, "data": data_folder.name})
+    total_steps, warmup_steps, ahead, notes = resolve_steps(args, train_set, ranks, progress)
+    identity = "hf_model model_size data seed seq_len packing mask_documents"
+    notes += compare_runs(args, progress, checkpoints, identity, processes=ranks.world_size,
+                          data=data_folder.name)
+    if report_finished(args, ranks, checkpoints, progress["step"], total_steps, "--max-steps"):
+        return torch.distributed.destroy_process_group()
     resume_from = checkpoints[-1] if checkpoints else None
     dtype = compute_dtype(args.mixed_precision, ranks.device)
     if args.mixed_precision and dtype is torch.float32:
@@ -2815,18 +2841,17 @@ def main() -> None:
     hf_folder = fetch(args.hf_model) if args.hf_model else None
     # Shapes, then shards, then memory, then weights: no device needs room for more than its part.
     model = build_model(args, hf_folder, vocab_size)
+    check_memory(model, args, mesh)
     model.loss_chunk = args.loss_chunk_tokens or rows_at_once(model, ranks.device)
     shard_model(model, args, mesh, dtype)
-    if wants_compile(args, ranks.device.type):
+    if args.compile:
         compile_head_loss(model)
     ties = materialise(model, ranks.device, args.cpu_offload)
     optimizer = build_optimizer(model, args)  # after sharding, which replaces the parameters
     if hf_folder:
         fill_buffers(model)
-    progress = {"step": 0, "samples": 0, "tokens": 0, "skipped_steps": 0, "bad_in_a_row": 0,
-                "best_eval_loss": None}
     if resume_from:
-        progress = load_checkpoint(checkpoints, model, optimizer, ranks)
+        load_checkpoint(checkpoints, model, optimizer, ranks)
     elif hf_folder:
         load_hf_weights(model, hf_folder, args.trust_remote_code, ranks)
     else:
@@ -2845,7 +2870,7 @@ def main() -> None:
     files = write_record(run_dir, args, ranks)
     saver = open_checkpoints(args, ranks)
     trackers = open_trackers(args, ranks)
-    for line in [*describe_model(model, optimizer), *describe_data(train_set, eval_set), steps_line]:
+    for line in [*describe_model(model, optimizer), *describe_data(train_set, eval_sets), *notes]:
         say(line)
     if resume_from:
         say(f"resumed    {resume_from}: step {progress['step']:,}, {progress['samples']:,} sequences seen")
@@ -2854,7 +2879,7 @@ def main() -> None:
     num_replicas = ranks.world_size // mesh.size(-1)  # 1 without HSDP
     reduces_always = args.reduce_every_micro_batch or mesh.size() == 1  # one device: no traffic, less memory
     token_flops, device_flops = flops_per_token(model, args.seq_len), peak_flops(ranks.device)
-    loss_sum, token_count = torch.zeros(2, device=ranks.device)
+    loss_sums, token_count = (torch.zeros(size, device=ranks.device) for size in (len(LOSSES), ()))
     num_trained = torch.zeros((), dtype=torch.float64, device=ranks.device)
     skipped, times, num_input_tokens, stop = [], {}, 0, None
     phase = functools.partial(timed, times)
@@ -2868,20 +2893,22 @@ def main() -> None:
         # Evaluate (all ranks): first of all, so that a run that was ended after a save makes up for it
         is_last = progress["step"] >= total_steps
         is_due = args.eval_interval and progress["step"] and progress["step"] % args.eval_interval == 0
-        if eval_set and (is_last or is_due):
+        if eval_sets and (is_last or is_due):
             stall_after(None)
-            evaluation = evaluate(model, eval_set, args.batch_size, ranks)
-            best = progress["best_eval_loss"]
-            progress["best_eval_loss"] = min(evaluation["eval/loss"], math.inf if best is None else best)
+            for name, dataset in eval_sets.items():
+                evaluation |= evaluate(model, name, dataset, args.batch_size, ranks)
+                if ranks.is_main:
+                    show_evaluation(bar, progress["step"], name, evaluation)
+            loss, best = evaluation[f"{next(iter(eval_sets))}/loss"], progress["best_eval_loss"]
+            progress["best_eval_loss"] = loss if best is None else min(loss, best)
             for track in trackers:
                 track({"step": progress["step"], **evaluation})
-            show_evaluation(bar, progress["step"], evaluation, ranks)
         if is_last:
             break
         stall_after(args.stall_timeout)
 
         # Forward and backward: gradients of the summed loss, reduced with the last micro-batch (all ranks)
-        loss_sum.zero_()
+        loss_sums.zero_()
         token_count.zero_()
         for micro in range(args.grad_accum_steps):
             with phase("data"):
@@ -2889,9 +2916,9 @@ def main() -> None:
             with phase("forward_backward"):
                 is_reduced = reduces_always or micro == args.grad_accum_steps - 1
                 model.set_requires_gradient_sync(is_reduced)  # else whole gradients add up on each rank
-                loss = model(**batch)
+                loss, terms = model(**batch)
                 loss.backward()
-                loss_sum += loss.detach()  # read at the sync point only
+                loss_sums += terms  # read at the sync point only
                 token_count += (batch["labels"] != IGNORE).sum()
             num_input_tokens += batch["input_ids"].numel() * ranks.world_size
 
@@ -2899,11 +2926,12 @@ def main() -> None:
         with phase("checkpoint"):
             wait_for_copy(saver)  # the update would change what is being copied
         with phase("optimizer"):
-            lr = learning_rate(progress["step"], total_steps, warmup_steps, args.max_lr, args.min_lr)
+            lr = learning_rate(progress["step"] + ahead, total_steps + ahead, warmup_steps, args.max_lr,
+                               args.min_lr, args.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            step_loss, step_tokens, grad_norm, votes = reduce_stats(
-                model, loss_sum, token_count, num_replicas, votes_to_stop(asked, ranks))
+            losses, step_tokens, grad_norm, votes = reduce_stats(
+                model, loss_sums, token_count, num_replicas, votes_to_stop(asked, ranks))
             skipped.append(clip_and_step(optimizer, grad_norm, step_tokens, args.grad_clip))
             optimizer.zero_grad()
             stop = agreed_stop(asked, votes)
@@ -2914,21 +2942,22 @@ def main() -> None:
         num_trained += step_tokens
         bar.update()
         is_last = progress["step"] == total_steps
-        is_save = is_time_to_save(args.checkpoint_interval, progress["step"], is_last or stop)
+        every = args.checkpoint_interval
+        is_save = every and (is_last or stop or progress["step"] % every == 0)
 
         # Log
         if progress["step"] % args.log_interval == 0 or is_save or is_last or stop or progress["step"] == 1:
-            values = torch.stack([num_trained, step_loss, grad_norm, *skipped]).tolist()  # sync point
-            trained, loss_value, norm_value, *recent = values
+            values = torch.stack([*losses, num_trained, grad_norm, *skipped]).tolist()  # sync point
+            values, (trained, norm_value, *recent) = values[:len(LOSSES)], values[len(LOSSES):]
             progress["tokens"] += int(trained)
             num_trained.zero_()
             skipped.clear()
-            note_bad_steps(recent, progress, samples_per_step, train_set, args.seed,
-                           bar.write if ranks.is_main else len)
+            note_bad_steps(recent, progress, bar)
             seconds, num_steps = time.perf_counter() - row_started, progress["step"] - row_step
             row = {
-                "step": progress["step"], "samples": progress["samples"], "train/loss": loss_value,
-                "train/perplexity": math.exp(min(loss_value, 700.0)), "train/lr": lr,
+                "step": progress["step"], "samples": progress["samples"],
+                **{f"train/{name}": value for name, value in zip(LOSSES, values)},
+                "train/perplexity": math.exp(min(values[0], 700.0)), "train/lr": lr,
                 "train/grad_norm": norm_value, "train/skipped_steps": progress["skipped_steps"],
                 "train/tokens": progress["tokens"], "perf/tokens_per_s": num_input_tokens / seconds,
                 "perf/tokens_per_s_per_gpu": num_input_tokens / seconds / ranks.world_size,
@@ -2944,7 +2973,9 @@ def main() -> None:
             times.clear()
             if progress["bad_in_a_row"] >= args.max_bad_steps:
                 finish_save(saver)
-                raise UserError(explain_bad_steps(progress["bad_in_a_row"], run_dir))
+                raise UserError(f"{args.max_bad_steps} steps in a row had a gradient that is not finite, and "
+                                "changed nothing: lower --max-lr, or look at the data (a step without a "
+                                "single trained token counts, too)")
 
         stall_after(None)
 
@@ -2965,9 +2996,7 @@ def main() -> None:
     # End -------------------------------------------------------------------------------------
     bar.close()
     release_signals(asked)  # everything is saved: from here on they end this process at once
-    sample = exported = None
-    if args.sample_tokens:
-        sample = write_sample(model, load_tokenizer(args), args.sample_prompt, args.sample_tokens, ranks)
+    exported = None
     if args.export:
         parts = model_parts(model, load_tokenizer(args)) if ranks.is_main else None
         exported = export_model(args, model, parts, ranks, hf_folder, dtype)
@@ -2975,8 +3004,6 @@ def main() -> None:
     torch.distributed.destroy_process_group()  # rank 0 works alone from here: the others must not time out
     if not ranks.is_main:
         return
-    if sample is not None:
-        print(f"\na sample of what the model writes:\n{indent(sample)}\n")
     error = verify_export(*exported, args.trust_remote_code) if exported else None
     write_summary(run_dir, progress, row | evaluation, time.perf_counter() - started)
     for line in closing_lines(args, run_dir, error):

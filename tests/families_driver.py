@@ -70,7 +70,7 @@ def look_at(folder, texts, args, mesh, ranks):
     with torch.no_grad():
         theirs = reference(one, labels=one, use_cache=False)
         logits = model(one)
-        one_loss = model(one, labels=next_tokens).item() / (SEQ_LEN - 1)
+        one_loss = model(one, labels=next_tokens)[0].item() / (SEQ_LEN - 1)
     pieces = pieces[:6]
     row = packed(pieces)
     expected, count = loss_of(reference, pieces)
@@ -78,7 +78,7 @@ def look_at(folder, texts, args, mesh, ranks):
         apart = torch.cat([reference(ids, use_cache=False).logits for ids, _ in pieces], dim=1)
         together = reference(row["input_ids"], use_cache=False).logits
         in_pack = model(row["input_ids"], position_ids=row["position_ids"])
-    loss = model(**row)
+    loss, _ = model(**row)
     loss.backward()
     found = {
         "said": said, "ties": ties, "whole_logits": model.whole_logits,

@@ -335,14 +335,16 @@ def check_against(source, folder, result, documents, loss=1e-5):
     check_trained(folder, result, total / count, model, loss)
 
 
-def check_trained(folder, result, expected, model, loss=1e-5, grads=1e-4):
-    """A finished run, with the loss and gradients of `expected`, the mean loss of transformers' `model`.
+def check_trained(folder, result, expected, model, loss=1e-5, grads=1e-4, shown=None):
+    """A finished run, with the gradients of `expected`, the mean loss of transformers' `model`, and with its
+    value, or `shown`, as train/loss.
 
     The gradients are read from Adam's first moment in the checkpoint."""
     assert result.returncode == 0, result.stdout + result.stderr
     expected.backward()
     found = read_metrics(folder / "run")[0]["train/loss"]
-    assert abs(found - expected.item()) <= loss * abs(expected.item()), (found, expected.item())
+    shown = expected.item() if shown is None else shown
+    assert abs(found - shown) <= loss * abs(shown), (found, shown)
     saved = read_checkpoint(folder / "run" / "checkpoints" / "step_000001")
     suffix, params = ".exp_avg", model.named_parameters(remove_duplicate=False)
     moments = {key.removesuffix(suffix): value for key, value in saved.items() if key.endswith(suffix)}

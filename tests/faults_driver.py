@@ -148,7 +148,7 @@ def loss_error(model, whole_logits):
     model.whole_logits = whole_logits
     logits = model(ids).double().flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, ids.flatten(), reduction="sum").item()
-    found = model(ids, labels=ids).item()
+    found = model(ids, labels=ids)[0].item()
     model.whole_logits = False
     train_llm.reshard(model)
     return abs(found - expected) / expected

@@ -50,7 +50,7 @@ def bf16_step(argv):
     # Before FSDP's own hooks, which give the gathered parameters back.
     handle = torch.nn.modules.module.register_module_forward_hook(note)
     batch = torch.load("batch.pt")
-    loss = model(**batch)
+    loss, _ = model(**batch)
     handle.remove()
     loss.backward()
     count = (batch["labels"] != -100).sum()

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from helpers import (
     REPO, TORCHRUN_VARIABLES, make_hf_model, make_tokenizer, mounted, read_checkpoint, read_metrics,
     run_script, write_gsm8k_like,
 )
-from quick_runs import error_line, free_port, quick_ranks, quick_run, quick_runs
+from quick_runs import error_line, free_port, quick_ranks, quick_run
 
 SCRIPTS = sorted(path.name for path in REPO.glob("*.py"))
 SCRATCH = ["--from-scratch", "--model-size", "test"]
@@ -281,18 +282,18 @@ def test_nproc_relaunch_trains(place, tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2]
 
 
-def test_srun_variables(place, tmp_path):
-    """Two processes as srun starts them: no RANK, no torchrun."""
-    common = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": str(free_port()),
-              "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_JOB_NODELIST": "127.0.0.1"}
-    envs = [{**common, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
-    results = quick_runs(flags_for(place, tmp_path / "run"), envs)
-    assert [result.returncode for result in results] == [0, 0], "".join(result.stderr for result in results)
-    assert "step       2/2" in results[0].stdout and not results[1].stdout
-    assert json.loads((tmp_path / "run/env.json").read_text())["world_size"] == 2
-    # One task of a step, or an interactive shell of a job, is a run of its own.
-    alone = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}
-    quick_run(flags_for(place, tmp_path / "alone"), env=alone)
+def test_a_model_larger_than_the_memory_is_refused_at_once(place, tmp_path):
+    flags = flags_for(place, tmp_path / "run", "--model-size", "70B", "--no-export")
+    assert re.search(r"69.5B parameters, gradients and AdamW states take 1035 GiB a process, \d+ are free: ",
+                     error_line(quick_run(flags, code=1)))
+
+
+def test_srun_without_the_launcher_is_refused(place, tmp_path):
+    """Each of its processes would train alone. One task of a step is a run of its own."""
+    env = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}
+    result = quick_run(flags_for(place, tmp_path / "run"), code=2, env=env)
+    assert "use launch_slurm.sh" in result.stderr and not (tmp_path / "run").exists()
+    quick_run(flags_for(place, tmp_path / "alone"), env=env | {"SLURM_STEP_NUM_TASKS": "1"})
     assert json.loads((tmp_path / "alone/env.json").read_text())["world_size"] == 1
 
 
@@ -389,17 +390,10 @@ def test_steps_that_are_not_finite_stop_the_run(place, tmp_path):
         results = quick_ranks(flags, 2, code=1) if world_size == 2 else [quick_run(flags, code=1)]
         message = error_line(results[0])
         assert message.startswith("3 steps in a row had a gradient that is not finite")
-        assert "checkpoints/step_00000" in message
         rows = read_metrics(run_dir)
         assert [row["train/skipped_steps"] for row in rows] == [0, 1, 2, 3]
-        args = train_llm.parse_args(flags)
-        num_samples = len(train_llm.open_datasets(args, train_llm.prepare_data(args))[0])
-        per_step = 2 * world_size
         for step in (2, 3, 4):
-            positions = range((step - 1) * per_step, step * per_step)
-            ids = [train_llm.sample_at(p, num_samples, 5) for p in positions]
-            assert (f"no update in step {step}: its gradient is not finite. Samples: "
-                    f"{', '.join(map(str, ids))}\n") in results[0].stdout
+            assert f"no update in step {step}: its gradient is not finite\n" in results[0].stdout
         # Skipped is skipped: weights and optimizer states are those of the last good update, bit for bit.
         first, *later = train_llm.checkpoints_in(run_dir / "checkpoints")
         good = read_checkpoint(first)
@@ -433,9 +427,8 @@ def test_one_bad_step_is_skipped_and_training_goes_on(place, tmp_path, world_siz
     result = quick_ranks(flags, world_size)[0]
     order = [train_llm.sample_at(p, 16, 0) for p in range(16)]
     bad_step = order.index(11) // 4 + 1
-    samples = ", ".join(map(str, order[4 * bad_step - 4:4 * bad_step]))
     [line] = [line for line in result.stdout.splitlines() if line.startswith("no update")]
-    assert line == f"no update in step {bad_step}: its gradient is not finite. Samples: {samples}"
+    assert line == f"no update in step {bad_step}: its gradient is not finite"
     assert read_metrics(run_dir)[-1]["train/skipped_steps"] == 1
     saved = read_checkpoint(run_dir / "checkpoints/step_000004")
     steps = {float(tensor) for name, tensor in saved.items() if name.endswith(".step")}
@@ -451,7 +444,7 @@ def test_one_bad_step_is_skipped_and_training_goes_on(place, tmp_path, world_siz
 @pytest.mark.parametrize("line, min_lr", [
     ("--hf-model meta-llama/Llama-2-7b-hf --batch-size 4 --grad-accum-steps 2 --max-lr 2e-5 --warmup-steps "
      "100 --max-steps 10000 --checkpoint-dir checkpoints/llama2 --mixed-precision", 2e-6),
-    ("--hf-model mistralai/Mistral-7B-v0.1 --seq-len 4096 --batch-size 2 --grad-accum-steps 4", 3e-5),
+    ("--hf-model mistralai/Mistral-7B-v0.1 --seq-len 4096 --batch-size 2 --grad-accum-steps 4", 2e-6),
     ("--from-scratch --model-size 13B --vocab-size 32000 --max-lr 3e-4 --no-mixed-precision", 3e-5),
     ("--from-scratch --max-lr 2e-5 --min-lr 1e-5", 1e-5),
 ])

@@ -85,7 +85,7 @@ def two_steps(script, make, mesh, mode, is_compiled):
     ids = torch.randint(VOCAB, (2, 17), generator=torch.Generator().manual_seed(1))
     for _ in range(2):
         if script is train_llm:
-            loss = model(ids[:, :-1], labels=ids[:, 1:])
+            loss, _ = model(ids[:, :-1], labels=ids[:, 1:])
         else:
             rows = torch.arange(32)
             loss = -model(ids[:, :-1], rows, ids[:, 1:].flatten(), 1.0)[0].sum()

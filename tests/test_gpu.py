@@ -245,7 +245,7 @@ def alone_gradients(model):
     """Of the documents of PACKS, each by itself: what packed training must give."""
     for seed, lengths in enumerate(PACKS):
         for ids, labels in pieces(lengths, seed):
-            model(ids[None].to(DEVICE), labels=labels[None].to(DEVICE)).backward()
+            model(ids[None].to(DEVICE), labels=labels[None].to(DEVICE))[0].backward()
     return gradients(model)
 
 
@@ -410,7 +410,7 @@ def test_no_use_flash_attn_takes_another_kernel(mesh):
     for flag in ("--use-flash-attn", "--no-use-flash-attn"):
         model = shard(own_decoder(), mesh, flag)
         with operators() as found:
-            model(ids, labels=ids).backward()
+            model(ids, labels=ids)[0].backward()
         used[flag] = attention_operators(found)
     flash, other = used.values()
     assert flash and other and not flash & other, used

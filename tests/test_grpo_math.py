@@ -961,7 +961,7 @@ def log_path(folder, rank):
 def write_log(folder, step, groups, world_size):
     for group in groups:
         rows = script.rollout_rows([group], step)
-        script.append_lines(log_path(folder, group.position % world_size), *rows, unwritten=[])
+        script.append_lines(log_path(folder, group.position % world_size), *rows)
 
 
 def test_rollouts_are_read_as_they_were_written(tmp_path):

@@ -352,7 +352,7 @@ def test_chunked_loss_is_the_whole_loss(bias, chunk, scale, cap):
         def loss_fn(*inputs):
             return train_llm.head_loss(*inputs, scale=scale, cap=cap)
 
-        return train_llm.chunked_cross_entropy(hidden, labels, head, loss_fn, chunk)
+        return train_llm.chunked_loss(hidden, labels, head, loss_fn, chunk)[0]
 
     expected, expected_grads = loss_and_gradients(whole, hidden, head)
     loss, grads = loss_and_gradients(chunked, hidden, head)
@@ -370,7 +370,7 @@ def test_chunked_loss_without_a_single_trained_token(bias):
     hidden, head, labels = head_case(bias)
     labels.fill_(IGNORE)
     loss, grads = loss_and_gradients(
-        lambda h: train_llm.chunked_cross_entropy(h, labels, head, train_llm.head_loss, 4), hidden, head)
+        lambda h: train_llm.chunked_loss(h, labels, head, train_llm.head_loss, 4)[0], hidden, head)
     assert loss == 0
     assert all(torch.count_nonzero(grad) == 0 for grad in grads)  # zeros, not NaN
 
@@ -381,7 +381,7 @@ def test_chunked_loss_of_a_head_that_is_not_trained():
     _, (expected, *_) = loss_and_gradients(lambda h: whole(head(h).flatten(0, 1)), hidden, head)
     head.requires_grad_(False)
     hidden.requires_grad_()
-    train_llm.chunked_cross_entropy(hidden, labels, head, train_llm.head_loss, 4).mul(0.37).backward()
+    train_llm.chunked_loss(hidden, labels, head, train_llm.head_loss, 4)[0].mul(0.37).backward()
     torch.testing.assert_close(hidden.grad, expected)
     assert head.weight.grad is None
 
@@ -390,7 +390,7 @@ def test_chunked_loss_of_bf16_logits_is_summed_in_fp32():
     hidden, head, labels = head_case(True)
     hidden, head = hidden.bfloat16(), head.bfloat16()
     with torch.no_grad():
-        loss = train_llm.chunked_cross_entropy(hidden, labels, head, train_llm.head_loss, 4)
+        loss, _ = train_llm.chunked_loss(hidden, labels, head, train_llm.head_loss, 4)
         logits = torch.cat([head(rows) for rows in hidden.flatten(0, 1).split(4)]).double()
     expected = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="sum")
     assert loss.dtype == torch.float32

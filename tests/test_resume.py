@@ -211,6 +211,34 @@ def test_from_one_process_to_two_and_back(folder, straight):
         assert (final[name] - expected[name]).abs().max() < 1e-4 * expected[name].abs().max(), name
 
 
+def test_an_epoch_is_an_epoch_whatever_the_batch(folder):
+    """Counted in samples: each is seen once, but for the last batch's rest; the rate goes on where it was."""
+    flags = [*scratch(folder, 1), "--dataset", folder / "texts.jsonl", "--no-packing"]
+    quick_ranks(epoch_flags(folder, flags, "epoch"), 1)
+    rows = read_metrics(folder / "epoch")
+    num_samples = rows[-1]["samples"]
+    assert num_samples == len(rows) > 100
+    for name, size, nproc in (("epoch-4", 4, 1), ("epoch-3-2", 3, 2)):
+        stop(folder, "epoch", 20, name)
+        out = quick_ranks(epoch_flags(folder, [*flags, "--batch-size", size], name), nproc)[0].stdout
+        later, per_step = read_metrics(folder / name), size * nproc
+        assert f"batch_size 1 -> {size}" in out and ("processes 1 -> 2" in out) == (nproc == 2)
+        assert 0 <= later[-1]["samples"] - num_samples < per_step
+        assert [row["samples"] for row in later] == [20 + per_step * (i + 1) for i in range(len(later))]
+        before = {row["samples"]: row["train/lr"] for row in rows}
+        for row in later[:-1]:  # the rate of the update that began at this sample, within one step of it
+            began = row["samples"] - per_step
+            assert before[min(num_samples, began + 2 * per_step)] <= row["train/lr"] * 1.0001
+            assert row["train/lr"] <= before[max(1, began - per_step)] * 1.0001
+
+
+def epoch_flags(folder, flags, run):
+    return ["--seq-len", SEQ_LEN, "--warmup-steps", 0, "--max-lr", 1e-3, "--min-lr", 1e-4, "--log-interval",
+            1, "--checkpoint-interval", 20, "--keep-checkpoints", 0, "--no-export", "--device", "cpu",
+            "--no-mixed-precision", "--data-cache", folder / "cache", "--checkpoint-dir", folder / run,
+            *flags]
+
+
 def test_replicas_without_shards(folder, straight):
     train(folder, [*scratch(folder, 4), "--hsdp-shard-size", 1], "replicas", nproc=2)
     assert_same_losses_and_norms(folder / "replicas", straight)
@@ -285,11 +313,16 @@ def test_finished_and_refused(folder, straight):
     before = snapshot(straight / "checkpoints"), (straight / "metrics.jsonl").read_bytes()
     flags = scratch(folder, 4, 2)
     longer = ["--max-steps", STEPS + 1]
+    texts = (folder / "texts.jsonl").read_text()
+    (folder / "fewer.jsonl").write_text(texts[texts.index("\n") + 1:])
     cases = {
         "finished": flags,
         "none": [*flags, "--resume", "none"],
         "vocabulary": [*flags, "--vocab-size", 576, *longer],
         "size": [*flags, "--model-size", "quickstart", *longer],
+        "seed": [*flags, "--seed", 4, *longer],
+        "length": [*flags, "--seq-len", SEQ_LEN + 1, *longer],
+        "data": [*flags, "--dataset", folder / "fewer.jsonl", *longer],
         "family": ["--hf-model", folder / "gpt2", "--dataset", folder / "texts.jsonl", *longer],
     }
     # One after another: a run folder is locked.
@@ -298,8 +331,9 @@ def test_finished_and_refused(folder, straight):
 
     assert outs["finished"].returncode == 0
     assert f"this run is finished: {step_folder(straight, STEPS)}" in outs["finished"].stdout
-    for case in ("none", "vocabulary", "size", "family"):
-        message = "--resume none: " if case == "none" else "is a checkpoint of another model: "
+    for case in cases.keys() - {"finished"}:
+        message = {"none": "--resume none: ", "vocabulary": "is a checkpoint of another model: "}.get(
+            case, " is of another run (")
         assert outs[case].returncode == 1, case
         errors = [line for line in outs[case].stderr.splitlines() if line.strip()]
         assert len(errors) == 1, outs[case].stderr

@@ -432,11 +432,16 @@ def test_fine_tuning_learns_to_answer_and_stop(tmp_path):
     """One conversation, learnt by heart: the model writes the answer, then the end token."""
     tokenizer = make_tokenizer(tmp_path / "tokenizer", vocab_size=320)
     path = write_rows(tmp_path / "rows.jsonl", [{"question": "How many?", "answer": "Exactly 36."}])
-    result = quick_run(flags_for(
+    quick_run(flags_for(
         tmp_path, tokenizer, path, "--seq-len", 32, "--max-steps", 40, "--max-lr", 1e-2, "--min-lr", 1e-3,
-        "--log-interval", 20, "--sample-tokens", 18, "--sample-prompt", "How many?\n"))
+        "--log-interval", 20, "--export"))
     assert read_metrics(tmp_path / "run")[-1]["train/loss"] < 0.05
-    assert f"How many?\n    Exactly 36.{EOS}" in result.stdout
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model, tokenizer = (auto.from_pretrained(tmp_path / "run/hf")
+                        for auto in (AutoModelForCausalLM, AutoTokenizer))
+    prompt = tokenizer("How many?\n", return_tensors="pt")
+    written = model.generate(**prompt, max_new_tokens=30, do_sample=False)
+    assert tokenizer.decode(written[0]) == f"How many?\nExactly 36.{EOS}"
 
 
 def test_gsm8k_like_rows(tokenizers, tmp_path):
@@ -457,8 +462,8 @@ def test_gsm8k(tokenizers, tmp_path):
     flags = flags_for(tmp_path, tokenizers["chatml_generation"], folder, "--eval-split", "test", "--seq-len",
                       512, "--max-steps", 3, "--batch-size", 4)
     args = train_llm.parse_args(flags)
-    train_set, held_out, _ = train_llm.open_datasets(args, train_llm.prepare_data(args))
-    for part, name in ((train_set, "train"), (held_out, "test")):
+    train_set, eval_sets, _ = train_llm.open_datasets(args, train_llm.prepare_data(args))
+    for part, name in ((train_set, "train"), (eval_sets["eval"], "test")):
         rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
         assert len(part.ends) - 1 == len(rows) == {"train": 7473, "test": 1319}[name]
         tokenizer, ends = train_llm.load_tokenizer(args), part.ends.tolist()

@@ -284,7 +284,7 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before(place, straight, tmp_
 @pytest.mark.parametrize("flag", [
     "--async-checkpoint", pytest.param("--no-async-checkpoint", marks=slow)])
 def test_a_disk_that_fills_up_and_is_emptied(place, straight, tmp_path, flag):
-    """The save of step 8 fails, its rows of metrics wait; that of step 12 is there again. Nothing is lost."""
+    """The save of step 8 fails, that of step 12 is there again. Rows are lost meanwhile, no state is."""
     with mounted(tmp_path / "disk", "size=20m") as disk:
         fill = (f"fill = {str(disk / 'fill')!r}\n"
                 "if step == 6 and ranks.is_main:\n"
@@ -300,13 +300,14 @@ def test_a_disk_that_fills_up_and_is_emptied(place, straight, tmp_path, flag):
         table_row(f"disk full, `{flag}` (the run goes on)", tmp_path / "disk/struck", results[0],
                   "step 8 could not be saved (OSError: [Errno 28] No space left on device, 0 MiB are free)")
         assert f"The newest good checkpoint is {checkpoint(disk / 'run', 4)}" in said
-        assert said.count("metrics.jsonl cannot be written (No space left on device)") == 1
+        assert "metrics.jsonl lacks 1 rows: No space left on device" in said
         assert "could not be saved" not in results[1].stderr
         assert [path.name for path in train_llm.checkpoints_in(disk / "run/checkpoints")] == [
             "step_000004", "step_000012", "step_000016"]
         assert not list((disk / "run/checkpoints").glob("*.partial"))
-        assert_same_bits(disk / "run", straight)
-        assert [row["step"] for row in read_metrics(disk / "run")] == list(range(1, STEPS + 1))
+        assert_same_state(disk / "run", straight)
+        steps = [row["step"] for row in read_metrics(disk / "run")]
+        assert set(range(1, STEPS + 1)) - set(steps) < set(range(6, 12)) and steps[-1] == STEPS
 
 
 @slow
@@ -342,7 +343,6 @@ def test_a_second_run_on_the_folder_is_refused(place, straight, tmp_path):
     finally:
         (tmp_path / "go").touch()
         first.join()
-    assert f"{tmp_path / 'run'} is in use by process " in second.stderr
-    assert "waiting 20 s for its end" in second.stderr
+    assert f"{tmp_path / 'run'} is in use by another run: waiting 20 s for its end" in second.stderr
     assert "give this run another --checkpoint-dir" in last_error(second)
     assert_same_state(tmp_path / "run", straight)

@@ -78,7 +78,7 @@ def test_two_processes_killed_and_two_to_one(folder):
 # ----------------------------------------------------------------------------------------------------
 # 2. Edited copies whose resume is broken
 
-LOADED = "progress = load_checkpoint(checkpoints, model, optimizer, ranks)\n"
+LOADED = "        load_checkpoint(checkpoints, model, optimizer, ranks)\n"
 AVERAGE = """            optimizer.zero_grad()
             average = vars(main).setdefault("average", [p.detach().clone() for p in model.parameters()])
             for slow, param in zip(average, model.parameters()):

@@ -1,0 +1,167 @@
+"""Changes that people make to their copy: each is one or two replacements at an `EDIT:` mark, and is run.
+
+The copies are compared with a formula, or with what the script as it is does.
+"""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ENGLISH, REPO, make_tokenizer, read_checkpoint, read_metrics
+from quick_runs import quick_ranks
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("extensions")
+    make_tokenizer(folder / "tokenizer")
+    rows = "".join(json.dumps({"text": f"{i} {text} {i * 7}"}) + "\n" for i, text in enumerate(ENGLISH * 8))
+    (folder / "texts.jsonl").write_text(rows)
+    train(folder, REPO / "train_llm.py", "plain")
+    return folder
+
+
+def edited(folder, name, *changes):
+    """A copy of train_llm.py with these replacements, each of a text that stands there once."""
+    source = (REPO / "train_llm.py").read_text()
+    for before, after in changes:
+        assert source.count(before) == 1, before
+        source = source.replace(before, after)
+    path = folder / f"{name}.py"
+    path.write_text(source)
+    return path
+
+
+def train(folder, script, run, *flags, nproc=1, steps=STEPS):
+    """Rows of the metrics by step; held-out rows are among them."""
+    quick_ranks([
+        "--from-scratch", "--model-size", "test", "--tokenizer", folder / "tokenizer", "--dataset",
+        folder / "texts.jsonl", "--eval-fraction", 0.2, "--data-cache", folder / "cache", "--seq-len", 32,
+        "--batch-size", 4 // nproc, "--max-steps", steps, "--warmup-steps", 0, "--max-lr", 1e-2, "--min-lr",
+        1e-3, "--checkpoint-interval", 3, "--keep-checkpoints", 0, "--log-interval", 1, "--eval-interval", 3,
+        "--no-export", "--device", "cpu", "--no-mixed-precision", "--checkpoint-dir", folder / run, *flags,
+    ], nproc, script=script, timeout=300)
+    return read_metrics(folder / run)
+
+
+def train_again(folder, script, run, straight, **options):
+    """What `straight` left at step 3, resumed in a folder of its own."""
+    shutil.copytree(folder / straight / "checkpoints/step_000003", folder / run / "checkpoints/step_000003")
+    return train(folder, script, run, **options)
+
+
+def values(rows, key):
+    return {row["step"]: row[key] for row in rows if key in row}
+
+
+CROSS_ENTROPY = 'F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")'
+OBJECTIVE = f"    return torch.stack([{CROSS_ENTROPY}])\n"
+LOSS = ('    "loss": (1.0, "cross-entropy in nats per trained token of this step, over all ranks and '
+        'micro-batches"),\n')
+
+
+def test_z_loss_with_a_metric_of_its_own(place):
+    script = edited(
+        place, "z_loss",
+        (LOSS, LOSS + '    "z_loss": (0.1, "squared logarithm of the softmax\'s denominator, a token"),\n'),
+        (OBJECTIVE, "    z = torch.logsumexp(logits.float(), dim=-1)[labels != IGNORE].square().sum()\n"
+         + OBJECTIVE.replace("])", ", z])")))
+    rows, plain = train(place, script, "z_loss"), read_metrics(place / "plain")
+    assert values(rows, "train/loss")[1] == values(plain, "train/loss")[1]
+    z, loss = values(rows, "train/z_loss"), values(rows, "train/loss")
+    assert z[1] == pytest.approx(math.log(512) ** 2, rel=0.05) and z[STEPS] < 0.8 * z[1]
+    assert loss[STEPS] != values(plain, "train/loss")[STEPS]
+    # Held-out loss has no part of it: it is the cross-entropy alone.
+    held_out = values(rows, "eval/loss")[STEPS]
+    assert held_out == pytest.approx(loss[STEPS], rel=0.2) and "eval/z_loss" not in rows[-1]
+
+
+def test_label_smoothing_leaves_the_held_out_loss_as_it_is(place):
+    more = CROSS_ENTROPY.replace("labels, ", "labels, label_smoothing=0.5, ")
+    smoothed = OBJECTIVE.replace("])", f",\n                        {more}])")
+    script = edited(place, "smoothing", (OBJECTIVE, smoothed), (
+        LOSS, LOSS.replace("1.0", "0.0") + '    "smoothed": (1.0, "half of the weight on all tokens"),\n'))
+    rows, plain = train(place, script, "smoothing", steps=3), read_metrics(place / "plain")
+    assert values(rows, "train/loss")[1] == values(plain, "train/loss")[1]
+    assert values(rows, "train/smoothed")[1] == pytest.approx(values(rows, "train/loss")[1], rel=0.05)
+    # From other gradients: less certain, so that cross-entropy falls more slowly.
+    assert values(rows, "eval/loss")[3] > values(plain, "eval/loss")[3]
+
+
+def test_terms_and_their_gradients_are_the_formulas(monkeypatch):
+    import train_llm
+
+    def terms(logits, labels):
+        logits = logits.float()
+        z = torch.logsumexp(logits, dim=-1)[labels != train_llm.IGNORE].square().sum()
+        return torch.stack([F.cross_entropy(logits, labels, reduction="sum"), z])
+
+    monkeypatch.setattr(train_llm, "LOSSES", {"loss": (1.0, ""), "z": (0.3, "")})
+    monkeypatch.setattr(train_llm, "loss_terms", terms)
+    torch.manual_seed(0)
+    hidden, head = torch.randn(2, 5, 8, requires_grad=True), torch.nn.Linear(8, 32)
+    labels = torch.randint(32, (2, 5))
+    loss, sums = train_llm.chunked_loss(hidden, labels, head, train_llm.head_loss, 3)
+    found = torch.autograd.grad(loss, [hidden, head.weight, head.bias])
+    logits = head(hidden).double().flatten(0, 1)
+    expected = (F.cross_entropy(logits, labels.flatten(), reduction="sum"),
+                torch.logsumexp(logits, -1).square().sum())
+    torch.testing.assert_close(sums.double(), torch.stack(expected), rtol=1e-6, atol=0)
+    whole = torch.autograd.grad(expected[0] + 0.3 * expected[1], [hidden, head.weight, head.bias])
+    for ours, theirs in zip(found, whole):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_another_optimizer_keeps_its_own_states(place):
+    """SGD with momentum, not fused: updates by its formula, resumed bitwise, with its states alone."""
+    adam = "torch.optim.AdamW(groups, lr=args.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)"
+    sgd = "torch.optim.SGD(groups, lr=args.max_lr, momentum=0.9)"
+    script = edited(place, "sgd", (adam, sgd))
+    straight = train(place, script, "sgd")
+    resumed = train_again(place, script, "sgd_resumed", "sgd")
+    assert values(resumed, "train/loss") == {
+        step: loss for step, loss in values(straight, "train/loss").items() if step > 3}
+    one, other = (read_checkpoint(place / run / "checkpoints/step_000006") for run in ("sgd", "sgd_resumed"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert {name.rpartition(".")[2] for name in one if name.startswith("optim.")} == {"momentum_buffer"}
+
+
+def test_an_average_of_the_weights_survives_a_checkpoint(place):
+    """Kept among the optimizer's states, it is saved and restored as these are."""
+    script = edited(place, "average", ("    return found_inf\n", (
+        "    for p in params:\n"
+        '        optimizer.state[p].setdefault("average", p.detach().clone()).lerp_(p.detach(), 0.1)\n'
+        "    return found_inf\n")))
+    train(place, script, "average")
+    train(place, script, "average_two", nproc=2)
+    train_again(place, script, "average_resumed", "average_two", nproc=2)
+    one, other = (read_checkpoint(place / run / "checkpoints/step_000006")
+                  for run in ("average_two", "average_resumed"))
+    names = [name for name in one if name.endswith(".average")]
+    assert len(names) == 21 and all(torch.equal(one[name], other[name]) for name in names)
+    plain = read_checkpoint(place / "plain/checkpoints/step_000006")
+    alone = read_checkpoint(place / "average/checkpoints/step_000006")
+    assert all(torch.equal(alone[name], plain[name]) for name in plain if name.startswith("model."))
+
+
+def test_two_held_out_sets(place):
+    script = edited(place, "held_out", (
+        '{"eval": make("eval")}', '{"eval": make("eval"), "short": make("eval", seq_len=16)}'))
+    rows, plain = train(place, script, "held_out"), read_metrics(place / "plain")
+    assert values(rows, "eval/loss") == values(plain, "eval/loss")
+    assert values(rows, "short/loss").keys() == {3, 6}
+    assert values(rows, "short/tokens") == values(rows, "eval/tokens")
+    assert values(rows, "short/loss")[6] != values(rows, "eval/loss")[6]
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [
+    ("constant", [1e-2] * 10), ("wsd", [1e-2] * 8 + [(1e-2 + 1e-3) / 2 + 5e-4, 1e-3])])
+def test_schedules(schedule, expected):
+    import train_llm
+    rates = [train_llm.learning_rate(step, 10, 0, 1e-2, 1e-3, schedule) for step in range(10)]
+    assert rates == pytest.approx(expected, rel=0.1) and rates[-1] == pytest.approx(expected[-1])
