@@ -566,7 +566,8 @@ def test_streaming_with_fewer_rows_than_ranks(place, tmp_path):
 @pytest.fixture(scope="module")
 def process_group():
     assert not torch.distributed.is_initialized()
-    args = argparse.Namespace(seed=0, hsdp_shard_size=None, stall_timeout=600.0, deterministic=False)
+    args = argparse.Namespace(seed=0, hsdp_shard_size=None, stall_timeout=600.0, deterministic=False,
+                              compile=None)
     mesh = train_llm.init_distributed(args, one_rank())
     yield mesh
     torch.distributed.destroy_process_group()
