@@ -314,7 +314,7 @@ def find_common_problems(args: Namespace, positive: str, not_negative: str, sour
         if value is not None and not least <= value < math.inf:
             yield f"--{name.replace('_', '-')} must be at least {least}, not {value}"
     for name, value in vars(args).items():
-        if value == "" and not name.endswith(("prompt", "signals")) or str(value).startswith("~"):
+        if not name.endswith(("prompt", "signals")) and (value == "" or str(value).startswith("~")):
             yield f"--{name.replace('_', '-')} '{value}': empty, or with a ~ that only a shell understands"
     if args.min_lr > args.max_lr:
         yield f"--min-lr {args.min_lr} is above --max-lr {args.max_lr}: lower --min-lr as well"
@@ -452,7 +452,6 @@ def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceM
     """Start the process group (all ranks); returns the mesh: (replicate, shard), or (shard,) without HSDP."""
     from torch.distributed.device_mesh import init_device_mesh
     cuda = ranks.device.type == "cuda"
-    args.compile = cuda if args.compile is None else args.compile
     if args.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
         torch.use_deterministic_algorithms(True)  # flash attention's backward, too; cuDNN's is left out
@@ -1090,7 +1089,7 @@ def shard_model(model: nn.Module, args: Namespace, mesh: torch.distributed.Devic
     for block in blocks:
         if args.activation_checkpointing != "none":
             recompute_in_backward(block, selective=args.activation_checkpointing == "selective")
-        if args.compile:
+        if args.compile or (args.compile is None and cuda):
             block.compile()
         fully_shard(block, **options)
     # The root is never resharded after forward: the backward begins with the head.
@@ -1445,13 +1444,13 @@ def clip_and_step(optimizer: torch.optim.Optimizer, grad_norm: Tensor, count: Te
     protocol): that costs no pass over the gradients and no host-device synchronisation."""
     found_inf = (~torch.isfinite(grad_norm)).float()
     over = torch.clamp(grad_norm / grad_clip, min=1.0) if grad_clip else torch.ones_like(grad_norm)
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    grads = [local_part(param.grad) for param in params if param.grad is not None]
-    where = local_part(params[0]).device  # the host with --cpu-offload
+    where = local_part(optimizer.param_groups[0]["params"][0]).device  # the host with --cpu-offload
     if optimizer.defaults.get("fused"):
         optimizer.grad_scale, optimizer.found_inf = (count * over).to(where), found_inf.to(where)
         optimizer.step()
     elif not found_inf.item():  # sync point
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        grads = [local_part(param.grad) for param in params if param.grad is not None]
         torch._foreach_div_(grads, (count * over).to(where))
         optimizer.step()
     return found_inf
@@ -2585,7 +2584,8 @@ def read_progress(found: list[Path], start: dict) -> dict:
         return start
     try:
         progress = json.loads((found[-1] / "progress.json").read_text())
-        if found[-1].name != f"step_{progress['step']:06d}":
+        name = found[-1].name  # a copy may have a name of its own
+        if name != f"step_{progress['step']:06d}" and name.startswith("step_"):
             raise ValueError("progress.json is of another step")
         return start | progress
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -3061,7 +3061,7 @@ def load_policy(args: Namespace, folder: Path, mesh: torch.distributed.DeviceMes
                 ranks: Ranks, master: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, str]]:
     """A sharded model without its weights, and its ties: shapes, then shards, then memory (all ranks)."""
     model = build_model(args, folder, master)
-    attach_logprobs(model, compiled=args.compile)
+    attach_logprobs(model, args.compile or (args.compile is None and ranks.device.type == "cuda"))
     model.chunk = args.logprob_chunk_tokens or rows_at_once(model, ranks.device)
     shard_model(model, args, mesh, dtype)
     ties = materialise(model, ranks.device, args.cpu_offload)

@@ -113,7 +113,7 @@ def add_model_and_data_flags(model: argparse._ArgumentGroup, data: argparse._Arg
     add("--packing", action=onoff, default=True, help="fill each sequence with several documents")
     add("--mask-documents", action=onoff, help="documents in a pack do not see each other; if not given: on, "
         "except for plain text from scratch")
-    add("--streaming", action=onoff, default=False, help="tokenise while training, in file order; exact "
+    add("--streaming", action=onoff, default=False, help="tokenise while training, in file order; "
         "resume needs the same number of processes")
 
 
@@ -272,7 +272,7 @@ def find_common_problems(args: Namespace, positive: str, not_negative: str, sour
         if value is not None and not least <= value < math.inf:
             yield f"--{name.replace('_', '-')} must be at least {least}, not {value}"
     for name, value in vars(args).items():
-        if value == "" and not name.endswith(("prompt", "signals")) or str(value).startswith("~"):
+        if not name.endswith(("prompt", "signals")) and (value == "" or str(value).startswith("~")):
             yield f"--{name.replace('_', '-')} '{value}': empty, or with a ~ that only a shell understands"
     if args.min_lr > args.max_lr:
         yield f"--min-lr {args.min_lr} is above --max-lr {args.max_lr}: lower --min-lr as well"
@@ -413,7 +413,6 @@ def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceM
     """Start the process group (all ranks); returns the mesh: (replicate, shard), or (shard,) without HSDP."""
     from torch.distributed.device_mesh import init_device_mesh
     cuda = ranks.device.type == "cuda"
-    args.compile = cuda if args.compile is None else args.compile
     if args.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
         torch.use_deterministic_algorithms(True)  # flash attention's backward, too; cuDNN's is left out
@@ -1499,7 +1498,7 @@ def shard_model(model: nn.Module, args: Namespace, mesh: torch.distributed.Devic
     for block in blocks:
         if args.activation_checkpointing != "none":
             recompute_in_backward(block, selective=args.activation_checkpointing == "selective")
-        if args.compile:
+        if args.compile or (args.compile is None and cuda):
             block.compile()
         fully_shard(block, **options)
     # The root is never resharded after forward: the backward begins with the head.
@@ -1908,13 +1907,13 @@ def clip_and_step(optimizer: torch.optim.Optimizer, grad_norm: Tensor, count: Te
     protocol): that costs no pass over the gradients and no host-device synchronisation."""
     found_inf = (~torch.isfinite(grad_norm)).float()
     over = torch.clamp(grad_norm / grad_clip, min=1.0) if grad_clip else torch.ones_like(grad_norm)
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    grads = [local_part(param.grad) for param in params if param.grad is not None]
-    where = local_part(params[0]).device  # the host with --cpu-offload
+    where = local_part(optimizer.param_groups[0]["params"][0]).device  # the host with --cpu-offload
     if optimizer.defaults.get("fused"):
         optimizer.grad_scale, optimizer.found_inf = (count * over).to(where), found_inf.to(where)
         optimizer.step()
     elif not found_inf.item():  # sync point
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        grads = [local_part(param.grad) for param in params if param.grad is not None]
         torch._foreach_div_(grads, (count * over).to(where))
         optimizer.step()
     return found_inf
@@ -2268,7 +2267,8 @@ def read_progress(found: list[Path], start: dict) -> dict:
         return start
     try:
         progress = json.loads((found[-1] / "progress.json").read_text())
-        if found[-1].name != f"step_{progress['step']:06d}":
+        name = found[-1].name  # a copy may have a name of its own
+        if name != f"step_{progress['step']:06d}" and name.startswith("step_"):
             raise ValueError("progress.json is of another step")
         return start | progress
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -2700,12 +2700,12 @@ def open_stream(args: Namespace, ranks: Ranks, resume_from: Path | None) -> tupl
     return streamed_batches(args, ranks, state), state
 
 
-def note_bad_steps(skipped: list[float], progress: dict, bar) -> None:
+def note_bad_steps(skipped: list[float], progress: dict, bar, ranks: Ranks) -> None:
     """Count the skipped among the last steps (1.0 each)."""
     for back, bad in zip(range(len(skipped) - 1, -1, -1), skipped):
         progress["bad_in_a_row"] = progress["bad_in_a_row"] + 1 if bad else 0
         progress["skipped_steps"] += bool(bad)
-        if bad:
+        if bad and ranks.is_main:
             bar.write(f"no update in step {progress['step'] - back}: its gradient is not finite")
 
 
@@ -2829,7 +2829,7 @@ def main() -> None:
         "step": 0, "samples": 0, "tokens": 0, "skipped_steps": 0, "bad_in_a_row": 0, "best_eval_loss": None,
         "processes": ranks.world_size, "data": data_folder.name})
     total_steps, warmup_steps, ahead, notes = resolve_steps(args, train_set, ranks, progress)
-    identity = "hf_model model_size data seed seq_len packing mask_documents"
+    identity = "hf_model model_size data seed seq_len packing mask_documents" + " dataset" * args.streaming
     notes += compare_runs(args, progress, checkpoints, identity, processes=ranks.world_size,
                           data=data_folder.name)
     if report_finished(args, ranks, checkpoints, progress["step"], total_steps, "--max-steps"):
@@ -2844,7 +2844,7 @@ def main() -> None:
     check_memory(model, args, mesh)
     model.loss_chunk = args.loss_chunk_tokens or rows_at_once(model, ranks.device)
     shard_model(model, args, mesh, dtype)
-    if args.compile:
+    if args.compile or (args.compile is None and ranks.device.type == "cuda"):
         compile_head_loss(model)
     ties = materialise(model, ranks.device, args.cpu_offload)
     optimizer = build_optimizer(model, args)  # after sharding, which replaces the parameters
@@ -2952,7 +2952,7 @@ def main() -> None:
             progress["tokens"] += int(trained)
             num_trained.zero_()
             skipped.clear()
-            note_bad_steps(recent, progress, bar)
+            note_bad_steps(recent, progress, bar, ranks)
             seconds, num_steps = time.perf_counter() - row_started, progress["step"] - row_step
             row = {
                 "step": progress["step"], "samples": progress["samples"],

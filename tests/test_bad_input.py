@@ -393,7 +393,8 @@ def test_steps_that_are_not_finite_stop_the_run(place, tmp_path):
         rows = read_metrics(run_dir)
         assert [row["train/skipped_steps"] for row in rows] == [0, 1, 2, 3]
         for step in (2, 3, 4):
-            assert f"no update in step {step}: its gradient is not finite\n" in results[0].stdout
+            line = f"no update in step {step}: its gradient is not finite\n"
+            assert "".join(result.stdout for result in results).count(line) == 1
         # Skipped is skipped: weights and optimizer states are those of the last good update, bit for bit.
         first, *later = train_llm.checkpoints_in(run_dir / "checkpoints")
         good = read_checkpoint(first)

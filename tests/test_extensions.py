@@ -134,7 +134,7 @@ def test_another_optimizer_keeps_its_own_states(place):
 def test_an_average_of_the_weights_survives_a_checkpoint(place):
     """Kept among the optimizer's states, it is saved and restored as these are."""
     script = edited(place, "average", ("    return found_inf\n", (
-        "    for p in params:\n"
+        '    for p in (p for group in optimizer.param_groups for p in group["params"]):\n'
         '        optimizer.state[p].setdefault("average", p.detach().clone()).lerp_(p.detach(), 0.1)\n'
         "    return found_inf\n")))
     train(place, script, "average")

@@ -199,7 +199,8 @@ def test_streaming(folder):
 def test_from_one_process_to_two_and_back(folder, straight):
     """--resume with a folder of another run leaves that one as it is."""
     before = {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
-    train(folder, [*scratch(folder, 4, 1), "--resume", step_folder(straight, STOP)], "two", nproc=2)
+    kept = shutil.copytree(step_folder(straight, STOP), folder / "kept-for-later")  # under a name of its own
+    train(folder, [*scratch(folder, 4, 1), "--resume", kept], "two", nproc=2)
     assert {path: path.stat().st_mtime_ns for path in straight.rglob("*")} == before
     assert largest_difference(folder / "two", straight, STOP + 1) < 1e-5
 

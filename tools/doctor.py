@@ -146,29 +146,27 @@ class Job:
         return socket.gethostname()
 
 
-def take_srun_variables(env: dict) -> None:
-    """Started by srun without a launcher: what torchrun would set. Rank 0 is on the first node."""
-    host = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
-    if re.search(r"[\[,]", host):  # a compressed list: n[01-04]
-        host = subprocess.check_output(["scontrol", "show", "hostnames", host], text=True).split()[0]
-    port = 20000 + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 20000  # another for each step
-    env |= {"MASTER_ADDR": env.get("MASTER_ADDR", host), "MASTER_PORT": env.get("MASTER_PORT", str(port)),
-            "RANK": env["SLURM_PROCID"], "LOCAL_RANK": env["SLURM_LOCALID"],
-            "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"]}
-
-
 def read_job(args: Namespace) -> Job:
     """From torchrun's or srun's variables, from NNODES and NODE_RANK (one process a node), or alone."""
     env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        take_srun_variables(env)
-    elif "RANK" not in env and "NODE_RANK" in env and "NNODES" in env:
+    by_srun = "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS") or 1) > 1
+    if not by_srun and "RANK" not in env and "NODE_RANK" in env and "NNODES" in env:
         env.update(RANK=env["NODE_RANK"], WORLD_SIZE=env["NNODES"], LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         env.setdefault("MASTER_PORT", "29500")
     try:
+        if by_srun:  # what torchrun would set; rank 0 is on the first node
+            host = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
+            if re.search(r"[\[,]", host):  # a compressed list: n[01-04]
+                host = subprocess.check_output(["scontrol", "show", "hostnames", host], text=True).split()[0]
+            port = 20000 + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 20000  # another a step
+            env |= {"MASTER_ADDR": env.get("MASTER_ADDR", host), "LOCAL_RANK": env["SLURM_LOCALID"],
+                    "MASTER_PORT": env.get("MASTER_PORT", str(port)), "RANK": env["SLURM_PROCID"],
+                    "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"]}
         ranks = limited(MACHINE_S, read_ranks, args)
     except TimeoutError:
         raise UserError("the CUDA driver does not answer: try nvidia-smi on this node, reboot it") from None
+    except (OSError, subprocess.SubprocessError, KeyError, ValueError) as error:
+        raise UserError(f"the launcher's variables make no sense: {type(error).__name__}: {error}") from error
     here = int(env.get("LOCAL_WORLD_SIZE") or ranks.world_size)
     several = here < ranks.world_size or int(env.get("SLURM_STEP_NUM_NODES") or 1) > 1
     job = Job(ranks.rank, ranks.local_rank, ranks.world_size, ranks.device, several)
