@@ -18,6 +18,7 @@ architecture in 4, the objective in 6, the order of things in 10. `EDIT:` marks 
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import faulthandler
@@ -45,7 +46,7 @@ import zlib
 from argparse import Namespace
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -62,10 +63,6 @@ IGNORE = -100  # the label of a token that is not trained, the value that torch 
 
 # >>> shared: errors
 NAME = Path(__file__).name  # stands in front of every error
-
-# Exit codes: 0 finished, 1 an error that the last line explains, 2 wrong arguments; of a run that was asked
-# to stop, has saved, and goes on with the same command: this one, or 128 + the signal's number.
-STOP_CODES = {"STOP file": 3}
 
 
 class UserError(Exception):
@@ -86,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_training_flags(parser.add_argument_group("training, evaluation and logging"))
     add_system_flags(parser.add_argument_group("devices, sharding and memory"), recompute="none")
     add_run_flags(parser.add_argument_group("checkpoints and record"), "checkpoints", save_every=1000)
-    return show_defaults(parser)
+    return parser
 
 
 def add_model_and_data_flags(model: argparse._ArgumentGroup, data: argparse._ArgumentGroup) -> None:
@@ -146,14 +143,8 @@ def open_parser(usage: str) -> argparse.ArgumentParser:
         prog=NAME, description=__doc__.split("\n\n")[0], allow_abbrev=False, usage=usage,
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=34, width=110))
     parser.error = usage_error
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON of flags; the command line wins")
-    return parser
-
-
-def show_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    for action in parser._actions:
-        if action.default not in (None, "", argparse.SUPPRESS) and "%(default)s" not in action.help:
-            action.help += " (default: %(default)s)"
+    parser.add_argument("--config", metavar="FILE", action="append", default=[],
+                        help="YAML or JSON of flags; the command line wins")
     return parser
 
 
@@ -161,8 +152,6 @@ def add_system_flags(group: argparse._ArgumentGroup, recompute: str) -> None:
     onoff, add = argparse.BooleanOptionalAction, group.add_argument
     add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: GPUs if there are any")
     add("--nproc", type=int, metavar="N", help="start N processes with torchrun; if not given: one per GPU")
-    add("--max-restarts", type=int, metavar="N", default=0, help="where this script starts the processes: "
-        "start all again, from the last checkpoint, up to N times when one dies")
     add("--gpu-ranks", metavar="0,2,3", help="use these GPUs of the machine")
     add("--mixed-precision", action=onoff, default=True, help="bf16 compute, fp32 masters")
     add("--use-flash-attn", action=onoff, default=True, help="flash attention kernels")
@@ -170,7 +159,7 @@ def add_system_flags(group: argparse._ArgumentGroup, recompute: str) -> None:
         "rest; if not given: shard over all")
     add("--reshard-after-forward", action=onoff, default=True, help="free gathered weights until backward")
     add("--activation-checkpointing", choices=["none", "full", "selective"], default=recompute,
-        help="recompute blocks in the backward, to save memory")
+        help="recompute blocks in the backward, to save memory; selective: all but matmuls and attention")
     add("--compile", action=onoff, help="torch.compile each block; if not given: on CUDA only")
     add("--cpu-offload", action=onoff, default=False, help="masters and optimizer in host memory")
     add("--deterministic", action=onoff, default=False, help="the same bits again, on GPUs, too; slower")
@@ -184,14 +173,12 @@ def add_run_flags(group: argparse._ArgumentGroup, folder: str, save_every: int) 
     add("--checkpoint-interval", type=int, default=save_every, help="steps between checkpoints; 0: never, "
         "not even at the end")
     add("--keep-checkpoints", type=int, default=3, help="newest checkpoints kept; 0 keeps all")
+    add("--keep-best", action=onoff, default=False, help="save before each evaluation, and keep the best one")
     add("--async-checkpoint", action=onoff, default=True, help="write while training goes on")
     add("--resume", default="auto", metavar="{auto,none,FOLDER}", help="auto: --checkpoint-dir's newest")
-    add("--stop-signals", metavar="NAMES", default="SIGTERM,SIGINT,SIGUSR1", help="signals that end the run "
-        "after a checkpoint")
     add("--stall-timeout", type=float, metavar="SECONDS", default=600.0, help="every rank prints its "
         "stacks when no step ends for so long; after twice that the run ends")
     add("--export", action=onoff, default=True, help="end with a Hugging Face folder")
-    add("--export-dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: as computed")
     add("--tensorboard", action=onoff, default=False, help="needs the tensorboard package")
     add("--wandb", metavar="PROJECT", help="log to this Weights & Biases project (needs wandb)")
 # <<< shared: flags
@@ -207,14 +194,15 @@ def fill_defaults(args: Namespace) -> None:  # that depend on other flags
 # >>> shared: arguments
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """Default < config file < command line. Exits with code 2 and one line for each problem."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser, finder = build_parser(), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", action="append", default=[])
-    finder.error = usage_error
-    paths = finder.parse_known_args(argv)[0].config
-    if len(paths) > 1:
+    argv, parser = sys.argv[1:] if argv is None else argv, build_parser()
+    for action in parser._actions:
+        if action.default not in (None, [], "", argparse.SUPPRESS):
+            action.help += " (default: %(default)s)"
+    args = parser.parse_args(argv)
+    if len(args.config) > 1:
         usage_error("--config is given twice: put all into one file")
-    args = parser.parse_args([*config_tokens(paths[0], parser), *argv] if paths else argv)
+    if args.config:
+        args = parser.parse_args([*config_tokens(args.config[0], parser), *argv])
     del args.config
     fill_defaults(args)
     if problems := list(find_problems(args)):
@@ -227,10 +215,8 @@ def config_tokens(path: str, parser: argparse.ArgumentParser) -> list[str]:
     import yaml
     try:
         entries = yaml.safe_load(Path(path).read_bytes())  # JSON is YAML
-    except OSError as error:
-        usage_error(f"--config {path}: {error.strerror}")
-    except yaml.YAMLError as error:
-        usage_error(f"--config {path} is neither YAML nor JSON: {' '.join(str(error).split())}")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        usage_error(f"--config {path} cannot be read as YAML or JSON: {' '.join(str(error).split())}")
     if not isinstance(entries, dict):
         usage_error(f"--config {path}: expected lines of the form 'flag-name: value'")
     tokens = []
@@ -251,9 +237,8 @@ def usage_error(message: str) -> None:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)  # torchrun would end local rank 0, which has the same to say, before it has said it
     else:
-        for line in message.splitlines():
-            print(f"{NAME}: error: {line}", file=sys.stderr)
-        print(f"{NAME}: --help lists all flags", file=sys.stderr, flush=True)
+        for line in [*message.splitlines(), "--help lists all flags"]:
+            print(f"{NAME}: error: {line}", file=sys.stderr, flush=True)
     sys.exit(2)
 # <<< shared: arguments
 
@@ -267,28 +252,30 @@ def looks_like_path(name: str) -> bool:
 def find_common_problems(args: Namespace, positive: str, not_negative: str, sources: str) -> Iterator[str]:
     """Of flags that all scripts have. The texts name flags: at least 1, at least 0, hub name or path."""
     at_least = dict.fromkeys(positive.split(), 1) | dict.fromkeys(not_negative.split(), 0)
-    for name, least in at_least.items():
-        value = getattr(args, name)
-        if value is not None and not least <= value < math.inf:
-            yield f"--{name.replace('_', '-')} must be at least {least}, not {value}"
     for name, value in vars(args).items():
-        if not name.endswith(("prompt", "signals")) and (value == "" or str(value).startswith("~")):
-            yield f"--{name.replace('_', '-')} '{value}': empty, or with a ~ that only a shell understands"
+        flag, least = f"--{name.replace('_', '-')}", at_least.get(name, -math.inf)
+        if isinstance(value, (int, float)) and not least <= value < math.inf:
+            yield f"{flag} must be at least {least}, not {value}"
+        if not name.endswith("prompt") and (value == "" or str(value).startswith("~")):
+            yield f"{flag} '{value}': empty, or with a ~ that only a shell understands"
+        if name in sources.split() and value and looks_like_path(value) and not Path(value).exists():
+            yield f"{flag} {value}: no such file or folder"
     if args.min_lr > args.max_lr:
         yield f"--min-lr {args.min_lr} is above --max-lr {args.max_lr}: lower --min-lr as well"
     if args.gpu_ranks and not re.fullmatch(r"\d+(,\d+)*", args.gpu_ranks):
         yield f"--gpu-ranks {args.gpu_ranks}: expected numbers with commas, such as 0,2,3"
-    for name in args.stop_signals.split(",") if args.stop_signals else []:
-        if name in ("SIGKILL", "SIGSTOP") or not isinstance(getattr(signal, name, None), signal.Signals):
-            yield f"--stop-signals {name}: not a signal that can be caught, such as SIGTERM or SIGUSR2"
     if args.chat_template and not Path(args.chat_template).is_file():
         yield f"--chat-template {args.chat_template}: no such file"
-    for name in sources.split():
-        value = getattr(args, name)
-        if value and looks_like_path(value) and not Path(value).exists():
-            yield f"--{name.replace('_', '-')} {value}: no such file or folder"
     if args.resume not in ("auto", "none") and not (Path(args.resume) / ".metadata").is_file():
         yield f"--resume {args.resume}: not a checkpoint (a folder such as RUN/checkpoints/step_001000)"
+    for asked, package in ((args.tensorboard, "tensorboard"), (args.wandb, "wandb")):
+        if asked and not importlib.util.find_spec(package):
+            yield f"--{package} needs the {package} package: pip install {package}"
+    place = Path(args.checkpoint_dir).absolute()
+    while not place.exists():
+        place = place.parent
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        yield f"--checkpoint-dir {args.checkpoint_dir}: cannot write to {place}; choose another folder"
 # <<< shared: problems
 
 
@@ -297,7 +284,7 @@ def find_problems(args: Namespace) -> Iterator[str]:
     positive = ("seq_len batch_size grad_accum_steps num_epochs loss_chunk_tokens max_bad_steps log_interval "
                 "max_steps steps_per_epoch nproc hsdp_shard_size vocab_size stall_timeout")
     not_negative = ("warmup_steps weight_decay grad_clip keep_checkpoints eval_interval max_lr min_lr "
-                    "max_restarts checkpoint_interval")
+                    "checkpoint_interval")
     yield from find_common_problems(args, positive, not_negative, "dataset hf_model tokenizer")
     if args.from_scratch == bool(args.hf_model):
         yield "choose one: --hf-model NAME_OR_FOLDER or --from-scratch"
@@ -305,8 +292,8 @@ def find_problems(args: Namespace) -> Iterator[str]:
         yield "--eval-fraction must be at least 0 and below 1"
     if args.eval_fraction and (args.eval_split or args.streaming):
         yield "--eval-fraction goes with neither --eval-split nor --streaming: use --eval-split alone"
-    if args.eval_interval and not (args.eval_fraction or args.eval_split):
-        yield "--eval-interval needs something held out: --eval-fraction or --eval-split"
+    if (args.eval_interval or args.keep_best) and not (args.eval_fraction or args.eval_split):
+        yield "--eval-interval and --keep-best need something held out: --eval-fraction or --eval-split"
     if args.streaming and not args.packing:
         yield "--streaming always packs: leave --no-packing out"
     if args.streaming and args.from_scratch and not args.tokenizer:
@@ -338,17 +325,19 @@ class Ranks:
 
 def relaunch_under_torchrun(args: Namespace) -> None:
     """Started plainly, with several GPUs or --nproc N: run this same command under torchrun, then exit."""
-    if "RANK" in os.environ:
-        if args.gpu_ranks and os.environ.get("CUDA_VISIBLE_DEVICES") != args.gpu_ranks:
-            usage_error("--gpu-ranks comes too late under torchrun: set CUDA_VISIBLE_DEVICES")
-        return
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        usage_error("srun started several of these, which do not know of each other: use launch_slurm.sh")
-    select_gpus(args.gpu_ranks)
+    # Before CUDA starts, which reads the variable.
+    if args.gpu_ranks and os.environ.setdefault("CUDA_VISIBLE_DEVICES", args.gpu_ranks) != args.gpu_ranks:
+        usage_error(f"--gpu-ranks {args.gpu_ranks} and CUDA_VISIBLE_DEVICES disagree: unset one of them")
     num_gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
     nproc = args.nproc or max(1, num_gpus)
+    if args.gpu_ranks and num_gpus != len(args.gpu_ranks.split(",")):
+        usage_error(f"--gpu-ranks {args.gpu_ranks}: only {num_gpus} of these GPUs exist here")
     if num_gpus and nproc > num_gpus:
         usage_error(f"--nproc {nproc}: this machine shows {num_gpus} GPUs; use --nproc {num_gpus} or fewer")
+    if "RANK" in os.environ:
+        return
+    if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        usage_error("srun started several of these, which do not know of each other: use launch_slurm.sh")
     if nproc == 1:
         return
     import logging
@@ -359,14 +348,11 @@ def relaunch_under_torchrun(args: Namespace) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     # Time to save, after a signal that torchrun passes on; torch 2.11 does not read this and gives 30 s.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
-    if args.max_restarts:  # a new store each time: in torchrun's own the dead keep addresses (pytorch#135712)
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    passed_on = ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", *filter(None, args.stop_signals.split(","))]
     # The failing rank has printed one line of its own that says more than the launcher's table.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        torchrun(["--standalone", f"--nproc-per-node={nproc}", f"--max-restarts={args.max_restarts}",
-                  f"--signals-to-handle={','.join(passed_on)}", "--", sys.argv[0], *sys.argv[1:]])
+        torchrun(["--standalone", f"--nproc-per-node={nproc}",
+                  f"--signals-to-handle={','.join(stop_signals())}", "--", *sys.argv])
     except ChildFailedError as error:
         # A rank that failed by itself has a positive exit code; a signal, often torchrun's, ended the others.
         killed = 128 - error.get_first_failure()[1].exitcode
@@ -374,15 +360,6 @@ def relaunch_under_torchrun(args: Namespace) -> None:
     except SignalException as error:  # Ctrl-C or SIGTERM; the ranks have had it too
         sys.exit(128 + error.sigval)
     sys.exit(0)
-
-
-def select_gpus(gpu_ranks: str | None) -> None:
-    """--gpu-ranks becomes CUDA_VISIBLE_DEVICES before CUDA starts; another value there is a usage error."""
-    visible = os.environ.setdefault("CUDA_VISIBLE_DEVICES", gpu_ranks) if gpu_ranks else gpu_ranks
-    if visible != gpu_ranks:
-        usage_error(f"--gpu-ranks {gpu_ranks} and CUDA_VISIBLE_DEVICES={visible} disagree: unset one of them")
-    if gpu_ranks and torch.cuda.device_count() != len(gpu_ranks.split(",")):
-        usage_error(f"--gpu-ranks {gpu_ranks}: only {torch.cuda.device_count()} of these GPUs exist here")
 # <<< shared: ranks
 
 
@@ -396,8 +373,8 @@ def read_ranks(args: Namespace) -> Ranks:
         raise UserError(f"of {', '.join(names)} in the environment, one is no number ({error})") from None
     if not 0 <= rank < world_size:
         raise UserError(f"RANK={rank} is outside WORLD_SIZE={world_size}: processes count from 0")
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_launcher()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # ranks would outlive a killed torchrun, and go on writing
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if args.device == "cuda" and not torch.cuda.is_available():
         usage_error("--device cuda: torch sees no GPU here; "
                     "use --device cpu, or install a CUDA build of torch")
@@ -419,48 +396,27 @@ def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceM
         torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and `prove_filled` looks for it
     # gloo serves tensors in host memory: --cpu-offload keeps the parameters there, an export gathers them.
     # The timeout comes after the stacks of a stalled step, see `stall_after`.
-    timeout = timedelta(seconds=max(1200, 3 * args.stall_timeout))
-    options = {"backend": "cpu:gloo,cuda:nccl" if cuda else "gloo", "timeout": timeout}
+    options = {"backend": "cpu:gloo,cuda:nccl" if cuda else "gloo",
+               "timeout": timedelta(seconds=max(1200, 3 * args.stall_timeout))}
     if cuda:
         torch.cuda.set_device(ranks.device)
         options["device_id"] = ranks.device
     if "RANK" not in os.environ:  # alone: no port, no address
         options |= {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
-    else:
-        find_rendezvous(ranks)
+    address = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's, if it is still there
+            socket.create_connection(address, timeout=30).close()
         torch.distributed.init_process_group(**options)
-    except torch.distributed.DistNetworkError as error:
-        raise UserError(f"no rendezvous at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
-                        f"({first_line(error)}): is the port taken by something else? Set another "
-                        "MASTER_PORT on all nodes") from error
+    except (OSError, ValueError, torch.distributed.DistNetworkError) as error:
+        raise UserError(f"no rendezvous at {address[0]}:{address[1]} ({first_line(error)}): tools/doctor.py, "
+                        "started in place of this script, says why") from error
     torch.manual_seed(args.seed + ranks.rank)  # for dropout: weights and samples have generators of their own
     # `fully_shard` shards over the mesh's last dimension. A dimension before it makes this HSDP: every row of
     # the mesh, neighbouring ranks, holds a whole model, and gradients are summed over the rows as well.
     shard = args.hsdp_shard_size or ranks.world_size
-    if shard == ranks.world_size:
-        return init_device_mesh(ranks.device.type, (shard,), mesh_dim_names=("shard",))
-    shape = (ranks.world_size // shard, shard)
-    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
-# <<< shared: process-group
-
-
-# >>> shared: rendezvous
-def find_rendezvous(ranks: Ranks) -> None:
-    """Fails within seconds; init_process_group would wait for its timeout."""
-    if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise UserError("RANK is set, MASTER_ADDR and MASTER_PORT are not: start this with torchrun")
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        socket.getaddrinfo(host, port)
-    except OSError as error:
-        raise UserError(f"MASTER_ADDR={host} does not resolve on {socket.gethostname()} ({error.strerror}): "
-                        "give an address of rank 0's node that every node can reach") from None
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        try:  # torchrun's, which listened before this process was started
-            socket.create_connection((host, port), timeout=30).close()
-        except OSError:
-            end_now("torchrun, which started this process, is gone", ranks.is_main)
+    shape = (ranks.world_size // shard, shard) if shard < ranks.world_size else (shard,)
+    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
 
 
 def compute_dtype(mixed_precision: bool, device: torch.device) -> torch.dtype:
@@ -482,89 +438,61 @@ def gather_objects(value: object, group: object = None) -> list:
     values = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(values, value, group=group)
     return values
-# <<< shared: rendezvous
+# <<< shared: process-group
 
 
 # >>> shared: stop
-# One rank hears a signal or sees a STOP file. It votes in the collective that each step has anyway, so that
-# all ranks stop after the same step.
-
-@dataclasses.dataclass
-class Stop:
-    """Why this rank wants to stop."""
-    codes: dict[str, int]  # reasons and their exit codes, in the order of the votes
-    file: Path
-    asked: set[str] = dataclasses.field(default_factory=set)
-    in_flight: tuple[Tensor, torch.cuda.Event] | None = None  # GPU: the votes of the step before
+# One rank hears a signal or sees the file RUN/STOP. It votes in the collective that each step has anyway, so
+# that all ranks stop after the same step. The reasons and their exit codes:
+STOPS = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 138, "SIGHUP": 129, "STOP file": 3}
 
 
-def catch_signals(names: str, run_dir: Path, ranks: Ranks) -> Stop:
-    """From here on a stop signal means: finish the step, save, end. Until here it ends the process.
+def stop_signals() -> list[str]:
+    """Those that nobody asked to ignore: nohup has no SIGHUP."""
+    names = (name for name in STOPS if name.startswith("SIG"))
+    return [name for name in names if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN]
+
+
+def catch_signals(ranks: Ranks) -> set[str]:
+    """From here on a signal means: finish the step, save, end. Returns the set of reasons that it fills.
 
     A handler of Python's runs when the collective returns that the main thread waits in."""
-    numbers = [getattr(signal, name) for name in names.split(",") if name]
-    codes = {number.name: 128 + number for number in numbers} | STOP_CODES
-    stop = Stop(codes, run_dir / "STOP")
+    asked = set()
 
     def note(number: int, _: object) -> None:
         name = signal.Signals(number).name
-        if name == "SIGINT" and name in stop.asked:
+        if name == "SIGINT" and name in asked:
             end_now("interrupted twice: ended at once", ranks.is_main, code=130)
-        ask_to_stop(stop, name, ranks)
+        if ranks.is_main and name not in asked:
+            # Not print, which a handler may have interrupted.
+            os.write(2, f"\n{name}: this step is finished, then saved, then the run ends\n".encode())
+        asked.add(name)
 
-    for number in numbers:
-        signal.signal(number, note)
-        signal.siginterrupt(number, False)  # or system calls inside NCCL would fail with EINTR
-    return stop
+    for name in stop_signals():
+        signal.signal(getattr(signal, name), note)
+        signal.siginterrupt(getattr(signal, name), False)  # or system calls inside NCCL would fail with EINTR
+    return asked
 
 
-def release_signals(stop: Stop) -> None:
-    for name in stop.codes.keys() - STOP_CODES.keys():
+def release_signals() -> None:
+    """From here on they end the process at once, as before."""
+    for name in stop_signals():
         default = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
         signal.signal(getattr(signal, name), default)
 
 
-def ask_to_stop(stop: Stop, reason: str, ranks: Ranks) -> None:
-    if reason not in stop.asked and ranks.is_main:
-        again = "; again ends it at once" if reason == "SIGINT" else ""
-        # Not print, which a handler may have interrupted.
-        os.write(2, f"\n{reason}: this step is finished, then saved, then the run ends{again}\n".encode())
-    stop.asked.add(reason)
+def votes_to_stop(asked: set[str], run_dir: Path, ranks: Ranks) -> Tensor:
+    """1 for each of `STOPS` that this rank has (each rank, once a step)."""
+    if ranks.is_main and os.path.exists(run_dir / "STOP"):  # Path's own raises where a file system fails
+        asked.add("STOP file")
+    return torch.tensor([float(name in asked) for name in STOPS], device=ranks.device)
 
 
-def refuse_stop_file(run_dir: Path, ranks: Ranks) -> None:
-    if (run_dir / "STOP").exists():
-        if ranks.is_main:
-            print(f"{NAME}: error: {run_dir / 'STOP'} exists: remove it to train", file=sys.stderr)
-        sys.exit(STOP_CODES["STOP file"])
+def agreed_stop(votes: list[float]) -> str | None:
+    """The reason that some rank had, from the sum of `votes_to_stop` over ranks: the same on each of them."""
+    return next((name for name, count in zip(STOPS, votes) if count), None)
 
 
-def votes_to_stop(stop: Stop, ranks: Ranks) -> Tensor:
-    """1 for each reason that this rank has (each rank, once a step)."""
-    if ranks.is_main and os.path.exists(stop.file):  # Path's own raises where a file system fails
-        ask_to_stop(stop, "STOP file", ranks)
-    return torch.tensor([float(name in stop.asked) for name in stop.codes], device=ranks.device)
-
-
-def agreed_stop(stop: Stop, votes: Tensor) -> str | None:
-    """The reason to stop that some rank had, from the sum of `votes` over ranks: the same on each of them.
-
-    On a GPU it is the sum of the step before: this one's is not there yet, and nobody waits for it."""
-    cuda = votes.device.type == "cuda"
-    host = torch.empty(votes.shape, pin_memory=cuda).copy_(votes, non_blocking=True)
-    if cuda:
-        event = torch.cuda.Event()
-        event.record()
-        before, stop.in_flight = stop.in_flight, (host, event)
-        if before is None:
-            return None
-        host, event = before
-        event.synchronize()  # sync point: with the step before
-    return next((reason for reason, count in zip(stop.codes, host.tolist()) if count), None)
-# <<< shared: stop
-
-
-# >>> shared: stalls
 def stall_after(seconds: float | None) -> None:
     """Where no step ends for so long, this process prints its stacks; after twice that SIGALRM ends it.
     Begins anew with each call. None: what follows may take any time."""
@@ -574,18 +502,12 @@ def stall_after(seconds: float | None) -> None:
         faulthandler.dump_traceback_later(seconds)
 
 
-def die_with_launcher() -> None:
-    """Ranks outlive a torchrun that is killed, and would go on writing where the next start writes."""
-    import ctypes
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 def end_now(message: str, show: bool, code: int = 1) -> None:
     """Whatever other threads and ranks wait for."""
     if show:
         print(f"\n{NAME}: error: {message}", file=sys.stderr, flush=True)
     os._exit(code)
-# <<< shared: stalls
+# <<< shared: stop
 
 
 # ------------------------------------------------------------------------------------------------
@@ -825,21 +747,15 @@ def fetch(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-    page = f"https://huggingface.co/{name}"
     wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
     try:
         get = functools.partial(snapshot_download, name, ignore_patterns=["original/*", "consolidated*"])
         folder = Path(get(allow_patterns=wanted))
         return folder if any(folder.glob("*.safetensors")) else Path(get(allow_patterns=[*wanted, "*.bin"]))
-    except GatedRepoError:
-        raise UserError(f"{name} is gated: accept its licence at {page}, then run: hf auth login") from None
-    except RepositoryNotFoundError:
-        raise UserError(f"{name}: no folder here, no repository at {page} "
-                        "(private? then: hf auth login)") from None
-    except Exception as error:  # offline, no space, a proxy's answer: the hub's library has dozens of types
-        raise UserError(f"{name}: no such folder, and {page} could not be fetched ({first_line(error)}); "
-                        "give a local folder, or see: hf auth login") from None
+    except Exception as error:  # offline, gated, private, no space: the hub's library has dozens of types
+        raise UserError(f"{name}: no such folder, and https://huggingface.co/{name} could not be fetched "
+                        f"({first_line(error)}). Is it gated? Accept its licence there. Gated or private: "
+                        "hf auth login") from None
 # <<< shared: hub
 
 
@@ -1566,33 +1482,19 @@ def recomputed_but_expensive(block: nn.Module, *args: object, **kwargs: object) 
 
 def expensive_kept() -> tuple:
     from torch.utils.checkpoint import create_selective_checkpoint_contexts
-    return create_selective_checkpoint_contexts(save_expensive())
-
-
-def save_expensive() -> Callable:
-    """Selective policy, as torchtitan's: keep the attention's and every second matmul's output."""
-    from torch.utils.checkpoint import CheckpointPolicy
-    aten, num_matmuls = torch.ops.aten, {True: 0, False: 0}  # recomputing or not: both count alike
     kinds = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
-    attention = {getattr(aten, f"_scaled_dot_product_{kind}").default for kind in kinds}
+    kept = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default for kind in kinds]
     if hasattr(torch.ops.torch_attn, "_varlen_attn"):
-        attention.add(torch.ops.torch_attn._varlen_attn.default)
-
-    def policy(context, op, *args, **kwargs) -> CheckpointPolicy:
-        num_matmuls[context.is_recompute] += op is aten.mm.default
-        keep = op in attention or (op is aten.mm.default and num_matmuls[context.is_recompute] % 2 == 1)
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return policy
+        kept.append(torch.ops.torch_attn._varlen_attn.default)
+    return create_selective_checkpoint_contexts([*kept, torch.ops.aten.mm.default])
 # <<< shared: recompute
 
 
 # >>> shared: materialise
-def materialise(model: nn.Module, device: torch.device, cpu_offload: bool) -> dict[str, str]:
+def materialise(model: nn.Module, device: torch.device, cpu_offload: bool) -> None:
     """Give the sharded meta model memory, filled with NaN: `prove_filled` then finds what was never written.
 
-    `to_empty` makes a new tensor for each module's parameter, so that tied ones come apart; they are tied
-    again, and returned as {name: name of the one it shares}."""
+    `to_empty` makes a new tensor for each module's parameter, so that tied ones come apart: tied again."""
     first_name, ties = {}, {}
     for name, param in model.named_parameters(remove_duplicate=False):
         if first_name.setdefault(id(param), name) != name:
@@ -1607,7 +1509,6 @@ def materialise(model: nn.Module, device: torch.device, cpu_offload: bool) -> di
                 local_part(tensor).fill_(math.nan)
     for module in model.modules() if cpu_offload else ():  # only parameters are offloaded
         module._buffers = {name: b.to(device) for name, b in module._buffers.items() if b is not None}
-    return ties
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -1641,6 +1542,25 @@ def init_from_scratch(model: CausalLM, seed: int, device: torch.device) -> None:
 
 
 # >>> shared: load
+QUANTISED = re.compile(r"(weight_scale(_inv)?|scales|qweight|qzeros|g_idx|zero_point|absmax|quant_map|SCB|"
+                       r"weight_packed|_blocks)$")
+
+
+def refuse_quantised(folder: Path, config: object) -> None:
+    """Quantised weights have the names and shapes of others: without their scales they would be garbage."""
+    found = getattr(config, "quantization_config", None) and "config.json says so"
+    for path in folder.glob("*.safetensors"):
+        try:
+            with path.open("rb") as file:  # the header: 8 bytes of length, then JSON
+                names = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 1 << 30)))
+        except ValueError:
+            raise UserError(f"{path} is no safetensors file: its download is not complete") from None
+        found = found or next((f"{path.name} holds {name}" for name in names if QUANTISED.search(name)), None)
+    if found:
+        raise UserError(f"{folder} holds quantised weights ({found}), which cannot be trained: use the "
+                        "model's bf16 release, or dequantise it first")
+
+
 def fill_buffers(model: nn.Module) -> None:
     """What no file holds: rotary tables and other non-persistent buffers of a transformers model, in fp32."""
     for module in model.modules():
@@ -1654,62 +1574,27 @@ def fill_buffers(model: nn.Module) -> None:
     model.initialize_weights()
 
 
-def base_of(model: nn.Module) -> nn.Module:
-    """The model without its output head; the model itself where the two cannot be told apart."""
-    inner = (child for child in model.children() if hasattr(child, "base_model"))
-    return model.base_model if model.base_model is not model else next(inner, model)
-
-
-QUANTISED = re.compile(r"(weight_scale(_inv)?|scales|qweight|qzeros|g_idx|zero_point|absmax|quant_map|SCB|"
-                       r"weight_packed|_blocks)$")
-
-
-def refuse_quantised(folder: Path, config: object) -> None:
-    """Quantised weights have the names and shapes of others: without their scales they would be garbage."""
-    found = getattr(config, "quantization_config", None) and "config.json says so"
-    for path in folder.glob("*.safetensors") if not found else ():
-        with path.open("rb") as file:  # the header: 8 bytes of length, then JSON
-            names = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        found = found or next((f"{path.name} holds {name}" for name in names if QUANTISED.search(name)), None)
-    if found:
-        raise UserError(f"{folder} holds quantised weights ({found}), which cannot be trained: use the "
-                        "model's bf16 release, or dequantise it first")
-# <<< shared: load
-
-
-# >>> shared: load-files
 def load_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ranks: Ranks) -> None:
     """Each rank reads its slices of the safetensors files, or rank 0 loads and broadcasts (all ranks)."""
     import torch.distributed.checkpoint as dcp
-    names = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    persistent, there = set(model.state_dict()), {}
     if any(folder.glob("*.safetensors")):
         reader = dcp.HuggingFaceStorageReader(str(folder))
-        names = match_names(model, reader.read_metadata().state_dict_metadata)
-    if names:
-        dcp.load(names, storage_reader=reader)
+        on_disk = reader.read_metadata().state_dict_metadata
+        there = {name: tensor for name, tensor in named
+                 if name in on_disk and on_disk[name].size == tensor.shape}
+    # Tied parameters are one tensor under several names: a file may hold any of them, and mostly just one.
+    if {id(tensor) for name, tensor in named if name in persistent} <= set(map(id, there.values())):
+        dcp.load({name: tensor.detach() for name, tensor in there.items()}, storage_reader=reader)
+        unread = sorted(on_disk.keys() - there.keys())
+        if unread and ranks.is_main:
+            print(f"{folder}: {len(unread)} tensors on disk are not in the model, {unread[0]} for one")
         return
     if ranks.is_main:
         print(f"{folder}: names on disk differ from names in memory; "
               "rank 0 loads the model and broadcasts it")
     broadcast_hf_weights(model, folder, trust_remote_code, ranks)
-
-
-def match_names(model: nn.Module, on_disk: dict) -> dict[str, Tensor]:
-    """{name on disk: tensor to fill}, for every parameter and persistent buffer, tied ones once, or {}."""
-    prefix = getattr(model, "base_model_prefix", "") + "."
-    persistent, groups, found = set(model.state_dict()), {}, {}
-    # Tied parameters are one tensor under several names: a file may hold any of them, and mostly just one.
-    tensors = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers())
-    for name, tensor in tensors:
-        if name in persistent:
-            groups.setdefault(id(tensor), (tensor, []))[1].append(name)
-    for tensor, names in groups.values():
-        spellings = [s for name in names for s in (name, name.removeprefix(prefix), prefix + name)]
-        spelling = next((s for s in spellings if s in on_disk and on_disk[s].size == tensor.shape), None)
-        if spelling is None:
-            return {}
-        found[spelling] = tensor.detach()
-    return found
 
 
 @torch.no_grad()
@@ -1733,57 +1618,41 @@ def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool
                  else torch.empty(tensor.shape, dtype=tensor.dtype, device=ranks.device))
         torch.distributed.broadcast(value, src=0)
         fill(tensor, value)
-# <<< shared: load-files
+# <<< shared: load
 
 
 # >>> shared: prove
-def vocab_size_of(model: nn.Module) -> int:
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    return config.vocab_size
+def base_of(model: nn.Module) -> nn.Module:
+    """The model without its output head; the model itself where the two cannot be told apart."""
+    inner = (child for child in model.children() if hasattr(child, "base_model"))
+    return model.base_model if model.base_model is not model else next(inner, model)
+
+
+def text_config(model: nn.Module) -> object:
+    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
 
 
 def rows_at_once(model: nn.Module, device: torch.device) -> int:
     """Rows of logits that exist at once. On a GPU some 2^28 numbers of them: fewer would be slow, because the
     head's fp32 gradient is added up once a chunk, more would take gigabytes."""
-    return 512 if device.type != "cuda" else max(512, 2**28 // vocab_size_of(model) // 512 * 512)
+    return 512 if device.type != "cuda" else max(512, 2**28 // text_config(model).vocab_size // 512 * 512)
 
 
 def plain_tokens(model: nn.Module, rows: int, length: int, device: torch.device) -> Tensor:
     """(rows, length) ids from all over the vocabulary, for proofs."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocab_size_of(model), (rows, length), generator=generator).to(device)
+    return torch.randint(text_config(model).vocab_size, (rows, length), generator=generator).to(device)
 
 
-def prove_filled(model: nn.Module, ties: dict[str, str]) -> None:
-    """Every parameter is a DTensor, all was written, ties hold; else training would start from garbage."""
-    from torch.distributed.tensor import DTensor
+def prove_filled(model: nn.Module) -> None:
+    """Every parameter is a DTensor, and all was written; else training would start from garbage."""
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        is_param = isinstance(tensor, nn.Parameter)
         # The sum is NaN if any element is, and needs no second tensor of the parameter's size.
         if tensor.is_meta or (tensor.is_floating_point() and torch.isnan(local_part(tensor).sum())):
-            raise UserError(f"the model's {'parameter' if is_param else 'buffer'} {name} was never written: "
-                            "the weights on disk do not fit the model, or hold NaN")
-        if is_param and not isinstance(tensor, DTensor):
+            raise UserError(f"the model's tensor {name} was never written: the weights on disk do not fit "
+                            "the model, or hold NaN")
+        if isinstance(tensor, nn.Parameter) and not hasattr(tensor, "placements"):
             raise UserError(f"parameter {name} is not sharded")
-    for name, source in ties.items():
-        if model.get_parameter(name) is not model.get_parameter(source):
-            raise UserError(f"{name} and {source} are no longer tied")
-
-
-def describe_model(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Lines for the start of a run: sizes, and this rank's parameters, gradients and optimizer states."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    masters = sum(local_part(param).nbytes for param in model.parameters()) / 2**20
-    gradients, blocks = sum(local_part(param).nbytes for param in trainable) / 2**20, find_blocks(model)
-    block_class = type(blocks[0]).__name__.removeprefix("FSDP")
-    return [
-        f"model      {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{sum(p.numel() for p in trainable):,} trainable",
-        f"sharded    {len(blocks)} x {block_class}, and the root with what is left",
-        f"this rank  MiB in float32: parameters {masters:,.1f}, gradients {gradients:,.1f}, "
-        f"{type(optimizer).__name__} states {2 * gradients:,.1f}",
-    ]
-# <<< shared: prove
 
 
 def check_memory(model: nn.Module, args: Namespace, mesh: torch.distributed.DeviceMesh) -> None:
@@ -1798,6 +1667,16 @@ def check_memory(model: nn.Module, args: Namespace, mesh: torch.distributed.Devi
     if nbytes > free:
         raise UserError(f"{size / 1e9:.1f}B parameters, gradients and AdamW states take {nbytes >> 30} GiB a "
                         f"process, {free >> 30} are free: choose a smaller model, or use more devices")
+
+
+def describe_model(model: nn.Module) -> str:
+    """A line for the start of a run."""
+    sizes = [(param.numel(), local_part(param).numel()) for param in model.parameters()]
+    (size, mine), blocks = map(sum, zip(*sizes)), find_blocks(model)
+    block = type(blocks[0]).__name__.removeprefix("FSDP")
+    return (f"model      {size:,} parameters: {len(blocks)} x {block} and the root; "
+            f"{16 * mine / 2**20:,.1f} MiB on this rank, with gradients and AdamW's states")
+# <<< shared: prove
 
 
 @torch.no_grad()
@@ -1952,6 +1831,8 @@ def resolve_steps(args: Namespace, dataset: TokenDataset | None, ranks: Ranks, p
         raise UserError(f"--warmup-steps {warmup} is more than the run's {total} steps")
     lines = [f"steps      {total:,} ({known}), {warmup:,} of warm-up; {per_step:,} sequences, "
              f"{per_step * args.seq_len:,} tokens a step; learning rate {args.max_lr:g}"]
+    if 0 < progress.get("total_steps", 0) == progress["step"] < total:
+        lines.append("note       the run had ended: its learning rate rises again")
     if total < 10 or (dataset and per_step > len(dataset)):
         lines.append("note       so few and large steps learn little: lower --batch-size, raise --num-epochs")
     return total, warmup, ahead, lines
@@ -2041,66 +1922,7 @@ def compile_head_loss(model: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------
 # 7. Checkpoints and export: asynchronous, published by a rename, resumed exactly; a Hugging Face folder
 
-# >>> shared: checkpointer
-@dataclasses.dataclass
-class Checkpointer:
-    """The run's checkpoints and the save under way. RUN/checkpoints/step_000100 holds DCP's files (model,
-    optimizer, each rank's random state), progress.json, config.yaml and the script's source."""
-    folder: Path
-    keep: int
-    group: object = None  # gloo, of its own: a save must not meet training's collectives
-    stager: object = None
-    writer: ThreadPoolExecutor | None = None
-    staging: Future | None = None  # the copy that frees the parameters for the next update
-    saving: Future | None = None  # of what went wrong, "" if nothing: the same text on every rank
-    step: int = 0  # of that save
-
-
-def open_checkpoints(args: Namespace, ranks: Ranks) -> Checkpointer:
-    folder = Path(args.checkpoint_dir) / "checkpoints"
-    if ranks.is_main:
-        for stale in folder.glob("*.partial"):  # a save that a kill interrupted
-            shutil.rmtree(stale, ignore_errors=True)
-    return Checkpointer(folder, args.keep_checkpoints)
-
-
-def lock_run(folder: Path, ranks: Ranks):
-    """Rank 0: the run folder's lock, held until the process ends, however it ends. Raises UserError after
-    20 s, since a run that was killed a moment ago may still be ending."""
-    if not ranks.is_main:
-        return None
-    lock = (folder / "lock").open("w")
-    for attempt in range(20):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
-            if attempt == 0:
-                print(f"{folder} is in use by another run: waiting 20 s for its end", file=sys.stderr)
-            time.sleep(1)
-        except OSError as error:  # a network file system without locks
-            print(f"{folder} cannot be locked ({error.strerror}): take care that no second run uses it")
-            return None
-    raise UserError(f"{folder} is in use: give this run another --checkpoint-dir, or end that")
-
-
-def open_stager(saver: Checkpointer, cuda: bool) -> None:
-    """At the first save (all ranks), so that the start of training does not wait for it.
-
-    Two stages, both in threads. Staging copies the tensors to host memory (pinned, or a GPU's copy would
-    block); the writer then brings that copy to files while training changes the parameters."""
-    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-    saver.stager = DefaultStager(StagingOptions(use_pinned_memory=cuda, use_shared_memory=False,
-                                                use_async_staging=True, use_non_blocking_copy=cuda))
-    # HACK(torch 2.11): its stager closes this part after every copy, so that the next save fails. Remove when
-    # 2.12 is the oldest supported; never closing it costs nothing, the process ends with it.
-    saver.stager._state_dict_stager.close = lambda: None
-    saver.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=1))
-    saver.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-# <<< shared: checkpointer
-
-
-# >>> shared: saved-state
+# >>> shared: state
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name; tied parameters once, under their first name."""
     persistent = set(model.state_dict())
@@ -2136,23 +1958,46 @@ def random_states(ranks: Ranks) -> dict[str, Tensor]:
 def checkpoint_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
     return {"model": model_tensors(model), "optim": optimizer_tensors(model, optimizer),
             "random": random_states(ranks)}
-# <<< shared: saved-state
+# <<< shared: state
 
 
 # >>> shared: save
-def start_save(saver: Checkpointer, tensors: dict, progress: dict, files: dict[str, str], ranks: Ranks
+@dataclasses.dataclass
+class Checkpointer:
+    """The run's checkpoints and the save under way. RUN/checkpoints/step_000100 holds files of DCP (torch's
+    distributed checkpoint: model, optimizer, random states), progress.json, config.yaml, the script."""
+    folder: Path
+    keep: int
+    best: int = -1  # the step of the checkpoint that --keep-best keeps
+    group: object = None  # gloo, of its own: a save must not meet training's collectives
+    stager: object = None
+    writer: ThreadPoolExecutor | None = None
+    staging: Future | None = None  # the copy that frees the parameters for the next update
+    saving: Future | None = None  # of what went wrong, "" if nothing: the same text on every rank
+    step: int = 0  # of that save
+
+
+def start_save(saver: Checkpointer, tensors: dict, progress: dict, texts: dict[str, str], ranks: Ranks
                ) -> None:
-    """Begin a save (all ranks). Tensors are copied while the next forward runs: `wait_for_copy` comes before
-    the next update. `files` are this rank's texts that go beside the tensors."""
+    """Begin a save (all ranks). Two stages, both in threads: staging copies the tensors to host memory while
+    the next forward runs (`wait_for_copy` comes before the next update); the writer brings that copy to
+    files, and rank 0 puts `texts` beside them."""
     finish_save(saver)
-    if saver.stager is None:
-        open_stager(saver, cuda=ranks.device.type == "cuda")
-    own = files | {"progress.json": json.dumps(progress)} if ranks.is_main else files
-    if ranks.device.type == "cuda":
+    cuda = ranks.device.type == "cuda"
+    if saver.stager is None:  # not before: the start of training does not wait for it
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+        saver.stager = DefaultStager(StagingOptions(use_pinned_memory=cuda, use_shared_memory=False,
+                                                    use_async_staging=True, use_non_blocking_copy=cuda))
+        # HACK(torch 2.11): its stager closes this part after every copy, so that the next save fails. Remove
+        # when 2.12 is the oldest supported; never closing it costs nothing, the process ends with it.
+        saver.stager._state_dict_stager.close = lambda: None
+        saver.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=1))
+        saver.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+    if cuda:
         torch.cuda.synchronize()  # sync point: the copy runs on a stream of its own
-    saver.step = progress["step"]
+    saver.step, texts = progress["step"], texts | {"progress.json": json.dumps(progress)}
     saver.staging = saver.stager.stage(tensors)
-    saver.saving = saver.writer.submit(write_checkpoint, saver, saver.staging, own, ranks)
+    saver.saving = saver.writer.submit(write_checkpoint, saver, saver.staging, texts, ranks)
 
 
 def wait_for_copy(saver: Checkpointer) -> None:
@@ -2161,106 +2006,121 @@ def wait_for_copy(saver: Checkpointer) -> None:
         saver.staging = None
 
 
+def finish_save(saver: Checkpointer, must: bool = False) -> None:
+    """Wait for the save under way (all ranks). If it failed, which has been said, training goes on, and the
+    next interval saves again; `must`: it is the run's last, so UserError."""
+    wait_for_copy(saver)
+    saving, saver.saving = saver.saving, None
+    if saving and saving.result() and must:
+        kept = checkpoints_in(saver.folder)
+        raise UserError(f"could not save step {saver.step} ({saving.result()}): make room, then start the "
+                        f"same command again; it goes on from {kept[-1] if kept else 'the beginning'}")
+# <<< shared: save
+
+
+# >>> shared: publish
+def write_checkpoint(saver: Checkpointer, staged: Future, texts: dict[str, str], ranks: Ranks) -> str:
+    """In the writer's thread (all ranks): tensors, then rank 0 publishes. Returns what went wrong, or ""."""
+    import torch.distributed.checkpoint as dcp
+    partial, problem = saver.folder / f"step_{saver.step:06d}.partial", ""
+    try:
+        dcp.save(staged.result(), checkpoint_id=partial, process_group=saver.group)
+        if ranks.is_main:
+            publish(saver, partial, texts)
+    except (Exception, dcp.CheckpointException) as error:  # the latter is a BaseException
+        problem = reason_of(error)
+    problem = next(filter(None, gather_objects(problem, saver.group)), "")
+    if problem and ranks.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        kept, free = checkpoints_in(saver.folder), shutil.disk_usage(saver.folder.parent).free >> 20
+        print(f"\nstep {saver.step} could not be saved ({problem}; {free} MiB are free). The newest good "
+              f"checkpoint is {kept[-1] if kept else 'none'}", file=sys.stderr, flush=True)
+    return problem
+
+
 def reason_of(error: BaseException) -> str:
     """DCP's message holds the traceback of the rank that failed: a line such as "OSError: …" says why."""
     reasons = re.findall(r"\w*Error: .+", str(error)) or [f"{type(error).__name__}: {first_line(error)}"]
     return next((reason for reason in reasons if "[Errno" in reason), reasons[-1])
 
 
-def write_checkpoint(saver: Checkpointer, staged: Future, files: dict[str, str], ranks: Ranks) -> str:
-    """In the writer's thread (all ranks): tensors and texts; rank 0 publishes when all are done. Returns what
-    went wrong on any rank, else ""."""
-    import torch.distributed.checkpoint as dcp
-    partial = saver.folder / f"step_{saver.step:06d}.partial"
-    own, problem = [], ""
-    try:
-        dcp.save(staged.result(), checkpoint_id=partial, process_group=saver.group)
-        for name, text in files.items():
-            (partial / name).write_text(text)
-        own = [*files, *(path.name for path in partial.glob(f"__{ranks.rank}_*"))]
-    except (Exception, dcp.CheckpointException) as error:  # the latter is a BaseException
-        problem = f"{reason_of(error)}, {shutil.disk_usage(saver.folder.parent).free >> 20} MiB are free"
-    found = gather_objects((own, problem), saver.group)
-    problem = next((text for _, text in found if text), "")
-    if ranks.is_main:
-        try:
-            if not problem:
-                publish(saver, partial, [name for names, _ in found for name in names])
-        except OSError as error:
-            problem = f"{type(error).__name__}: {error}"
-        if problem:
-            shutil.rmtree(partial, ignore_errors=True)
-            kept = checkpoints_in(saver.folder)
-            print(f"\nstep {saver.step} could not be saved ({problem}): is the disk full or read-only? The "
-                  f"newest good checkpoint is {kept[-1] if kept else 'none'}", file=sys.stderr, flush=True)
-    return gather_objects(problem, saver.group)[0]
-# <<< shared: save
-
-
-# >>> shared: publish
-def publish(saver: Checkpointer, partial: Path, names: list[str]) -> None:
-    """Rank 0: rename a complete save into place and drop the oldest. Raises OSError."""
-    if lacking := [name for name in names if not (partial / name).is_file()]:
-        raise FileNotFoundError(f"rank 0 does not see the {lacking[0]} that another rank wrote: "
-                                "--checkpoint-dir must be one folder that all nodes share")
+def publish(saver: Checkpointer, partial: Path, texts: dict[str, str]) -> None:
+    """Rank 0: add texts, rename a complete save into place, drop the oldest. Raises OSError."""
+    from torch.distributed.checkpoint import FileSystemReader
+    for part in FileSystemReader(partial).read_metadata().storage_data.values():
+        if not (partial / part.relative_path).is_file():
+            raise FileNotFoundError(f"rank 0 does not see the {part.relative_path} that another rank wrote: "
+                                    "--checkpoint-dir must be one folder that all nodes share")
+    for name, text in texts.items():
+        (partial / name).write_text(text)
     for path in (*partial.iterdir(), partial):  # DCP has done so for its own
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        sync_to_disk(path)
+    if partial.with_suffix("").exists():  # a copy that lost its .metadata
+        partial.with_suffix("").rename(partial.with_suffix(f".{time.time_ns()}"))
     partial.rename(partial.with_suffix(""))
-    descriptor = os.open(partial.parent, os.O_RDONLY)
+    sync_to_disk(partial.parent)
+    kept = checkpoints_in(saver.folder)
+    for old in kept[:-saver.keep] if saver.keep else []:
+        if step_of(old) != saver.best:
+            # Renamed first, or a kill in the middle would leave half a checkpoint under a good name.
+            with contextlib.suppress(OSError):
+                shutil.rmtree(old.rename(old.with_suffix(".partial")), ignore_errors=True)
+
+
+def sync_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-    for old in checkpoints_in(saver.folder)[:-saver.keep] if saver.keep else []:
-        # Renamed first, or a kill in the middle would leave half a checkpoint under a good name.
-        with contextlib.suppress(OSError):
-            shutil.rmtree(old.rename(old.with_suffix(".partial")), ignore_errors=True)
-
-
-def finish_save(saver: Checkpointer) -> str:
-    """Wait for the save under way (all ranks). Returns what went wrong, which has been said: training goes
-    on, and the next interval saves again."""
-    if saver.saving is None:
-        return ""
-    wait_for_copy(saver)
-    problem, saver.saving = saver.saving.result(), None
-    return problem
-
-
-def save_before_end(saver: Checkpointer) -> None:
-    """Wait for the save that the run must not end without (all ranks). Raises UserError."""
-    if problem := finish_save(saver):
-        kept = checkpoints_in(saver.folder)
-        raise UserError(f"could not save step {saver.step} ({problem}): make room, then start the same "
-                        f"command again; it goes on from {kept[-1] if kept else 'the beginning'}")
 # <<< shared: publish
 
 
-# >>> shared: find-checkpoint
+# >>> shared: resume
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name[5:])
+
+
 def checkpoints_in(folder: Path) -> list[Path]:
     """Published checkpoints, oldest first."""
     found = [path for path in folder.glob("step_*")
              if re.fullmatch(r"step_\d+", path.name) and (path / ".metadata").is_file()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    return sorted(found, key=step_of)
+
+
+def lock_run(folder: Path):
+    """Rank 0: make the run's folder; its lock, held until the process ends, however it ends. Raises UserError
+    after 20 s, since a run that was killed a moment ago may still be ending."""
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    if (folder / "STOP").exists():
+        raise UserError(f"{folder / 'STOP'} exists: remove it to train")
+    lock = (folder / "lock").open("w")
+    for attempt in range(20):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if attempt == 0:
+                print(f"{folder} is in use by another run: waiting 20 s for its end", file=sys.stderr)
+            time.sleep(1)
+    raise UserError(f"{folder} is in use: give this run another --checkpoint-dir, or end that")
 
 
 def checkpoints_to_resume(args: Namespace) -> list[Path]:
     """What --resume names, oldest first. Refuses to mix a new run into a folder that holds an old one."""
-    found = checkpoints_in(Path(args.checkpoint_dir) / "checkpoints")
-    if args.resume not in ("auto", "none"):
-        step = read_progress([Path(args.resume)], {})["step"]
-        if found and int(found[-1].name[5:]) > step:
-            raise UserError(f"--resume {args.resume}: {args.checkpoint_dir} holds {found[-1].name}, which is "
-                            "newer; give this run another --checkpoint-dir")
-        return [Path(args.resume)]
-    if args.resume == "none" and found:
-        raise UserError(f"--resume none: {args.checkpoint_dir} already holds {found[-1].name}; give this run "
-                        "another --checkpoint-dir, or delete the old one")
-    return found
-# <<< shared: find-checkpoint
+    folder = Path(args.checkpoint_dir) / "checkpoints"
+    for stale in folder.glob("*.partial"):  # a save that a kill interrupted
+        shutil.rmtree(stale, ignore_errors=True)
+    found, chosen = checkpoints_in(folder), Path(args.resume)
+    for path in set(folder.glob("step_*")) - set(found):
+        print(f"{path} is left out: it has no .metadata, which a copy without hidden files loses")
+    if args.resume == "auto":
+        return found
+    step = 0 if args.resume == "none" else read_progress([chosen], {})["step"]
+    if found and step_of(found[-1]) > step:
+        raise UserError(f"--resume {args.resume}: {args.checkpoint_dir} already holds {found[-1].name}; give "
+                        "this run another --checkpoint-dir")
+    return [] if args.resume == "none" else [chosen]
 
 
-# >>> shared: load-checkpoint
 def read_progress(found: list[Path], start: dict) -> dict:
     """The progress that the newest checkpoint holds, of the form of `start`; this where there is none."""
     if not found:
@@ -2278,40 +2138,31 @@ def read_progress(found: list[Path], start: dict) -> dict:
 def unreadable(found: list[Path], error: BaseException) -> UserError:
     remedy = f"go on from {found[-2]}" if found[1:] else "begin anew"
     return UserError(f"{found[-1]} cannot be read ({reason_of(error)}): remove it to {remedy}")
+# <<< shared: resume
 
 
+# >>> shared: load-checkpoint
 def load_checkpoint(found: list[Path], model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
                     ) -> None:
-    """`read_checkpoint` of the newest (all ranks). Raises UserError, which names the one before it."""
+    """Fill model, optimizer and random state from the newest, on any number of ranks (all ranks)."""
     import torch.distributed.checkpoint as dcp
     try:
-        read_checkpoint(found[-1], model, optimizer, ranks)
+        saved = dcp.FileSystemReader(found[-1]).read_metadata().state_dict_metadata
+        make_room(model, optimizer, saved)
+        tensors = {"model": model_tensors(model), "optim": optimizer_tensors(model, optimizer)}
+        here = {f"model.{name}": tensor.shape for name, tensor in tensors["model"].items()}
+        there = {name: entry.size for name, entry in saved.items() if name.startswith("model.")}
+        if differ := {name for name, _ in here.items() ^ there.items()}:
+            name = min(differ)
+            raise UserError(f"{found[-1]} is a checkpoint of another model: {name} is {here.get(name)} here, "
+                            f"{there.get(name)} there; give this run another --checkpoint-dir")
+        states = {name: state for name, state in random_states(ranks).items() if f"random.{name}" in saved}
+        dcp.load(tensors | ({"random": states} if states else {}), checkpoint_id=found[-1])
     except (dcp.CheckpointException, OSError, ValueError, RuntimeError, EOFError,
             pickle.UnpicklingError) as error:
         raise unreadable(found, error) from error
-
-
-def read_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
-    """Fill model, optimizer and random state, on any number of ranks (all ranks)."""
-    import torch.distributed.checkpoint as dcp
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    make_room(model, optimizer, saved)
-    tensors = {"model": model_tensors(model), "optim": optimizer_tensors(model, optimizer)}
-    for name, tensor in tensors["model"].items():
-        found = saved.get(f"model.{name}")
-        if found is None or found.size != tensor.shape:
-            shape = "nothing" if found is None else tuple(found.size)
-            raise UserError(f"{path} is a checkpoint of another model: {name} is {tuple(tensor.shape)} here "
-                            f"and {shape} there; give this run another --checkpoint-dir")
-    extra = {name for name in saved if name.startswith("model.") and name[6:] not in tensors["model"]}
-    if extra:
-        raise UserError(f"{path} is a checkpoint of another model: it also holds {min(extra)}; give this run "
-                        "another --checkpoint-dir")
-    here = {name: state for name, state in random_states(ranks).items() if f"random.{name}" in saved}
-    dcp.load(tensors | ({"random": here} if here else {}), checkpoint_id=path)
-    for name, state in here.items():
+    for name, state in states.items():
         torch.set_rng_state(state) if name[:3] == "cpu" else torch.cuda.set_rng_state(state, ranks.device)
-# <<< shared: load-checkpoint
 
 
 def compare_runs(args: Namespace, progress: dict, found: list[Path], identity: str, **now: object
@@ -2319,7 +2170,10 @@ def compare_runs(args: Namespace, progress: dict, found: list[Path], identity: s
     """Note `now` in `progress`; returns a line on it and on flags that differ from the newest checkpoint's.
     Raises UserError for those of `identity`, which make another run, unless --resume names a checkpoint."""
     import yaml
-    saved = yaml.safe_load((found[-1] / "config.yaml").read_text()) | progress if found else vars(args)
+    try:
+        saved = yaml.safe_load((found[-1] / "config.yaml").read_text()) | progress if found else vars(args)
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise unreadable(found, error) from error
     changed = [key for key, value in (vars(args) | now).items() if found and saved.get(key) != value]
     shown = ", ".join(f"{key} {saved.get(key)} -> {(vars(args) | now)[key]}" for key in changed)
     if args.resume == "auto" and set(identity.split()) & set(changed):
@@ -2327,137 +2181,119 @@ def compare_runs(args: Namespace, progress: dict, found: list[Path], identity: s
                         f"--resume {found[-1]} goes on from there")
     progress |= now
     return [f"changed    {shown}"] if changed else []
+# <<< shared: load-checkpoint
 
 
-# >>> shared: export-files
-def hf_tensors(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype,
-               checksums: dict[str, int] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Names, layout and precision of the family's files on disk: transformers renames or fuses while loading.
-    `checksums` takes the CRC-32 of each tensor under its name in memory, for `verify_export`."""
+# >>> shared: export
+def hf_tensors(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+               ) -> Iterator[tuple[str, Tensor]]:
+    """Names, layout and precision of the family's files: transformers renames or fuses while it loads."""
     convert, kept = None, getattr(model, "fp32_names", ())
     if hasattr(model, "base_model_prefix"):
         from transformers.core_model_loading import revert_weight_conversion as convert
     for name, tensor in tensors:
         if tensor.is_floating_point():
             tensor = tensor.to(torch.float32 if name in kept else dtype)
-        if checksums is not None:
-            checksums[name] = crc_of(tensor)
         yield from (convert(model, {name: tensor}) if convert else {name: tensor}).items()
 
 
-def crc_of(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
-
-
-def gathered_tensors(model: nn.Module, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
-    """One full tensor at a time, in host memory, for rank 0; each gather needs every rank (all ranks)."""
-    for name, tensor in model_tensors(model).items():
-        full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        if ranks.is_main:
-            yield name, full.cpu()
-
-
-def hf_parts(model: nn.Module, tokenizer) -> tuple:
-    """What stands beside a transformers model's weights: configurations, tokenizer with its chat template."""
-    config = type(model.config).from_dict(model.config.to_dict() | {"use_cache": True})
-    config.architectures = [type(model).__name__.removeprefix("FSDP")]
-    return config, model.generation_config, tokenizer
-
-
-def write_parts(folder: Path, parts: tuple, dtype: torch.dtype, source: Path | None) -> None:
-    """`parts` as of `hf_parts`; `source` is the folder that a model came from, which may hold its code."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config, _, tokenizer = parts
-    config.dtype = dtype
+def write_hf_folder(folder: Path, tensors: dict[str, Tensor], parts: tuple, dtype: torch.dtype) -> None:
+    """Weights, and `parts`: configuration, tokenizer, and the folder that the model came from, or None; its
+    code and its way to generate are kept. The tokenizer's end token ends a generation, too."""
+    from huggingface_hub import save_torch_state_dict
+    config, tokenizer, source = parts
+    folder.mkdir(parents=True)
+    save_torch_state_dict(tensors, folder)
     tokenizer.model_max_length = getattr(config, "max_position_embeddings", None) or int(1e30)
-    for part in filter(None, parts):
+    for part in (config, tokenizer):
         part.save_pretrained(folder)
-    # Its code, and its own way to generate, which a model made from its configuration does not know.
-    for kept in [*source.glob("*.py"), *source.glob("generation_config.json")] if source else ():
-        shutil.copy(kept, folder)
-# <<< shared: export-files
+    for path in [*source.glob("*.py"), *source.glob("generation_config.json")] if source else ():
+        shutil.copyfile(path, folder / path.name)
+    for path, always in ((folder / "config.json", {"use_cache": True, "dtype": str(dtype)[6:]}),
+                         (folder / "generation_config.json", {})):
+        found = json.loads(path.read_text()) if path.exists() else {}
+        ends = found.get("eos_token_id", getattr(config, "eos_token_id", None))
+        ends = ends if isinstance(ends, list) else [ends]
+        ends = [end for end in dict.fromkeys([*ends, tokenizer.eos_token_id]) if end is not None]
+        found |= always | ({"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {})
+        path.write_text(json.dumps(found, indent=2) + "\n")
+    for path in folder.glob("*.safetensors"):  # else nobody but their owner could read them
+        path.chmod((folder / "config.json").stat().st_mode)
 
 
-# >>> shared: export
-def verify_export(folder: Path, checksums: dict[str, int], input_ids: Tensor, expected: Tensor,
-                  trust_remote_code: bool) -> float | None:
-    """Load the folder with transformers, on the CPU: every tensor must be, bit for bit, the one that was
-    exported, and the logits those of the trained model, as far as its precision goes. Returns the mean
-    difference of the logits over their mean distance from their average, or None where memory is short.
-    Raises UserError."""
+def export_model(model: nn.Module, folder: Path, parts: tuple, dtype: torch.dtype, ranks: Ranks
+                 ) -> tuple[Tensor, Tensor]:
+    """Write the folder (all ranks; rank 0 alone needs `parts`: configuration, tokenizer, source, see
+    `write_hf_folder`). One tensor at a time is whole on every rank, and all of them, in `dtype`, in rank 0's
+    host memory. Returns some tokens and their logits, for `verify_export`. Raises UserError."""
+    input_ids = plain_tokens(model, 2, 64, ranks.device)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        logits = model.eval()(input_ids)
+    reshard(model)
+    whole = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+             for tensor in model_tensors(model).values())
+    named = ((name, tensor.cpu()) for name, tensor in zip(model_tensors(model), whole) if ranks.is_main)
+    tensors = {name: tensor.clone() for name, tensor in hf_tensors(model, named, dtype)}  # some are views
+    if ranks.is_main:
+        partial = folder.with_name(folder.name + ".partial")
+        try:
+            for old in (partial, folder):
+                shutil.rmtree(old, ignore_errors=True)
+            write_hf_folder(partial, tensors, parts, dtype)
+            partial.rename(folder)
+        except OSError as error:
+            raise UserError(f"could not write {folder}: {error.strerror}; the checkpoint is intact: make "
+                            "room, then run the same command again") from error
+    return input_ids, logits
+# <<< shared: export
+
+
+# >>> shared: verify
+@torch.no_grad()
+def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remote_code: bool) -> str:
+    """Load the folder with transformers, on the CPU: its logits must be those of the trained model, as far as
+    precision goes, and what it generates with a cache what it says without. Returns a word on it for the end
+    of a run. Raises UserError."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
     logging.disable_progress_bar()
     nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if nbytes * 1.2 > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        return None
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code).eval()
-    loaded = {name: crc_of(tensor) for name, tensor in model_tensors(model).items()}
-    wrong = [name for name in checksums if loaded.get(name) != checksums[name]]
+        return "not reloaded: too little memory"
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=trust_remote_code, output_loading_info=True)
+    ids, expected = input_ids.cpu(), expected.cpu()
+    logits = model.eval()(ids, use_cache=False).logits.float()
+    made = model.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), do_sample=False, max_new_tokens=4,
+                          min_new_tokens=4, output_logits=True, return_dict_in_generate=True)
+    again = model(made.sequences, use_cache=False).logits[0, -5:-1].float()
+    spread = (logits - logits.mean(-1, keepdim=True)).abs().mean()
+    errors = {"logits": (logits - expected.float()).abs().mean() / spread,
+              "generation": (torch.cat(made.logits).float() - again).abs().mean() / spread}
+    bound = 1e-4 if {model.dtype, expected.dtype} == {torch.float32} else 0.1
+    wrong = [f"{name} differs by {error:.1e} of the logits' spread (bound {bound:.0e})"
+             for name, error in errors.items() if not error <= bound]
+    wrong += [f"{name} is {kind[:-5]}" for kind in ("missing_keys", "unexpected_keys") for name in info[kind]]
     if wrong:
-        raise UserError(f"{folder}: {wrong[0]} ({len(wrong)} of {len(checksums)} tensors) is not loaded as "
-                        "it was exported; the checkpoint is intact, please report this")
-    with torch.no_grad():
-        logits = model(input_ids.cpu(), use_cache=False).logits.float()
-    expected, precision = expected.cpu().float(), (model.dtype, expected.dtype)
-    spread = (expected - expected.mean(-1, keepdim=True)).abs().mean()
-    error = float((logits - expected).abs().mean() / spread)
-    bound = 1e-4 if set(precision) == {torch.float32} else 0.1
-    if not error <= bound:
-        raise UserError(
-            f"{folder}: the exported model's logits differ from the trained model's by {error:.1e} of their "
-            f"spread (bound {bound:.0e}), with the same weights: its configuration is another. The "
-            "checkpoint is intact, please report this")
-    return error
+        raise UserError(f"{folder}, loaded again, is not the trained model: {wrong[0]}. The checkpoint is "
+                        "intact, please report this")
+    return f"reloaded: logits within {errors['logits']:.0e}"
+# <<< shared: verify
 
 
-def export_model(args: Namespace, model: nn.Module, parts: tuple | None, ranks: Ranks, source: Path | None,
-                 dtype: torch.dtype) -> tuple:
-    """Write RUN/hf (all ranks; rank 0 writes, and it alone needs `parts`, see `write_parts`). Returns what
-    `verify_export` needs: the folder, its tensors' checksums, some tokens and their logits."""
-    input_ids, checksums = plain_tokens(model, 2, 64, ranks.device), {}
-    model.eval()
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        logits = model(input_ids)
-    reshard(model)
-    folder = Path(args.checkpoint_dir) / "hf"
-    partial = folder.with_name("hf.partial")
-    if args.export_dtype != "auto":
-        dtype = getattr(torch, args.export_dtype)
-    tensors = gathered_tensors(model, ranks)
-    if not ranks.is_main:
-        list(tensors)  # yields nothing here, but takes part in every gather
-        return folder, checksums, input_ids, logits
-    from huggingface_hub import save_torch_state_dict
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        found = hf_tensors(model, tensors, dtype, checksums)  # some are views of fused tensors, hence clone
-        save_torch_state_dict({name: tensor.clone() for name, tensor in found}, partial)
-        write_parts(partial, parts, dtype, source)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    except OSError as error:
-        raise UserError(f"could not write {folder}: {error.strerror}; the checkpoint is intact: make room, "
-                        "then run the same command again") from error
-    return folder, checksums, input_ids, logits
-# <<< shared: export
-
-
-def model_parts(model: nn.Module, tokenizer) -> tuple:
-    """`hf_parts`, also for the model of this file, which loads as a Llama."""
+def hf_parts(model: nn.Module, tokenizer, source: Path | None) -> tuple:
+    """Of the exported folder, see `write_hf_folder`; the model of this file loads as a Llama."""
     if not isinstance(model, CausalLM):
-        return hf_parts(model, tokenizer)
-    from transformers import GenerationConfig, LlamaConfig
-    c, ends = model.config, {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = LlamaConfig(
+        return model.config, tokenizer, source
+    from transformers import LlamaConfig
+    c = model.config
+    return LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.ffn_size,
         num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads,
         num_key_value_heads=c.num_kv_heads, max_position_embeddings=c.max_positions,
-        rms_norm_eps=c.norm_eps, tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, **ends)
-    config.architectures = ["LlamaForCausalLM"]
-    return config, GenerationConfig(**ends), tokenizer
+        rms_norm_eps=c.norm_eps, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id), tokenizer, source
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2499,7 +2335,7 @@ PEAK_TFLOPS = {  # dense bf16, the vendors' data sheets
 
 def flops_per_token(model: nn.Module, seq_len: int) -> float | None:
     """Forward and backward, as `perf/mfu` says; None for mixtures of experts, which use only a part."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    config = text_config(model)
     if any(hasattr(config, name) for name in ("num_local_experts", "num_experts", "n_routed_experts")):
         return None
     is_hf = hasattr(model, "get_input_embeddings")
@@ -2538,34 +2374,32 @@ def write_once(path: Path, text: str) -> None:
         candidate = path.with_suffix(f".{number}{path.suffix}") if number else path
         if not candidate.exists():
             candidate.write_text(text)
-        if candidate.read_text() == text:
+        if candidate.read_bytes() == text.encode():
             return
 
 
 def write_record(folder: Path, args: Namespace, ranks: Ranks) -> dict[str, str]:
-    """Configuration, command, source and environment in the run's folder; returns the files that every
-    checkpoint carries too. --config takes config.yaml back."""
+    """Rank 0: configuration, command, source and environment in the run's folder. Returns the texts that
+    every checkpoint carries, too. --config takes config.yaml back."""
     import yaml
-    source = Path(__file__).read_text()
+    if not ranks.is_main:
+        return {}
+    source, here = Path(__file__).read_text(encoding="utf-8"), str(Path(__file__).resolve().parent)
     given = {key: value for key, value in vars(args).items() if value is not None}
-    config = yaml.safe_dump(given, sort_keys=False)
-    if ranks.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        git = ["git", "-C", str(Path(__file__).resolve().parent)]
-        run = functools.partial(subprocess.run, capture_output=True, text=True, check=False)
-        commit = run([*git, "rev-parse", "HEAD"]).stdout.strip() if shutil.which("git") else ""
-        dirty = bool(run([*git, "status", "--porcelain"]).stdout.strip()) if commit else None
-        modules = {name: sys.modules[name].__version__ for name in ("torch", "transformers", "datasets")
-                   if name in sys.modules}
-        cuda = ranks.device.type == "cuda"
-        device = torch.cuda.get_device_name(ranks.device) if cuda else f"{os.cpu_count()} CPU cores"
-        environment = {"commit": commit or None, "dirty": dirty, "python": sys.version.split()[0], **modules,
-                       "device": device, "world_size": ranks.world_size}
-        write_once(folder / "config.yaml", config)
-        write_once(folder / "command.txt", shlex.join([sys.executable, *sys.argv]) + "\n")
-        write_once(folder / Path(__file__).name, source)
-        write_once(folder / "env.json", json.dumps(environment, indent=1))
-    return {"config.yaml": config, Path(__file__).name: source}
+    texts = {"config.yaml": yaml.safe_dump(given, sort_keys=False), Path(__file__).name: source}
+    git = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True, check=False).stdout
+    versions = {name: sys.modules[name].__version__ for name in ("torch", "transformers", "datasets")
+                if name in sys.modules}
+    cuda = ranks.device.type == "cuda"
+    device = torch.cuda.get_device_name(ranks.device) if cuda else f"{os.cpu_count()} CPU cores"
+    environment = {"commit": commit and commit.strip(), "python": sys.version.split()[0], **versions,
+                   "device": device, "world_size": ranks.world_size}
+    more = {"command.txt": shlex.join([sys.executable, *sys.argv]) + "\n",
+            "env.json": json.dumps(environment, indent=1)}
+    for name, text in (texts | more).items():
+        write_once(folder / name, text)
+    return texts
 # <<< shared: record
 
 
@@ -2599,37 +2433,12 @@ def append_lines(path: Path, *rows: dict) -> None:
         print(f"\n{path} lacks {len(rows)} rows: {error.strerror}", file=sys.stderr, flush=True)
 
 
-def check_trackers(args: Namespace) -> None:
-    for asked, package in ((args.tensorboard, "tensorboard"), (args.wandb, "wandb")):
-        if asked and not importlib.util.find_spec(package):
-            raise UserError(f"--{package} needs the {package} package: pip install {package}")
-
-
-def check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_bytes(b"\0" * 4096)
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another folder") from None
-
-
-def open_bar(total_steps: int, step: int, ranks: Ranks):
+def open_bar(total: int | None, step: int, ranks: Ranks, what: str = "training"):
     """A progress bar where rank 0 writes to a terminal, else a silent one."""
     from tqdm import tqdm
-    return tqdm(total=total_steps, initial=step, desc="training", unit="step", dynamic_ncols=True,
+    return tqdm(total=total, initial=step, desc=what, unit="step", dynamic_ncols=True,
                 smoothing=0.05, disable=not (ranks.is_main and sys.stderr.isatty()))
 # <<< shared: trackers
-
-
-def format_row(row: dict, total_steps: int) -> str:
-    """One fixed-width line a logged step, for logs that are files."""
-    line = (f"step {row['step']:>7,}/{total_steps:,}  loss {row['train/loss']:8.4f}  "
-            f"lr {row['train/lr']:.2e}  norm {row['train/grad_norm']:8.3f}  "
-            f"{row['perf/tokens_per_s']:>11,.0f} tokens/s  {row['time/step_s'] * 1000:9.1f} ms  "
-            f"{row['perf/peak_mem_gib']:6.2f} GiB")
-    return line + (f"  MFU {row['perf/mfu']:6.1%}" if "perf/mfu" in row else "")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2644,7 +2453,7 @@ def evaluate(model: nn.Module, name: str, dataset: TokenDataset, batch_size: int
     rank must take part in each forward's gathers."""
     from tqdm import tqdm
     started = time.perf_counter()
-    loss_sum, token_count = torch.zeros((), device=ranks.device, dtype=torch.float64), 0
+    sums = torch.zeros(2, device=ranks.device, dtype=torch.float64)  # an fp32 sum over millions rounds
     per_round = batch_size * ranks.world_size
     model.eval()
     for first in tqdm(range(0, len(dataset), per_round), desc="evaluating", leave=False,
@@ -2655,14 +2464,13 @@ def evaluate(model: nn.Module, name: str, dataset: TokenDataset, batch_size: int
                         dataset.seq_len)
         if not mine:
             batch["labels"].fill_(IGNORE)
-        loss_sum += model(**batch)[1][0].double()  # an fp32 sum over millions of tokens rounds
-        token_count += (batch["labels"] != IGNORE).sum()
+        sums += torch.stack([model(**batch)[1][0].double(), (batch["labels"] != IGNORE).sum()])
     reshard(model)
     model.train()
-    total = all_sum(torch.stack([loss_sum, token_count.double()])).tolist()  # sync point
-    loss = total[0] / max(1.0, total[1])
+    loss_sum, num_tokens = all_sum(sums).tolist()  # sync point
+    loss = loss_sum / max(1.0, num_tokens)
     return {f"{name}/loss": loss, f"{name}/perplexity": math.exp(min(loss, 700.0)),
-            f"{name}/tokens": int(total[1]), f"{name}/time_s": time.perf_counter() - started}
+            f"{name}/tokens": int(num_tokens), f"{name}/time_s": time.perf_counter() - started}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2690,23 +2498,72 @@ def open_datasets(args: Namespace, folder: Path) -> tuple[TokenDataset | None, d
 
 def open_stream(args: Namespace, ranks: Ranks, resume_from: Path | None) -> tuple[Iterator[dict], dict]:
     """(batches, their state) of --streaming, where this rank's checkpoint says."""
-    saved = sorted(resume_from.glob("stream_rank_*.json")) if resume_from else []
-    states, state = [json.loads(path.read_text()) for path in saved], {}
-    if len(states) == ranks.world_size:
-        state = states[ranks.rank]
-    elif states:
-        raise UserError(f"--streaming: {resume_from} was saved by {len(states)} processes and can only be "
-                        "resumed by as many")
+    import torch.distributed.checkpoint as dcp
+    texts = {str(ranks.rank): "{}"}
+    if resume_from:
+        saved = dcp.FileSystemReader(resume_from).read_metadata().state_dict_metadata
+        if (num_saved := sum(name.startswith("stream.") for name in saved)) != ranks.world_size:
+            raise UserError(f"--streaming: {resume_from} was saved by {num_saved} processes and can only be "
+                            "resumed by as many")
+        dcp.load({"stream": texts}, checkpoint_id=resume_from, no_dist=True)
+    state = json.loads(texts[str(ranks.rank)])
     return streamed_batches(args, ranks, state), state
 
 
-def note_bad_steps(skipped: list[float], progress: dict, bar, ranks: Ranks) -> None:
-    """Count the skipped among the last steps (1.0 each)."""
+def ready_model(args: Namespace, model: nn.Module, checkpoints: list[Path], dtype: torch.dtype,
+                mesh: torch.distributed.DeviceMesh, ranks: Ranks) -> torch.optim.Optimizer:
+    """Shard the model, give it memory, then the weights of a checkpoint, of files or new ones, and prove that
+    they are there (all ranks). Returns its optimizer, filled, too."""
+    cuda = ranks.device.type == "cuda"
+    model.loss_chunk = args.loss_chunk_tokens or rows_at_once(model, ranks.device)
+    shard_model(model, args, mesh, dtype)
+    if args.compile or (args.compile is None and cuda):
+        compile_head_loss(model)
+    materialise(model, ranks.device, args.cpu_offload)
+    optimizer = build_optimizer(model, args)  # after sharding, which replaces the parameters
+    if args.hf_model:
+        fill_buffers(model)
+    if checkpoints:
+        load_checkpoint(checkpoints, model, optimizer, ranks)
+    elif args.hf_model:
+        load_hf_weights(model, fetch(args.hf_model), args.trust_remote_code, ranks)
+    else:
+        init_from_scratch(model, args.seed, ranks.device)
+    prove_filled(model)
+    if args.hf_model:
+        prove_loss(model, ranks)
+        if args.mask_documents and args.packing:
+            prove_packing(model, ranks, cuda and dtype is torch.bfloat16 and args.use_flash_attn)
+    return optimizer
+
+
+def read_later(tensor: Tensor) -> Callable[[], list[float]]:
+    """Start to copy to the host. The function that is returned waits for the copy, but not for what the
+    device was given to do since."""
+    cuda = tensor.is_cuda
+    host, event = torch.empty(tensor.shape, pin_memory=cuda), torch.cuda.Event() if cuda else None
+    host.copy_(tensor, non_blocking=True)
+    if cuda:
+        event.record()
+
+    def read() -> list[float]:
+        if cuda:
+            event.synchronize()  # sync point: with that copy
+        return host.tolist()
+
+    return read
+
+
+def note_bad_steps(skipped: list[float], progress: dict, limit: int, bar, ranks: Ranks) -> None:
+    """Count the skipped among the last steps (1.0 each). Raises UserError after `limit` in a row."""
     for back, bad in zip(range(len(skipped) - 1, -1, -1), skipped):
         progress["bad_in_a_row"] = progress["bad_in_a_row"] + 1 if bad else 0
         progress["skipped_steps"] += bool(bad)
         if bad and ranks.is_main:
             bar.write(f"no update in step {progress['step'] - back}: its gradient is not finite")
+    if progress["bad_in_a_row"] >= limit:
+        raise UserError(f"{limit} steps in a row had a gradient that is not finite, and changed nothing: "
+                        "lower --max-lr, or look at the data (a step without a trained token counts, too)")
 
 
 def describe_data(train_set: TokenDataset | None, eval_sets: dict[str, TokenDataset]) -> list[str]:
@@ -2723,26 +2580,21 @@ def describe_data(train_set: TokenDataset | None, eval_sets: dict[str, TokenData
 
 
 def show_row(bar, row: dict, total_steps: int, ranks: Ranks) -> None:
+    """In the bar, or as one line of fixed width for logs that are files."""
     if not bar.disable:
         bar.set_postfix_str(f"loss {row['train/loss']:.4f}, {row['perf/tokens_per_s']:,.0f} tokens/s")
     elif ranks.is_main:
-        print(format_row(row, total_steps), flush=True)
+        mfu = f"  MFU {row['perf/mfu']:6.1%}" if "perf/mfu" in row else ""
+        print(f"step {row['step']:>7,}/{total_steps:,}  loss {row['train/loss']:8.4f}  "
+              f"lr {row['train/lr']:.2e}  norm {row['train/grad_norm']:8.3f}  "
+              f"{row['perf/tokens_per_s']:>11,.0f} tokens/s  {row['time/step_s'] * 1000:9.1f} ms  "
+              f"{row['perf/peak_mem_gib']:6.2f} GiB{mfu}", flush=True)
 
 
-def show_evaluation(bar, step: int, name: str, found: dict) -> None:
-    bar.write(f"step {step:>7,}  {name} loss {found[f'{name}/loss']:.4f}  perplexity "
-              f"{found[f'{name}/perplexity']:.2f}  over {found[f'{name}/tokens']:,} tokens")
-
-
-def closing_lines(args: Namespace, run_dir: Path, error: float | None) -> list[str]:
-    """Where everything is, and what to run next."""
-    lines = [f"record     {run_dir / 'metrics.jsonl'}, {run_dir / 'summary.json'}"]
-    if args.export:
-        check = "not reloaded: too little memory" if error is None else f"reloaded: logits within {error:.0e}"
-        command = shlex.join([sys.executable, sys.argv[0], "--hf-model", str(run_dir / "hf")])
-        lines += [f"model      {run_dir / 'hf'} (Hugging Face format; {check})",
-                  f"next       {command} --dataset YOUR.jsonl --checkpoint-dir runs/finetuned"]
-    return lines
+def show_evaluation(bar, step: int, name: str, found: dict, ranks: Ranks) -> None:
+    if ranks.is_main:
+        bar.write(f"step {step:>7,}  {name} loss {found[f'{name}/loss']:.4f}  perplexity "
+                  f"{found[f'{name}/perplexity']:.2f}  over {found[f'{name}/tokens']:,} tokens")
 
 
 # >>> shared: ending
@@ -2757,7 +2609,20 @@ def report_finished(args: Namespace, ranks: Ranks, found: list[Path], step: int,
         model = f", {exported} the model" if args.export else ""
         print(f"this run is finished: {found[-1]} holds all {total} steps{model}. A larger "
               f"{flag} goes on from there; another --checkpoint-dir starts anew")
+    torch.distributed.destroy_process_group()
     return True
+
+
+def leave_stopped(stop: str, saver: Checkpointer, ranks: Ranks) -> None:
+    """The end of a run that was asked to stop (all ranks)."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    if ranks.is_main:
+        again = "remove that file, then the" if stop == "STOP file" else "the"
+        kept = checkpoints_in(saver.folder)
+        saved = f"{kept[-1]} is saved; {again} same command goes on from there" if kept else "nothing saved"
+        print(f"stopped ({stop}): {saved}. Exit code {STOPS[stop]}", flush=True)
+    sys.exit(STOPS[stop])
 
 
 def write_summary(run_dir: Path, progress: dict, last_row: dict, seconds: float) -> None:
@@ -2767,41 +2632,28 @@ def write_summary(run_dir: Path, progress: dict, last_row: dict, seconds: float)
 
 
 def run_and_report(saves_memory: str) -> None:
-    """main(), with what the user can mend shown as one line, and an exit code that says what it was."""
+    """Calls main(); prints an error as one line, and exits with 1, Ctrl-C with 130."""
     try:
         return main()
-    except UserError as error:
-        message, code = str(error), 1
-    except KeyboardInterrupt:
-        message, code = "interrupted; start the same command again to go on from the newest checkpoint", 130
-    except OSError as error:
-        message, code = f"{error}: is the disk full, or a folder not yours? Saved checkpoints are intact", 1
-    except torch.OutOfMemoryError as error:
-        message, code = f"out of GPU memory ({str(error).split('.')[0]}): {saves_memory}, or more GPUs", 1
-    except Exception as error:
-        message, code = f"{type(error).__name__}: {first_line(error)}", 1
-        if isinstance(error, RuntimeError) and re.search("[Cc]onnection (closed|reset)", str(error)):
+    except (UserError, KeyboardInterrupt, Exception) as error:
+        message, code = first_line(error), 130 if isinstance(error, KeyboardInterrupt) else 1
+        if code == 130:
+            message = "interrupted; start the same command again to go on from the newest checkpoint"
+        elif isinstance(error, OSError):
+            message += ": is the disk full, or a folder not yours? Saved checkpoints are intact"
+        elif isinstance(error, torch.OutOfMemoryError):
+            message = f"out of GPU memory ({message.split('.')[0]}): {saves_memory}, or more GPUs"
+        elif isinstance(error, RuntimeError) and re.search("[Cc]onnection (closed|reset)", str(error)):
             message = ("another rank ended: its own last line says why, or the kernel's log if it was "
                        "killed; the same command goes on from the newest checkpoint")
-        else:
+        elif not isinstance(error, UserError):
+            message = f"{type(error).__name__}: {message}"
             traceback.print_exc()
     rank = os.environ.get("RANK", "0")
     if rank != "0" and code != 130:
         time.sleep(3)  # most often rank 0 has the same to say, and this process is ended before it repeats it
     # At once: other ranks may sit in a collective, and a save's threads must not hold this up.
     end_now(message, rank == "0" or code != 130, code)
-
-
-def leave_stopped(stop: str, code: int, saver: Checkpointer, ranks: Ranks) -> None:
-    """The end of a run that was asked to stop (all ranks)."""
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    if ranks.is_main:
-        again = "remove that file, then the" if stop == "STOP file" else "the"
-        kept = checkpoints_in(saver.folder)
-        saved = f"{kept[-1]} is saved; {again} same command goes on from there" if kept else "nothing saved"
-        print(f"stopped ({stop}): {saved}. Exit code {code}", flush=True)
-    sys.exit(code)
 # <<< shared: ending
 
 
@@ -2810,80 +2662,51 @@ def main() -> None:
     args = parse_args()
     relaunch_under_torchrun(args)
     ranks = read_ranks(args)
-    check_trackers(args)
-    run_dir = Path(args.checkpoint_dir)
-    check_writable(run_dir)
-    check_writable(Path(args.data_cache))
-    say = print if ranks.is_main else (lambda *line: None)
-    lock = lock_run(run_dir, ranks)  # noqa: F841, held until this process ends
-    refuse_stop_file(run_dir, ranks)
-
-    checkpoints = checkpoints_to_resume(args)
+    run_dir, say = Path(args.checkpoint_dir), print if ranks.is_main else (lambda *line: None)
     data_folder = prepare_data(args)  # takes as long as it needs: no process group exists yet
     args.mask_documents = masks_documents(args, data_folder)
     train_set, eval_sets, vocab_size = open_datasets(args, data_folder)
 
     mesh = init_distributed(args, ranks)
-    checkpoints = gather_objects(checkpoints)[0]  # rank 0's, which alone has waited for the run before to end
-    progress = read_progress(checkpoints, {
-        "step": 0, "samples": 0, "tokens": 0, "skipped_steps": 0, "bad_in_a_row": 0, "best_eval_loss": None,
-        "processes": ranks.world_size, "data": data_folder.name})
-    total_steps, warmup_steps, ahead, notes = resolve_steps(args, train_set, ranks, progress)
-    identity = "hf_model model_size data seed seq_len packing mask_documents" + " dataset" * args.streaming
-    notes += compare_runs(args, progress, checkpoints, identity, processes=ranks.world_size,
-                          data=data_folder.name)
-    if report_finished(args, ranks, checkpoints, progress["step"], total_steps, "--max-steps"):
-        return torch.distributed.destroy_process_group()
-    resume_from = checkpoints[-1] if checkpoints else None
     dtype = compute_dtype(args.mixed_precision, ranks.device)
     if args.mixed_precision and dtype is torch.float32:
         say("precision  this device has no native bf16: computing in fp32")
-    hf_folder = fetch(args.hf_model) if args.hf_model else None
     # Shapes, then shards, then memory, then weights: no device needs room for more than its part.
+    hf_folder = fetch(args.hf_model) if args.hf_model else None
     model = build_model(args, hf_folder, vocab_size)
     check_memory(model, args, mesh)
-    model.loss_chunk = args.loss_chunk_tokens or rows_at_once(model, ranks.device)
-    shard_model(model, args, mesh, dtype)
-    if args.compile or (args.compile is None and ranks.device.type == "cuda"):
-        compile_head_loss(model)
-    ties = materialise(model, ranks.device, args.cpu_offload)
-    optimizer = build_optimizer(model, args)  # after sharding, which replaces the parameters
-    if hf_folder:
-        fill_buffers(model)
-    if resume_from:
-        load_checkpoint(checkpoints, model, optimizer, ranks)
-    elif hf_folder:
-        load_hf_weights(model, hf_folder, args.trust_remote_code, ranks)
-    else:
-        init_from_scratch(model, args.seed, ranks.device)
-    prove_filled(model, ties)
-    if hf_folder:
-        prove_loss(model, ranks)
-    if hf_folder and args.mask_documents and args.packing:
-        on_flash = ranks.device.type == "cuda" and dtype is torch.bfloat16 and args.use_flash_attn
-        prove_packing(model, ranks, can_use_varlen=on_flash)
-    if train_set:
-        batches, stream = ordered_batches(train_set, args, ranks, progress["samples"]), None
-    else:
-        batches, stream = open_stream(args, ranks, resume_from)
+    lock = lock_run(run_dir) if ranks.is_main else None  # noqa: F841, held until this process ends
+    checkpoints = gather_objects(checkpoints_to_resume(args) if ranks.is_main else None)[0]
+    progress = read_progress(checkpoints, {
+        "step": 0, "samples": 0, "tokens": 0, "skipped_steps": 0, "bad_in_a_row": 0, "best_eval_loss": None,
+        "best_step": -1})
+    total_steps, warmup_steps, ahead, notes = resolve_steps(args, train_set, ranks, progress)
+    identity = "hf_model model_size data seed seq_len packing mask_documents" + " dataset" * args.streaming
+    notes += compare_runs(args, progress, checkpoints, identity, processes=ranks.world_size,
+                          data=data_folder.name, total_steps=total_steps)
+    if report_finished(args, ranks, checkpoints, progress["step"], total_steps, "--max-steps"):
+        return
+    optimizer = ready_model(args, model, checkpoints, dtype, mesh, ranks)
+    batches, stream = ((ordered_batches(train_set, args, ranks, progress["samples"]), None) if train_set
+                       else open_stream(args, ranks, checkpoints[-1] if checkpoints else None))
 
-    files = write_record(run_dir, args, ranks)
-    saver = open_checkpoints(args, ranks)
+    texts = write_record(run_dir, args, ranks)
+    saver = Checkpointer(run_dir / "checkpoints", args.keep_checkpoints, progress["best_step"])
     trackers = open_trackers(args, ranks)
-    for line in [*describe_model(model, optimizer), *describe_data(train_set, eval_sets), *notes]:
+    if checkpoints:
+        notes.append(f"resumed    {checkpoints[-1]}: step {progress['step']:,}, {progress['samples']:,} "
+                     "sequences seen")
+    for line in [describe_model(model), *describe_data(train_set, eval_sets), *notes]:
         say(line)
-    if resume_from:
-        say(f"resumed    {resume_from}: step {progress['step']:,}, {progress['samples']:,} sequences seen")
-
     samples_per_step = args.batch_size * args.grad_accum_steps * ranks.world_size
     num_replicas = ranks.world_size // mesh.size(-1)  # 1 without HSDP
     reduces_always = args.reduce_every_micro_batch or mesh.size() == 1  # one device: no traffic, less memory
     token_flops, device_flops = flops_per_token(model, args.seq_len), peak_flops(ranks.device)
     loss_sums, token_count = (torch.zeros(size, device=ranks.device) for size in (len(LOSSES), ()))
     num_trained = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    skipped, times, num_input_tokens, stop = [], {}, 0, None
+    skipped, times, num_input_tokens, stop, votes_before = [], {}, 0, None, None
     phase = functools.partial(timed, times)
-    asked = catch_signals(args.stop_signals, run_dir, ranks)
+    asked = catch_signals(ranks)
     bar = open_bar(total_steps, progress["step"], ranks)
     started = row_started = time.perf_counter()
     row, row_step, evaluation = {}, progress["step"], {}
@@ -2891,18 +2714,19 @@ def main() -> None:
     # Loop ------------------------------------------------------------------------------------
     while True:
         # Evaluate (all ranks): first of all, so that a run that was ended after a save makes up for it
-        is_last = progress["step"] >= total_steps
-        is_due = args.eval_interval and progress["step"] and progress["step"] % args.eval_interval == 0
-        if eval_sets and (is_last or is_due):
+        step = progress["step"]
+        is_last = step >= total_steps
+        if eval_sets and (is_last or (args.eval_interval and step and step % args.eval_interval == 0)):
             stall_after(None)
             for name, dataset in eval_sets.items():
                 evaluation |= evaluate(model, name, dataset, args.batch_size, ranks)
-                if ranks.is_main:
-                    show_evaluation(bar, progress["step"], name, evaluation)
+                show_evaluation(bar, step, name, evaluation, ranks)
             loss, best = evaluation[f"{next(iter(eval_sets))}/loss"], progress["best_eval_loss"]
-            progress["best_eval_loss"] = loss if best is None else min(loss, best)
+            if best is None or loss < best:
+                progress |= {"best_eval_loss": loss, "best_step": step}
+                saver.best = step if args.keep_best else -1
             for track in trackers:
-                track({"step": progress["step"], **evaluation})
+                track({"step": step, **evaluation})
         if is_last:
             break
         stall_after(args.stall_timeout)
@@ -2926,88 +2750,84 @@ def main() -> None:
         with phase("checkpoint"):
             wait_for_copy(saver)  # the update would change what is being copied
         with phase("optimizer"):
-            lr = learning_rate(progress["step"] + ahead, total_steps + ahead, warmup_steps, args.max_lr,
-                               args.min_lr, args.schedule)
+            lr = learning_rate(step + ahead, total_steps + ahead, warmup_steps, args.max_lr, args.min_lr,
+                               args.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             losses, step_tokens, grad_norm, votes = reduce_stats(
-                model, loss_sums, token_count, num_replicas, votes_to_stop(asked, ranks))
+                model, loss_sums, token_count, num_replicas, votes_to_stop(asked, run_dir, ranks))
             skipped.append(clip_and_step(optimizer, grad_norm, step_tokens, args.grad_clip))
             optimizer.zero_grad()
-            stop = agreed_stop(asked, votes)
+            # Of the step before: on a GPU the votes of this one are not there yet, and nobody waits for them.
+            stop, votes_before = agreed_stop(votes_before() if votes_before else []), read_later(votes)
 
         # Count
-        progress["step"] += 1
-        progress["samples"] += samples_per_step
+        step += 1
+        progress |= {"step": step, "samples": progress["samples"] + samples_per_step}
         num_trained += step_tokens
         bar.update()
-        is_last = progress["step"] == total_steps
+        is_last = step == total_steps
         every = args.checkpoint_interval
-        is_save = every and (is_last or stop or progress["step"] % every == 0)
+        is_rated = args.keep_best and args.eval_interval and step % args.eval_interval == 0
+        is_save = every and (is_last or stop or is_rated or step % every == 0)
 
         # Log
-        if progress["step"] % args.log_interval == 0 or is_save or is_last or stop or progress["step"] == 1:
+        if step % args.log_interval == 0 or is_save or is_last or stop or step == 1:
             values = torch.stack([*losses, num_trained, grad_norm, *skipped]).tolist()  # sync point
             values, (trained, norm_value, *recent) = values[:len(LOSSES)], values[len(LOSSES):]
             progress["tokens"] += int(trained)
             num_trained.zero_()
             skipped.clear()
-            note_bad_steps(recent, progress, bar, ranks)
-            seconds, num_steps = time.perf_counter() - row_started, progress["step"] - row_step
+            seconds, num_steps = time.perf_counter() - row_started, step - row_step
+            per_gpu = num_input_tokens / seconds / ranks.world_size
+            note_bad_steps(recent, progress, args.max_bad_steps, bar, ranks)
             row = {
-                "step": progress["step"], "samples": progress["samples"],
+                "step": step, "samples": progress["samples"],
                 **{f"train/{name}": value for name, value in zip(LOSSES, values)},
                 "train/perplexity": math.exp(min(values[0], 700.0)), "train/lr": lr,
                 "train/grad_norm": norm_value, "train/skipped_steps": progress["skipped_steps"],
-                "train/tokens": progress["tokens"], "perf/tokens_per_s": num_input_tokens / seconds,
-                "perf/tokens_per_s_per_gpu": num_input_tokens / seconds / ranks.world_size,
-                "perf/peak_mem_gib": peak_memory_gib(ranks.device), "time/step_s": seconds / num_steps,
+                "train/tokens": progress["tokens"], "perf/tokens_per_s": per_gpu * ranks.world_size,
+                "perf/tokens_per_s_per_gpu": per_gpu, "perf/peak_mem_gib": peak_memory_gib(ranks.device),
+                "time/step_s": seconds / num_steps,
                 **{f"time/{key}_s": value / num_steps for key, value in times.items()},
             }
             if token_flops and device_flops:
-                row["perf/mfu"] = row["perf/tokens_per_s_per_gpu"] * token_flops / device_flops
+                row["perf/mfu"] = per_gpu * token_flops / device_flops
             for track in trackers:
                 track(row)
             show_row(bar, row, total_steps, ranks)
-            row_started, row_step, num_input_tokens = time.perf_counter(), progress["step"], 0
+            row_started, row_step, num_input_tokens = time.perf_counter(), step, 0
             times.clear()
-            if progress["bad_in_a_row"] >= args.max_bad_steps:
-                finish_save(saver)
-                raise UserError(f"{args.max_bad_steps} steps in a row had a gradient that is not finite, and "
-                                "changed nothing: lower --max-lr, or look at the data (a step without a "
-                                "single trained token counts, too)")
-
         stall_after(None)
 
         # Save (all ranks): before the evaluation, which may run out of memory
         if is_save:
             with phase("checkpoint"):
-                own = dict(files) if ranks.is_main else {}
+                tensors = checkpoint_tensors(model, optimizer, ranks)
                 if stream is not None:
-                    own[f"stream_rank_{ranks.rank:05d}.json"] = json.dumps(stream)
-                start_save(saver, checkpoint_tensors(model, optimizer, ranks), progress, own, ranks)
-                if is_last or stop:
-                    save_before_end(saver)
-                elif not args.async_checkpoint:
-                    finish_save(saver)
+                    tensors["stream"] = {str(ranks.rank): json.dumps(stream)}
+                start_save(saver, tensors, progress, texts, ranks)
+                if is_last or stop or not args.async_checkpoint:
+                    finish_save(saver, must=is_last or stop)
         if stop and not is_last:
-            leave_stopped(stop, asked.codes[stop], saver, ranks)
+            leave_stopped(stop, saver, ranks)
 
     # End -------------------------------------------------------------------------------------
     bar.close()
-    release_signals(asked)  # everything is saved: from here on they end this process at once
-    exported = None
+    release_signals()  # everything is saved: from here on they end this process at once
+    proof = None
     if args.export:
-        parts = model_parts(model, load_tokenizer(args)) if ranks.is_main else None
-        exported = export_model(args, model, parts, ranks, hf_folder, dtype)
-    torch.distributed.barrier()
+        parts = hf_parts(model, load_tokenizer(args), hf_folder) if ranks.is_main else None
+        proof = export_model(model, run_dir / "hf", parts, dtype, ranks)
     torch.distributed.destroy_process_group()  # rank 0 works alone from here: the others must not time out
-    if not ranks.is_main:
-        return
-    error = verify_export(*exported, args.trust_remote_code) if exported else None
-    write_summary(run_dir, progress, row | evaluation, time.perf_counter() - started)
-    for line in closing_lines(args, run_dir, error):
-        print(line)
+    if ranks.is_main:
+        write_summary(run_dir, progress, row | evaluation, time.perf_counter() - started)
+        print(f"record     {run_dir / 'metrics.jsonl'}, {run_dir / 'summary.json'}")
+        if args.export:
+            print(f"model      {run_dir / 'hf'} (Hugging Face format; "
+                  f"{verify_export(run_dir / 'hf', *proof, args.trust_remote_code)})")
+            command = shlex.join([sys.executable, sys.argv[0], "--hf-model", str(run_dir / "hf")])
+            print(f"next       {command} --dataset YOUR.jsonl --checkpoint-dir runs/finetuned")
 
 
 if __name__ == "__main__":

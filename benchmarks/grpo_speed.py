@@ -279,9 +279,9 @@ def push_repeatedly(folder: Path, port: int, pushes: int, precision: str) -> Non
     args, dtype = script.parse_args(list(map(str, flags))), getattr(torch, DTYPES[precision])
     ranks = script.read_ranks(args)
     mesh = script.init_distributed(args, ranks)
-    model, ties = script.load_policy(args, folder / "model", mesh, dtype, ranks)
+    model = script.load_policy(args, folder / "model", mesh, dtype, ranks)
     script.load_hf_weights(model, folder / "model", False, ranks)
-    script.prove_filled(model, ties)
+    script.prove_filled(model)
     server = script.open_server(args)
     link = script.open_link(args, server, dtype, ranks)
     rows, spent = [], {}

@@ -6,8 +6,8 @@
 A small model trains on 2 CPU processes and saves in the background every few steps. SIGKILL ends one rank,
 all processes, or the launcher alone, while they start, while they save, or in a step, chosen by chance. Then
 the same command starts the training again, as a user or a supervisor would (after the launcher's death half
-the time at once, while its ranks still end). With --restart-by torchrun a killed rank is brought back by the
-script's --max-restarts, and nothing here starts anything.
+the time at once, while its ranks still end). With --restart-by torchrun a killed rank is brought back by
+torchrun (PET_MAX_RESTARTS), and nothing here starts anything.
 
 After every kill: all tensors of each published checkpoint can be read; no process is left; the training goes
 on with the step after the newest checkpoint, at most two intervals back (one, and the steps during the save
@@ -138,7 +138,7 @@ def training_command(args: argparse.Namespace, run_dir: Path) -> list[str]:
         "--log-interval": 1, "--checkpoint-dir": run_dir,
     }
     if args.restart_by == "torchrun":
-        flags["--max-restarts"] = args.kills
+        os.environ |= {"PET_MAX_RESTARTS": str(args.kills), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     words = [str(word) for pair in flags.items() for word in pair]
     return [sys.executable, str(args.script), "--from-scratch", "--no-mixed-precision",
             "--no-compile", "--no-export", *words]

@@ -134,10 +134,10 @@ def load_sft(folder, dtype, work):
     mesh = train_llm.init_distributed(args, ranks)
     model = train_llm.build_model(args, Path(folder), 1)
     train_llm.shard_model(model, args, mesh, dtype)
-    ties = train_llm.materialise(model, ranks.device, args.cpu_offload)
+    train_llm.materialise(model, ranks.device, args.cpu_offload)
     train_llm.fill_buffers(model)
     train_llm.load_hf_weights(model, Path(folder), args.trust_remote_code, ranks)
-    train_llm.prove_filled(model, ties)
+    train_llm.prove_filled(model)
     return model, args, ranks, mesh
 
 
@@ -214,15 +214,16 @@ EXPORTS = {
 def verify_exports(model, args, ranks, source, dtype, faults):
     from transformers import AutoTokenizer
 
-    parts = train_llm.model_parts(model, AutoTokenizer.from_pretrained(source))
-    folder, *rest = train_llm.export_model(args, model, parts, ranks, Path(source), dtype)
+    folder = Path(args.checkpoint_dir) / "hf"
+    parts = train_llm.hf_parts(model, AutoTokenizer.from_pretrained(source), Path(source))
+    proof = train_llm.export_model(model, folder, parts, dtype, ranks)
     whole, found = folder.with_name("whole"), {}
     folder.rename(whole)
     for name, damage in EXPORTS.items() if faults else [("none", EXPORTS["none"])]:
         shutil.copytree(whole, folder)
         damage(folder)
         try:
-            found[name] = {"value": train_llm.verify_export(folder, *rest, False), "error": None}
+            found[name] = {"value": train_llm.verify_export(folder, *proof, False), "error": None}
         except train_llm.UserError as error:
             found[name] = {"error": str(error)}
         shutil.rmtree(folder)
@@ -239,9 +240,9 @@ def gsm8k_args(folder, *more):
 
 
 def load_gsm8k(args, folder, dtype, mesh, ranks):
-    model, ties = gsm8k.load_policy(args, Path(folder), mesh, dtype, ranks)
+    model = gsm8k.load_policy(args, Path(folder), mesh, dtype, ranks)
     gsm8k.load_hf_weights(model, Path(folder), args.trust_remote_code, ranks)
-    gsm8k.prove_filled(model, ties)
+    gsm8k.prove_filled(model)
     return model
 
 

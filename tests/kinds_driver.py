@@ -31,11 +31,11 @@ def bf16_step(argv):
     folder, dtype = Path(args.hf_model), torch.bfloat16
     model = train_llm.build_model(args, folder, 1)
     train_llm.shard_model(model, args, mesh, dtype)
-    ties = train_llm.materialise(model, ranks.device, args.cpu_offload)
+    train_llm.materialise(model, ranks.device, args.cpu_offload)
     optimizer = train_llm.build_optimizer(model, args)
     train_llm.fill_buffers(model)
     train_llm.load_hf_weights(model, folder, args.trust_remote_code, ranks)
-    train_llm.prove_filled(model, ties)
+    train_llm.prove_filled(model)
     train_llm.prove_loss(model, ranks)
     if args.packing:
         train_llm.prove_packing(model, ranks)

@@ -92,6 +92,8 @@ def train_once(family, nproc, tie, dtype, export_dtype):
         make_tokenizer(source)
         flags = ["--from-scratch", "--model-size", "test", "--tokenizer", source]
     write_documents(folder / "texts.jsonl", AutoTokenizer.from_pretrained(source))
-    flags += [*training_flags(folder, nproc), "--export-dtype", export_dtype]
+    flags += training_flags(folder, nproc)
+    if export_dtype == "bfloat16":  # where the processor computes in it
+        flags.append("--mixed-precision")
     quick_ranks(flags, nproc, cwd=folder, timeout=300)
     return folder

@@ -578,13 +578,13 @@ def load_model(args, mesh):
     folder = train_llm.fetch(args.hf_model) if args.hf_model else None
     model = train_llm.build_model(args, folder, 500)
     train_llm.shard_model(model, args, mesh, torch.float32)
-    ties = train_llm.materialise(model, torch.device("cpu"), False)
+    train_llm.materialise(model, torch.device("cpu"), False)
     if folder:
         train_llm.fill_buffers(model)
         train_llm.load_hf_weights(model, folder, args.trust_remote_code, one_rank())
     else:
         train_llm.init_from_scratch(model, args.seed, torch.device("cpu"))
-    train_llm.prove_filled(model, ties)
+    train_llm.prove_filled(model)
     return model
 
 

@@ -175,7 +175,7 @@ def test_bf16_step_computes_as_transformers_does(ask, base, model_of, tokenizer,
 
 @pytest.mark.parametrize("kind", BIASED)
 def test_bf16_export_is_what_transformers_saves(train, base, model_of, kind):
-    folder, result, _ = train(kind, "--export-dtype", "bfloat16", "--batch-size", 2, lengths=FULL)
+    folder, result, _ = train(kind, "--mixed-precision", "--batch-size", 2, lengths=FULL)
     assert result.returncode == 0, result.stdout + result.stderr
     load(model_of(kind), torch.bfloat16).save_pretrained(base / f"saved-{kind}")
     expected = load_file(base / f"saved-{kind}" / "model.safetensors")

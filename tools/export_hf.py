@@ -1,28 +1,31 @@
-"""Turn a checkpoint of train_llm.py into a Hugging Face folder, on the CPU, without GPUs or other processes.
+"""Turn a checkpoint of train_llm.py, or of a copy, into a Hugging Face folder, on the CPU, by one process.
 
     python tools/export_hf.py runs/mine/checkpoints/step_000100 exported/mine
     python tools/export_hf.py runs/mine/checkpoints/step_000100 exported/mine --dtype bfloat16
 
 The weights are held in host memory once, in the precision of the folder. Then the folder is loaded, and its
-tensors and logits are compared with the checkpoint's, if memory is enough.
-Relative paths in the checkpoint's config.yaml are taken from the present folder: start the
-program where the training was started.
+logits and a generation are compared with the checkpoint's, if memory is enough. The script that the
+checkpoint holds is used; relative paths in its config.yaml are taken from the present folder.
 """
 
 import argparse
+import importlib.util
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
-import torch
-from huggingface_hub import save_torch_state_dict
-from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_llm  # noqa: E402  (the path comes first)
-from train_llm import UserError  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+try:
+    import torch
+    from torch import Tensor, nn
+except ImportError:
+    python = ROOT / ".venv/bin/python"
+    if not python.exists() or Path(sys.prefix) == python.parent.parent:
+        sys.exit(f"export_hf.py: error: {sys.executable} has no torch: use the Python that the training used")
+    os.execv(python, [str(python), *sys.argv])
 
 READ_GIB = 0.5  # tensors are read in groups of this size: each read parses the checkpoint's whole index
 
@@ -38,42 +41,49 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_run(args: argparse.Namespace) -> argparse.Namespace:
-    """The flags that the checkpoint's run was started with. Raises UserError if it is no checkpoint."""
-    config = args.checkpoint / "config.yaml"
-    if not (args.checkpoint / ".metadata").is_file() or not config.is_file():
-        raise UserError(f"{args.checkpoint} is not a checkpoint, a folder like RUN/checkpoints/step_000100")
+def open_script(checkpoint: Path) -> ModuleType:
+    """The script that the checkpoint holds, imported."""
+    found = [*checkpoint.glob("*.py")]
+    if len(found) != 1 or not (checkpoint / ".metadata").is_file():
+        sys.exit(f"export_hf.py: error: {checkpoint} is not a checkpoint, a folder like "
+                 "RUN/checkpoints/step_000100")
+    spec = importlib.util.spec_from_file_location(found[0].stem, found[0])
+    module = sys.modules[found[0].stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def read_run(script: ModuleType, args: argparse.Namespace) -> argparse.Namespace:
+    """The flags that the checkpoint's run was started with. Raises the script's UserError."""
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
-        raise UserError(f"{args.folder} already holds something: name a new folder")
-    # Without train_llm's checks of the arguments: the data set, for one, need not be there any more.
-    parser = train_llm.build_parser()
-    run = parser.parse_args(train_llm.config_tokens(str(config), parser))
+        raise script.UserError(f"{args.folder} already holds something: name a new folder")
+    # Without the script's checks of the arguments: the data set, for one, need not be there any more.
+    parser = script.build_parser()
+    run = parser.parse_args(script.config_tokens(str(args.checkpoint / "config.yaml"), parser))
     run.tokenizer = args.tokenizer or run.tokenizer
     return run
 
 
-def build(run: argparse.Namespace, checkpoint: Path) -> tuple[nn.Module, Path | None, object]:
-    """(model on the meta device, Hugging Face folder that it started from, tokenizer).
-
-    Raises UserError where the checkpoint holds another model.
-    """
+def build(script: ModuleType, run: argparse.Namespace, checkpoint: Path) -> tuple[nn.Module, tuple]:
+    """(model on the meta device, `parts` of the script's write_hf_folder). Raises its UserError where the
+    checkpoint holds another model."""
     import torch.distributed.checkpoint as dcp
 
-    source = train_llm.fetch(run.hf_model) if run.hf_model else None
-    tokenizer = train_llm.load_tokenizer(run)
-    model = train_llm.build_model(run, source, len(tokenizer))
+    source = script.fetch(run.hf_model) if run.hf_model else None
+    tokenizer = script.load_tokenizer(run)
+    model = script.build_model(run, source, len(tokenizer))
     saved = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    shapes = {name: tuple(tensor.shape) for name, tensor in train_llm.model_tensors(model).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in script.model_tensors(model).items()}
     found = {name.removeprefix("model."): tuple(entry.size) for name, entry in saved.items()
              if name.startswith("model.")}
-    for name in sorted(shapes.keys() | found.keys()):
-        if shapes.get(name) != found.get(name):
-            raise UserError(f"{checkpoint} holds another model than its config.yaml describes: {name} has "
-                            f"the shape {found.get(name)} there, {shapes.get(name)} expected")
-    return model, source, tokenizer
+    if differ := {name for name, _ in shapes.items() ^ found.items()}:
+        name = min(differ)
+        raise script.UserError(f"{checkpoint} holds another model than its config.yaml describes: {name} has "
+                               f"the shape {found.get(name)} there, {shapes.get(name)} expected")
+    return model, script.hf_parts(model, tokenizer, source)
 
 
-def read_tensors(model: nn.Module, checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(expected: dict[str, Tensor], checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) in the model's order, as plain tensors on the CPU."""
     import torch.distributed.checkpoint as dcp
     from tqdm import tqdm
@@ -84,7 +94,7 @@ def read_tensors(model: nn.Module, checkpoint: Path) -> Iterator[tuple[str, Tens
             yield name, group.pop(name)
             bar.update()
 
-    expected, group = train_llm.model_tensors(model), {}
+    group = {}
     with tqdm(total=len(expected), desc="exporting", unit=" tensors", disable=not sys.stderr.isatty()) as bar:
         for name, tensor in expected.items():
             group[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -93,53 +103,48 @@ def read_tensors(model: nn.Module, checkpoint: Path) -> Iterator[tuple[str, Tens
         yield from flush()
 
 
-@torch.no_grad()
-def logits_of_checkpoint(model: nn.Module, checkpoint: Path, input_ids: Tensor, is_hf: bool) -> Tensor | None:
-    """Of the model with the checkpoint's weights, which went through no export; None if memory is short."""
+def logits_of_checkpoint(script: ModuleType, model: nn.Module, checkpoint: Path, input_ids: Tensor) -> Tensor:
+    """Of the model with the checkpoint's weights, which went through no export."""
     import torch.distributed.checkpoint as dcp
 
-    nbytes = sum(tensor.nbytes for tensor in train_llm.model_tensors(model).values())
-    if nbytes * 1.2 > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        return None
-    train_llm.materialise(model, torch.device("cpu"), cpu_offload=False)
-    if is_hf:
-        train_llm.fill_buffers(model)
-    tensors = {"model": train_llm.model_tensors(model)}
+    script.materialise(model, torch.device("cpu"), cpu_offload=False)
+    if hasattr(model, "initialize_weights"):
+        script.fill_buffers(model)
+    tensors = {"model": script.model_tensors(model)}
     dcp.load(tensors, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
-    return model.eval()(input_ids)
+    with torch.no_grad():
+        return model.eval()(input_ids)
 
 
-def main() -> None:
-    args = parse_args()
-    run = read_run(args)
-    model, source, tokenizer = build(run, args.checkpoint)
+def main(script: ModuleType, args: argparse.Namespace) -> None:
+    run = read_run(script, args)
+    model, parts = build(script, run, args.checkpoint)
     dtype, partial = getattr(torch, args.dtype), args.folder.with_name(args.folder.name + ".partial")
-    checksums = {}
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        tensors = read_tensors(model, args.checkpoint)
-        whole = train_llm.hf_tensors(model, tensors, dtype, checksums)
-        save_torch_state_dict({name: part.clone() for name, part in whole}, partial)
-        train_llm.write_parts(partial, train_llm.model_parts(model, tokenizer), dtype, source)
+        tensors = read_tensors(script.model_tensors(model), args.checkpoint)
+        whole = {name: part.clone() for name, part in script.hf_tensors(model, tensors, dtype)}
+        script.write_hf_folder(partial, whole, parts, dtype)
+        del whole
         if args.folder.exists():
             args.folder.rmdir()  # it is empty
         partial.rename(args.folder)
     except OSError as error:
-        raise UserError(f"could not write {args.folder}: {error.strerror or error}") from error
-    input_ids = train_llm.plain_tokens(model, 2, 64, torch.device("cpu"))
-    expected, error = logits_of_checkpoint(model, args.checkpoint, input_ids, source is not None), None
-    del model
-    if expected is not None:
-        error = train_llm.verify_export(args.folder, checksums, input_ids, expected,
-                                        run.trust_remote_code)
-    checked = "not reloaded: too little memory" if error is None else f"reloaded: logits within {error:.0e}"
+        raise script.UserError(f"could not write {args.folder}: {error.strerror or error}") from error
+    input_ids = script.plain_tokens(model, 2, 64, torch.device("cpu"))
+    nbytes, checked = sum(tensor.nbytes for tensor in script.model_tensors(model).values()), "not reloaded"
+    if nbytes * 1.2 < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        expected = logits_of_checkpoint(script, model, args.checkpoint, input_ids)
+        del model
+        checked = script.verify_export(args.folder, input_ids, expected, run.trust_remote_code)
     print(f"{args.folder}: {args.dtype}, Hugging Face format ({checked})")
 
 
 if __name__ == "__main__":
+    arguments = parse_args()
+    module = open_script(arguments.checkpoint)
     try:
-        main()
-    except (UserError, OSError) as problem:
+        main(module, arguments)
+    except (module.UserError, OSError) as problem:
         print(f"export_hf.py: error: {problem}", file=sys.stderr)
         sys.exit(1)
