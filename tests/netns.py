@@ -33,7 +33,7 @@ def missing():
     if os.geteuid() != 0:
         return "network namespaces are made by root only"
     if not shutil.which("ip"):
-        return "ip not found: install iproute2"
+        return "ip not found: bash tests/run.sh --all installs iproute2"
     try:
         with two_machines():
             return None

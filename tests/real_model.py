@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct (tools/make_smollm2.py) and real GSM8K for tests, and mixtures of experts whose
 routing flips by rounding.
 
-    REAL_MODEL=FOLDER    the model; tests/run.sh makes it and names it here; without it tests are skipped
+    REAL_MODEL=FOLDER    the model; tests/run.sh --all makes it; without it tests are skipped
 """
 
 import json
@@ -32,7 +32,7 @@ def real_model():
 
     folder = os.environ.get("REAL_MODEL")
     if not folder or gsm8k_folder() is None:
-        pytest.skip("needs a real model and GSM8K: REAL_MODEL names a folder that tools/make_smollm2.py made")
+        pytest.skip("needs a real model (bash tests/run.sh --all makes it, or REAL_MODEL names it) and GSM8K")
     return Path(folder)
 
 

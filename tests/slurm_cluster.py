@@ -61,7 +61,7 @@ def missing():
     if os.geteuid() != 0:
         return "the SLURM of the tests is started by root only"
     absent = [name for name in PROGRAMS if not shutil.which(name)]
-    return f"{', '.join(absent)} not found: install slurm-wlm and munge" if absent else None
+    return f"{', '.join(absent)} not found: bash tests/run.sh --all installs SLURM" if absent else None
 
 
 def free_ports(count):

@@ -20,7 +20,7 @@ def skip_without_sshd():
     missing = [name for name in ("ssh", "ssh-keygen", "rsync", "git", "setsid") if not shutil.which(name)]
     missing += [] if SSHD else ["sshd"]
     if missing:
-        pytest.skip(f"needs {', '.join(missing)}")
+        pytest.skip(f"needs {', '.join(missing)}: bash tests/run.sh --all installs ssh, sshd and rsync")
 
 
 def has_ipv6():

@@ -306,7 +306,7 @@ def test_ci_runs_every_test():
     lines = (REPO / ".ci/run").read_text().splitlines()
     code = [line for line in lines if line and not line.startswith("#")]
     assert lines[0] == "#!/usr/bin/env bash" and code[0] == "set -euo pipefail"
-    assert code[-1] == "exec bash tests/run.sh"
+    assert code[-1] == "exec bash tests/run.sh --all"
     for script in (".ci/run", *LAUNCHERS, "tests/run.sh"):
         assert os.access(REPO / script, os.X_OK), script
 

@@ -2,7 +2,7 @@
 say of it and of faults built into it, in fp32 and bf16.
 
 Random small models hide rounding. The bounds here are measured on real weights; comments say what rounding
-and what a fault came to. It needs what REAL_MODEL and VLLM_PYTHON name: tests/run.sh makes both.
+and what a fault came to. It needs what REAL_MODEL and VLLM_PYTHON name: tests/run.sh --all makes both.
 """
 
 import json

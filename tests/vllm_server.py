@@ -96,7 +96,7 @@ def vllm_python():
     import pytest
 
     return os.environ.get("VLLM_PYTHON") or pytest.skip(
-        "needs vLLM: VLLM_PYTHON names the Python of an environment that has it")
+        "needs vLLM: bash tests/run.sh --all makes an environment for it, or VLLM_PYTHON names one")
 
 
 def launch(server):
