@@ -28,10 +28,11 @@
 #   CUDA_VISIBLE_DEVICES=0,3   the GPUs to use; set but empty: none
 #   PYTHON=python3.12          interpreter; default: .venv/bin/python beside this file, else python3
 #   OMP_NUM_THREADS=4          CPU threads of each process; default: the cores are divided among them
-#   DRY_RUN=1                  print the command and stop
+#   DRY_RUN=1                  print the command, check the script's flags and stop
 #
-# SIGTERM, SIGINT, SIGHUP, SIGQUIT and SIGUSR1 to the launcher go to its processes, which save and end. To one
-# machine is enough with train_llm.py, whose ranks agree on it. The exit code is torchrun's: 0, or 1.
+# SIGTERM, SIGINT and SIGUSR1 to the launcher go to its processes, which save and end; SIGHUP and SIGQUIT end
+# them unsaved. The ranks of the training scripts here agree on it, so that a signal to one machine is enough.
+# The exit code is torchrun's: 0, or 1.
 set -euo pipefail
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -74,7 +75,8 @@ else
     python=python3
 fi
 command -v "$python" >/dev/null || die "no $python here; name an interpreter with PYTHON=/path/to/python3"
-"$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' ||
+[[ $dry_run == 1 ]] ||
+    "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' ||
     die "$python has no torch; 'NPROC=1 ./launch_single_node.sh' installs it into .venv and tries it out," \
         "or name another interpreter with PYTHON=/path/to/python3"
 # Not the program nproc: where OMP_NUM_THREADS is set, that one prints it in place of the number of cores.
@@ -221,17 +223,13 @@ answers() {
 }
 
 wait_for_head() {
-    local begin=$SECONDS next_note=30 waited=0
+    local begin=$SECONDS
     ! answers || return 0
     note "waiting for machine 0: nothing answers at $head port $port yet (for up to $wait_s s, RDZV_TIMEOUT)"
     until answers; do
-        waited=$((SECONDS - begin))
-        [[ $waited -lt $wait_s ]] || die "nothing has answered at $head port $port in $wait_s s: is the" \
-            "launcher running there, with the same MASTER_PORT, and does a firewall let this machine through?"
-        if [[ $waited -ge $next_note ]]; then
-            note "still waiting for machine 0, $head port $port, for $waited s now"
-            next_note=$((waited + 30))
-        fi
+        [[ $((SECONDS - begin)) -lt $wait_s ]] || die "nothing has answered at $head port $port in" \
+            "$wait_s s: is the launcher running there, with the same MASTER_PORT, and does a firewall let" \
+            "this machine through?"
         sleep 1
     done
 }
@@ -284,9 +282,10 @@ command+=("$script" "$@")
 show "${environment[@]}" "${command[@]}"
 
 if [[ $nnodes != 1 && ${NODE_RANK:-} == 0 ]]; then
-    others=(NODE_RANK=1 "NNODES=$nnodes" "MASTER_ADDR=$head" "MASTER_PORT=$port" ./launch_multi_node.sh)
+    launcher=$(dirname -- "$0")/launch_multi_node.sh
+    others=(NODE_RANK=1 "NNODES=$nnodes" "MASTER_ADDR=$head" "MASTER_PORT=$port" "$launcher")
     note "on the others, with their number as NODE_RANK: $(show "${others[@]}" "${script#"$here/"}" "$@")"
 fi
-[[ $dry_run != 1 ]] || exit 0
+[[ $dry_run != 1 ]] || exec "$python" -B "$here/tools/check_flags.py" "$script" "$@"
 [[ $is_host == 1 ]] || wait_for_head
 exec env "${environment[@]}" "${command[@]}"

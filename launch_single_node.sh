@@ -13,7 +13,7 @@
 #   CUDA_VISIBLE_DEVICES=0,3   the GPUs to use; set but empty: none
 #   PYTHON=python3.12          interpreter; default: .venv/bin/python beside this file, else python3
 #   OMP_NUM_THREADS=4          CPU threads of each process; default: the cores are divided among them
-#   DRY_RUN=1                  print the commands and stop
+#   DRY_RUN=1                  print the commands, check the script's flags and stop
 # More machines: launch_multi_node.sh, or launch_slurm.sh where there is SLURM.
 #
 # Where that Python lacks packages of requirements.txt, they are installed into .venv beside this file.
@@ -115,6 +115,7 @@ if [[ -n $lacking && $python != "$venv_python" && -x $venv_python ]]; then
     python=$venv_python
     lacking=$(lacking_packages "$python")
 fi
+found=$python # a dry run does not make the other one
 if [[ -n $lacking && $help == 1 ]]; then
     note "$python lacks ${lacking% }; the flags of ${script##*/} can be shown once they are installed"
     exit 0
@@ -180,8 +181,6 @@ else
 fi
 
 [[ ${MAX_RESTARTS:-0} =~ ^[0-9]+$ ]] || usage_error "MAX_RESTARTS is a number, not '$MAX_RESTARTS'"
-restarts=()
-[[ -z ${MAX_RESTARTS:-} ]] || restarts=(--max-restarts "$MAX_RESTARTS")
 
 # ----------------------------------------------------------------------------------------------------
 # 4. Environment
@@ -195,8 +194,10 @@ restarts=()
 #   NCCL_P2P_DISABLE=1         leave direct GPU to GPU copies out, likewise
 
 environment=()
-# torch 2.11 and 2.13 keep one store over a restart, where the new processes find the old ones' addresses.
-[[ ${MAX_RESTARTS:-0} == 0 ]] || environment+=(TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)
+# The first is torchrun's --max-restarts. The second gives each start a store of its own: torch 2.11 and 2.13
+# keep one, where the new processes find the old ones' addresses.
+[[ ${MAX_RESTARTS:-0} == 0 ]] ||
+    environment+=("PET_MAX_RESTARTS=$MAX_RESTARTS" TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)
 # A number that the script will reject divides nothing; its own message is the better one.
 if [[ -z ${OMP_NUM_THREADS:-} && $nproc =~ ^[1-9][0-9]*$ ]]; then
     threads=$((num_cores / nproc))
@@ -212,15 +213,14 @@ fi
 # ----------------------------------------------------------------------------------------------------
 # 5. Command
 
+command=("$python")
 if [[ $relaunches == 0 ]]; then
-    command=("$python" -m torch.distributed.run --standalone --nproc-per-node "$nproc"
-        ${restarts[@]+"${restarts[@]}"} "$script" "$@")
-elif [[ -n $asked ]]; then
-    command=("$python" "$script" ${restarts[@]+"${restarts[@]}"} "$@")
-else
+    command+=(-m torch.distributed.run --standalone --nproc-per-node "$nproc")
+elif [[ -z $asked ]]; then
     # The script starts torchrun itself, after it has checked its arguments: a mistake is one clean message.
-    command=("$python" "$script" --nproc "$nproc" ${restarts[@]+"${restarts[@]}"} "$@")
+    set -- --nproc "$nproc" "$@"
 fi
+command+=("$script" "$@")
 show ${environment[@]+"${environment[@]}"} "${command[@]}"
-[[ $dry_run != 1 ]] || exit 0
+[[ $dry_run != 1 ]] || exec "$found" -B "$here/tools/check_flags.py" "$script" "$@"
 exec env ${environment[@]+"${environment[@]}"} "${command[@]}"

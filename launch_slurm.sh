@@ -30,16 +30,15 @@
 #   BATCH_SIZE=4               --batch-size
 #   GRAD_ACCUM_STEPS=2         --grad-accum-steps
 #   MAX_RESTARTS=3             how often the processes start again in the same job after one of them died
-#   MAX_REQUEUES=100           how often the job requeues itself
 #   LOG_DIR=logs               holds JOBID/attempt_N/rank_R.log: a folder per start of the job, a file a rank
 #   PYTHON=python3.12          interpreter; default: .venv/bin/python beside this file, else python3
 #   OMP_NUM_THREADS=4          CPU threads of each process; default: 1 beside a GPU, else its share of CPUs
 #   MASTER_ADDR, MASTER_PORT   of rank 0; default: the first node, a port by the job's number
-#   DRY_RUN=1                  print the command and stop; works outside of a job, too: bash launch_slurm.sh
+#   DRY_RUN=1                  print the command, check the script's flags and stop; outside of a job, too
 #
-# Exit codes of the training: 0 finished; 124, 138, 140 and 143 stopped and saved, the job is requeued; 3 and
-# 130 stopped by its user, the job ends; others above 128: a process was killed, all start again; the rest are
-# errors, with which the job ends.
+# Exit codes of the training: 0 finished; 138 (USR1) and 143 (TERM) stopped and saved, the job is requeued; 3
+# and 130 stopped by its user, the job ends; others above 128: a process was killed, all start again; the rest
+# are errors, with which the job ends.
 set -euo pipefail
 
 # SLURM runs a copy of this file from a folder of its own; the job knows where the original is.
@@ -64,7 +63,7 @@ show() { local line; printf -v line '%q ' "$@"; printf '%s\n' "${line% }"; }
 # 1. Script: which one, and with what arguments
 
 if [[ $# == 1 && ($1 == -h || $1 == --help) ]]; then
-    sed -n '2,/^set /s/^#\( \|$\)//p' "${BASH_SOURCE[0]}"
+    sed -n '2,/^set /{s/^#SBATCH/    &/p;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
     exit 0
 fi
 
@@ -79,22 +78,26 @@ elif [[ $# == 0 && -z ${HF_MODEL:-}${USE_HF_MODEL:-} ]]; then
 fi
 [[ -f $script ]] || usage_error "there is no script $script"
 
-# Whether one of the arguments is the flag $1, with or without "=value".
-given() {
-    local flag=$1 arg
-    shift
-    for arg in "$@"; do
-        [[ $arg != "$flag" && $arg != "$flag="* ]] || return 0
-    done
-    return 1
-}
+given=" " # the arguments without "=value"
+for arg in "$@"; do
+    flag=${arg%%=*}
+    given+="$flag "
+    case $flag in
+        -[AcCGJNnpqtwx] | -[cGNnt][0-9]* | --account | --array | --constraint | --cpus-per-task | \
+            --exclusive | --gpus | --gpus-per-node | --gres | --job-name | --mem | --nodelist | --nodes | \
+            --ntasks | --ntasks-per-node | --partition | --qos | --time)
+            # A script may have a flag of that name.
+            grep -q "[\"']${flag}[\"']" "$script" || usage_error "$flag is an option of sbatch: put it" \
+                "before the launcher's name, as in 'sbatch $flag ... launch_slurm.sh ARGS'" ;;
+    esac
+done
 
 # In front of the arguments, the last of two equal flags being the one that counts.
 variables=()
-if ! given --from-scratch "$@" && ! given --hf-model "$@"; then
+if [[ $given != *" --from-scratch "* && $given != *" --hf-model "* ]]; then
     case ${USE_HF_MODEL:-} in
         true) variables+=(--hf-model "${HF_MODEL:?USE_HF_MODEL=true needs HF_MODEL, a name or folder}") ;;
-        false) given --config "$@" || variables+=(--from-scratch) ;;
+        false) [[ $given == *" --config "* ]] || variables+=(--from-scratch) ;;
         "") [[ -z ${HF_MODEL:-} ]] || variables+=(--hf-model "$HF_MODEL") ;;
         *) usage_error "USE_HF_MODEL is true or false, not '$USE_HF_MODEL'" ;;
     esac
@@ -103,9 +106,13 @@ fi
 [[ -z ${GRAD_ACCUM_STEPS:-} ]] || variables+=(--grad-accum-steps "$GRAD_ACCUM_STEPS")
 set -- ${variables[@]+"${variables[@]}"} "$@"
 
-for name in MAX_RESTARTS MAX_REQUEUES; do
-    [[ ${!name:-0} =~ ^[0-9]+$ ]] || usage_error "$name is a number, not '${!name}'"
+# Checked, because bash executes commands that stand in what it calculates with.
+for name in MAX_RESTARTS SLURM_JOB_ID SLURM_RESTART_COUNT SLURM_NNODES SLURM_GPUS_ON_NODE \
+    SLURM_NTASKS_PER_NODE SLURM_CPUS_PER_TASK SLURM_CPUS_ON_NODE; do
+    [[ ${!name:-0} =~ ^(0|[1-9][0-9]{0,8})$ ]] || usage_error "$name is a number, not '${!name}'"
 done
+[[ ${SLURM_JOB_CPUS_PER_NODE:-1} =~ ^([1-9][0-9]{0,8}(\(x[0-9]+\))?(,|$))+$ ]] ||
+    usage_error "SLURM_JOB_CPUS_PER_NODE is a list such as 16(x2),8, not '$SLURM_JOB_CPUS_PER_NODE'"
 
 # ----------------------------------------------------------------------------------------------------
 # 2. Python
@@ -118,7 +125,8 @@ else
     python=python3
 fi
 command -v "$python" >/dev/null || die "no $python here; name an interpreter with PYTHON=/path/to/python3"
-"$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' ||
+[[ $dry_run == 1 ]] ||
+    "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' ||
     die "$python has no torch; './launch_single_node.sh --nproc 1 --help' installs it into .venv," \
         "or name another interpreter with PYTHON=/path/to/python3"
 
@@ -135,6 +143,7 @@ num_nodes=${SLURM_NNODES:-2}
 num_gpus=${SLURM_GPUS_ON_NODE:-0}
 ntasks=${SLURM_NTASKS_PER_NODE:-1}
 [[ $num_gpus == 0 ]] || ntasks=$num_gpus
+[[ $ntasks != 0 ]] || usage_error "SLURM_NTASKS_PER_NODE must be above 0"
 
 # Where nodes differ, as many as the smallest has: 16(x2),8 means 16, 16 and 8.
 IFS=, read -ra counts <<<"${SLURM_JOB_CPUS_PER_NODE:-${SLURM_CPUS_ON_NODE:-$ntasks}}"
@@ -200,9 +209,7 @@ find_port() {
 }
 
 head=${MASTER_ADDR:-127.0.0.1}
-if [[ -z ${MASTER_ADDR:-} && $num_nodes -gt 1 && $job != 0 ]]; then
-    head=$(find_head)
-fi
+[[ -n ${MASTER_ADDR:-} || $num_nodes == 1 || $job == 0 ]] || head=$(find_head)
 fixed_port=${MASTER_PORT:-}
 attempt=${SLURM_RESTART_COUNT:-0}
 log_dir=${LOG_DIR:-logs}/$job/attempt_$attempt
@@ -221,7 +228,7 @@ export MASTER_ADDR=$head WORLD_SIZE=$((num_nodes * ntasks)) LOCAL_WORLD_SIZE=$nt
 
 # shellcheck disable=SC2016  # the variables are those of the task
 as_rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID GROUP_RANK=$SLURM_NODEID
-trap : TERM INT USR1 USR2
+trap : TERM INT USR1
 "$@" || { code=$?; (set -C; echo "$code $RANK" >"$FIRST_EXIT") 2>/dev/null; exit $code; }'
 
 starts=0
@@ -238,7 +245,7 @@ prepare_step() {
 
 if [[ $dry_run == 1 ]]; then
     prepare_step "$@"
-    exit 0
+    exec "$python" -B "$here/tools/check_flags.py" "$script" "$@"
 fi
 
 # ----------------------------------------------------------------------------------------------------
@@ -269,20 +276,12 @@ pass_on() {
 # Ends this shell. SLURM then starts the job from the top, with the next number in SLURM_RESTART_COUNT.
 requeue() {
     local state
-    state=$(job_state)
-    if [[ $state != RUNNING ]]; then
-        # Cancelled by its user, or requeued by SLURM itself.
-        note "$1; the job is ${state:-gone}, so nothing is requeued here"
-        exit "$code"
-    elif [[ $attempt -ge ${MAX_REQUEUES:-100} ]]; then
-        note "$1; not requeued, because that was done $attempt times (MAX_REQUEUES)"
-        exit "$code"
-    fi
+    state=$(job_state) # not RUNNING: its user has cancelled it, or SLURM itself requeues it
+    [[ $state == RUNNING ]] ||
+        { note "$1; the job is ${state:-gone}, so nothing is requeued here"; exit "$code"; }
     note "$1: the job is requeued and goes on from the last checkpoint, in 2 minutes at the earliest"
-    if ! scontrol requeue "$job"; then
-        note "SLURM has refused that: submit the same line again to go on"
-        exit "$code"
-    fi
+    scontrol requeue "$job" ||
+        { note "SLURM has refused that: submit the same line again to go on"; exit "$code"; }
     trap 'exit "$code"' TERM
     sleep 300 &
     wait $! || true
@@ -307,7 +306,7 @@ wait_for_step() {
         # Ranks that were only being started may have missed it.
         [[ $(now) -ge $((step_since + 60)) ]] || signal_step
         if [[ -n $give_up_at && $(now) -ge $give_up_at ]]; then
-            code=124
+            code=1
             requeue "the time limit is here before the training has saved"
         fi
         sleep 3 &
@@ -333,7 +332,7 @@ while true; do
     wait_for_step
     case $code in
         0) note "finished"; exit 0 ;;
-        124 | 138 | 140 | 143) requeue "stopped (exit code $code)" ;;
+        138 | 143) requeue "stopped (exit code $code)" ;;
         3 | 130) note "stopped (exit code $code); the same line goes on from there"; exit "$code" ;;
     esac
     show_reason

@@ -9,10 +9,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 
 import pytest
 from helpers import REPO
+from quick_runs import free_port
 
 # Prints how it was called. The first one relaunches itself as the training scripts do, so it has their flag.
 RELAUNCHES = """
@@ -37,16 +39,18 @@ def project(tmp_path):
     folder = tmp_path / "a project"  # with a space, since people's folders have them
     folder.mkdir()
     shutil.copy(REPO / "launch_single_node.sh", folder)
+    (folder / "tools").mkdir()
+    shutil.copy(REPO / "tools/check_flags.py", folder / "tools")
     (folder / "requirements.txt").write_text("# a comment\ntqdm>=4.0,<99  # another\n")
     (folder / "train_llm.py").write_text(RELAUNCHES)
     (folder / "plain.py").write_text(PLAIN)
     return folder
 
 
-def launch(folder, *args, cwd=None, code=0, **env):
+def launch(folder, *args, cwd=None, code=0, name="launch_single_node.sh", **env):
     env = {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHON": sys.executable, **env}
     result = subprocess.run(
-        [str(folder / "launch_single_node.sh"), *args], cwd=cwd or folder, text=True, capture_output=True,
+        [str(folder / name), *args], cwd=cwd or folder, text=True, capture_output=True,
         env={key: value for key, value in env.items() if value is not None}, timeout=180,
     )
     assert result.returncode == code, result.stdout + result.stderr
@@ -155,12 +159,12 @@ def test_bad_number_of_processes(project):
 
 
 def test_restarts(project):
-    """By the script where that starts the processes, else by torchrun; with a new store for each start."""
-    for args in (["--x"], ["--nproc", "3"]):
-        command = command_of(project, *args, MAX_RESTARTS="2", NPROC="2")
-        assert command[0] == "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
-        assert command[-len(args) - 2:] == ["--max-restarts", "2", *args]
-    assert "--max-restarts" not in command_of(project, "--x", NPROC="2")
+    """By a variable that torchrun reads, whoever starts it; with a new store for each start."""
+    for args in (["--x"], ["plain.py", "--x"]):
+        assert command_of(project, *args, MAX_RESTARTS="2", NPROC="2")[:3] == [
+            "PET_MAX_RESTARTS=2", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", sys.executable]
+        for none in ({}, {"MAX_RESTARTS": "0"}):
+            assert command_of(project, *args, NPROC="2", **none)[0] == sys.executable
     assert "MAX_RESTARTS is a number" in launch(project, code=2, MAX_RESTARTS="two").stderr
     once = 'import pathlib, sys\ndied = pathlib.Path(f"died-{os.environ[\'RANK\']}")\n'
     once += "if not died.exists():\n    died.touch()\n    sys.exit(1)\n"
@@ -201,6 +205,60 @@ def test_help_shows_the_launchers_usage_and_then_the_scripts(project, args):
 
 def test_short_help(project):
     assert "Usage:" in launch(project, "-h").stdout
+
+
+# What each launcher needs besides for a dry run on one machine, anywhere.
+SURROUNDINGS = {
+    "launch_single_node.sh": {"NPROC": "1"},
+    "launch_multi_node.sh": {"NODE_RANK": "0", "NNODES": "1", "MASTER_PORT": str(free_port())},
+    "launch_slurm.sh": {"SLURM_NNODES": "1"},
+}
+CHECKED = """
+import argparse, tqdm
+print("imported")
+def parse_args(*argv):
+    parser = argparse.ArgumentParser(prog="train_llm.py")
+    parser.add_argument("--nproc")
+    parser.add_argument("--lr", type=float)
+    parser.parse_args(*argv)
+if __name__ == "__main__":
+    print("started")
+"""
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_dry_run_checks_the_scripts_flags(project, name):
+    """By its parse_args, with or without an argument; what has none is neither checked nor run."""
+    shutil.copy(REPO / name, project)
+    env = {**SURROUNDINGS[name], **CPU, "DRY_RUN": "1"}
+    for source in (CHECKED, CHECKED.replace("*argv", "")):
+        (project / "train_llm.py").write_text(source)
+        wrong = launch(project, "--lr", "1", "--lrr", "two words", code=2, name=name, **env)
+        assert "train_llm.py: error: unrecognized arguments: --lrr two words" in wrong.stderr
+        right = launch(project, "--lr", "1", name=name, **env)
+        assert right.stdout.splitlines()[1:] == ["imported"]
+    for other in (CHECKED.replace("if __name__", "if '__main__'"), CHECKED.replace("parse_args(", "parse(")):
+        (project / "train_llm.py").write_text(other)
+        assert len(launch(project, "--lrr", name=name, **env).stdout.splitlines()) == 1
+    assert not list(project.rglob("__pycache__"))
+
+
+def test_a_dry_run_checks_the_training_scripts():
+    for name, script in zip(LAUNCHERS, ("train_llm.py", "train_gsm8k_fsdp2.py", "tools/doctor.py")):
+        env = {**SURROUNDINGS[name], **CPU, "DRY_RUN": "1"}
+        wrong = launch(REPO, script, "--lerning-rate", "1", code=2, name=name, **env)
+        assert "unrecognized arguments: --lerning-rate 1" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_dry_run_needs_no_torch(project, name):
+    venv.create(project / "bare", with_pip=False)
+    python = str(project / "bare/bin/python")
+    shutil.copy(REPO / name, project)
+    (project / "train_llm.py").write_text(CHECKED)
+    result = launch(project, "--lrr", name=name, PYTHON=python, DRY_RUN="1", **SURROUNDINGS[name], **CPU)
+    assert f"{python} has no torch, so the flags are not checked" in result.stderr
+    assert result.stdout.splitlines()[-1].endswith("train_llm.py --lrr" if "single" not in name else "--lrr")
 
 
 def test_an_interpreter_that_is_not_there(project):

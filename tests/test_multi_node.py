@@ -21,6 +21,7 @@ import train_llm
 
 LAUNCHER = REPO / "launch_multi_node.sh"
 slow = pytest.mark.slow
+UNCHECKED = "tools/plan_memory.py"  # has no parse_args: a dry run takes any flag, and is quick
 
 
 def environment(**more):
@@ -66,7 +67,7 @@ def own_address():
 
 def test_static(tmp_path):
     address, port = own_address(), str(free_port())
-    args = ["train_llm.py", "--name", "two words", "--empty", ""]
+    args = [UNCHECKED, "--name", "two words", "--empty", ""]
     env, tokens, result = dry_run(*args, NODE_RANK="0", NNODES="3", MASTER_PORT=port, NPROC_PER_NODE="4",
                                   cwd=tmp_path, SHUTDOWN_TIMEOUT="90", RDZV_TIMEOUT="77")
     assert tokens[:3] == [sys.executable, "-m", "torch.distributed.run"]
@@ -75,16 +76,20 @@ def test_static(tmp_path):
         assert option(tokens, name) == value
     assert "SIGUSR1" in option(tokens, "--signals-to-handle").split(",")
     assert env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "90"
-    assert tokens[-5:] == [str(REPO / "train_llm.py"), *args[1:]]
+    assert tokens[-5:] == [str(REPO / UNCHECKED), *args[1:]]
     # The line for the other machines is complete, but for each one's own number.
     shown = result.stderr.split("with their number as NODE_RANK: ")[1].splitlines()[0]
     assert shlex.split(shown) == ["NODE_RANK=1", "NNODES=3", f"MASTER_ADDR={address}", f"MASTER_PORT={port}",
-                                  "./launch_multi_node.sh", *args]
+                                  str(LAUNCHER), *args]
+    env = environment(NODE_RANK="0", MASTER_PORT=port, DRY_RUN="1")
+    result = subprocess.run(["bash", LAUNCHER.name, UNCHECKED], cwd=REPO, env=env, text=True,
+                            capture_output=True)
+    assert f" ./{LAUNCHER.name} {UNCHECKED}\n" in result.stderr
 
 
 def test_elastic():
     address, port = own_address(), str(free_port())
-    _, tokens, _ = dry_run("--x", MASTER_ADDR=address, MASTER_PORT=port, NNODES="1:4", MAX_RESTARTS="2")
+    _, tokens, _ = dry_run(UNCHECKED, MASTER_ADDR=address, MASTER_PORT=port, NNODES="1:4", MAX_RESTARTS="2")
     assert option(tokens, "--max-restarts") == "2"
     assert option(tokens, "--nnodes") == "1:4" and "--node-rank" not in tokens
     assert option(tokens, "--rdzv-backend") == "c10d"
@@ -93,7 +98,7 @@ def test_elastic():
     assert option(tokens, "--local-addr") == address
     assert option(tokens, "--rdzv-conf").startswith("is_host=1,")
     env = {"MASTER_ADDR": address, "IS_HOST": "0", "LOCAL_ADDR": "10.9.8.7", "RDZV_ID": "b"}
-    _, tokens, _ = dry_run("--x", **env)
+    _, tokens, _ = dry_run(UNCHECKED, **env)
     assert option(tokens, "--local-addr") == "10.9.8.7" and option(tokens, "--rdzv-id") == "b"
     assert option(tokens, "--rdzv-conf").startswith("is_host=0,")
 
@@ -107,15 +112,16 @@ def test_defaults():
     assert option(tokens, "--nproc-per-node") == str(2 if cores > 1 else 1)
     assert env["OMP_NUM_THREADS"] == str(max(1, cores // 2))
     assert tokens[-2:] == ["--config", str(REPO / "configs/train_llm/quickstart.yaml")]
-    _, tokens, _ = dry_run("--x", NODE_RANK="0", MASTER_PORT=str(free_port()), CUDA_VISIBLE_DEVICES="0,1,5")
+    env = {"NODE_RANK": "0", "MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": "0,1,5"}
+    _, tokens, _ = dry_run(UNCHECKED, **env)
     assert option(tokens, "--nproc-per-node") == "3"
 
 
 def test_scripts_and_help(tmp_path):
     own_address()
     env = {"NODE_RANK": "0", "MASTER_PORT": str(free_port())}
-    _, tokens, _ = dry_run("tools/export_hf.py", "--x", cwd=tmp_path, **env)
-    assert tokens[-2:] == [str(REPO / "tools/export_hf.py"), "--x"]
+    _, tokens, _ = dry_run(UNCHECKED, "--x", cwd=tmp_path, **env)
+    assert tokens[-2:] == [str(REPO / UNCHECKED), "--x"]
     (tmp_path / "own.py").touch()
     assert launch("own.py", cwd=tmp_path, DRY_RUN="1", **env).stdout.split()[-1] == "own.py"
     assert "there is no script" in launch("absent.py", code=2, **env).stderr

@@ -131,23 +131,35 @@ def wait_for_ranks(cwd, job, attempt=0, ranks=2):
 # ----------------------------------------------------------------------------------------------------
 # 2. Without SLURM: the command
 
-def dry_run(*args, code=0, **env):
-    result = subprocess.run(["bash", LAUNCHER, *args], env=environment(DRY_RUN="1", **env), text=True,
-                            capture_output=True, timeout=60)
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory):
+    """A folder with the launcher, and with scripts that are empty: dry runs take any flag, and are quick."""
+    folder = tmp_path_factory.mktemp("beside")
+    (folder / "tools").mkdir()
+    for name in (LAUNCHER.name, "tools/check_flags.py"):
+        shutil.copy(REPO / name, folder / name)
+    (folder / "train_llm.py").touch()
+    (folder / "with_nodes.py").write_text('add("--nodes")')
+    return folder
+
+
+def dry_run(folder, *args, code=0, **env):
+    result = subprocess.run(["bash", folder / LAUNCHER.name, *args], env=environment(DRY_RUN="1", **env),
+                            text=True, capture_output=True, timeout=60)
     assert result.returncode == code, result.stderr
     return shlex.split(result.stdout), result.stderr
 
 
-def arguments(*args, **env):
+def arguments(folder, *args, **env):
     """What the script would get."""
-    tokens, _ = dry_run(*args, **env)
-    return tokens[tokens.index(str(REPO / "train_llm.py")) + 1:]
+    tokens, _ = dry_run(folder, *args, **env)
+    return tokens[tokens.index(str(folder / "train_llm.py")) + 1:]
 
 
-def test_the_command_outside_of_a_job():
+def test_the_command_outside_of_a_job(beside):
     args = ["--name", "two words", "--empty", ""]
     env = {"SLURM_NNODES": "3", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_CPUS_PER_NODE": "64(x2),32"}
-    tokens, notes = dry_run(*args, **env)
+    tokens, notes = dry_run(beside, *args, **env)
     assert "not in a SLURM job" in notes and tokens[-len(args):] == args
     assert {"--kill-on-bad-exit=1", "--nodes=3", "--ntasks=24", "--ntasks-per-node=8", "--gres=gpu:8",
             "--cpus-per-task=4"} <= set(tokens)
@@ -156,26 +168,53 @@ def test_the_command_outside_of_a_job():
     assert result.returncode == 2 and "start this with 'sbatch launch_slurm.sh" in result.stderr
 
 
-def test_the_variables_of_the_launcher():
-    assert arguments() == ["--config", str(REPO / "configs/train_llm/quickstart.yaml")]
-    assert arguments("--x", USE_HF_MODEL="true", HF_MODEL="a/b", BATCH_SIZE="2", GRAD_ACCUM_STEPS="8") == [
+def test_the_variables_of_the_launcher(beside):
+    assert arguments(beside) == ["--config", str(beside / "configs/train_llm/quickstart.yaml")]
+    every = {"USE_HF_MODEL": "true", "HF_MODEL": "a/b", "BATCH_SIZE": "2", "GRAD_ACCUM_STEPS": "8"}
+    assert arguments(beside, "--x", **every) == [
         "--hf-model", "a/b", "--batch-size", "2", "--grad-accum-steps", "8", "--x"]
-    assert arguments("--x", HF_MODEL="a/b") == ["--hf-model", "a/b", "--x"]
-    assert arguments("--x", USE_HF_MODEL="false", HF_MODEL="a/b") == ["--from-scratch", "--x"]
+    assert arguments(beside, "--x", HF_MODEL="a/b") == ["--hf-model", "a/b", "--x"]
+    assert arguments(beside, "--x", USE_HF_MODEL="false", HF_MODEL="a/b") == ["--from-scratch", "--x"]
     # What the command line says wins; of two equal flags the script takes the last one.
-    assert arguments("--hf-model=c", HF_MODEL="a/b", USE_HF_MODEL="true") == ["--hf-model=c"]
-    assert arguments("--from-scratch", HF_MODEL="a/b") == ["--from-scratch"]
-    assert arguments("--config", "x.yaml", USE_HF_MODEL="false") == ["--config", "x.yaml"]
-    assert arguments("--batch-size", "4", BATCH_SIZE="2") == ["--batch-size", "2", "--batch-size", "4"]
-    assert "needs HF_MODEL" in dry_run("--x", code=1, USE_HF_MODEL="true")[1]
-    assert "true or false" in dry_run("--x", code=2, USE_HF_MODEL="maybe")[1]
-    assert "MAX_RESTARTS is a number" in dry_run("--x", code=2, MAX_RESTARTS="some")[1]
-    assert "there is no script" in dry_run("absent.py", code=2)[1]
+    assert arguments(beside, "--hf-model=c", HF_MODEL="a/b", USE_HF_MODEL="true") == ["--hf-model=c"]
+    assert arguments(beside, "--from-scratch", HF_MODEL="a/b") == ["--from-scratch"]
+    assert arguments(beside, "--config", "x.yaml", USE_HF_MODEL="false") == ["--config", "x.yaml"]
+    assert arguments(beside, "--batch-size", "4", BATCH_SIZE="2") == [
+        "--batch-size", "2", "--batch-size", "4"]
+    assert "needs HF_MODEL" in dry_run(beside, "--x", code=1, USE_HF_MODEL="true")[1]
+    assert "true or false" in dry_run(beside, "--x", code=2, USE_HF_MODEL="maybe")[1]
+    assert "MAX_RESTARTS is a number" in dry_run(beside, "--x", code=2, MAX_RESTARTS="some")[1]
+    assert "there is no script" in dry_run(beside, "absent.py", code=2)[1]
+
+
+@pytest.mark.parametrize("args", ["--nodes 4", "--nodes=4", "-N 4", "-N4", "--time 1:00:00", "-t 5", "-p gpu",
+                                  "--x 1 --partition=gpu", "--gpus-per-node 8", "train_llm.py --gres=gpu:8"])
+def test_options_of_sbatch_behind_the_launchers_name(beside, args):
+    tokens, notes = dry_run(beside, *args.split(), code=2)
+    [option] = re.findall(r"launch: (-\S+) is an option of sbatch: put it before the launcher's name", notes)
+    assert option in args and not tokens
+
+
+def test_a_script_may_have_a_flag_that_sbatch_has(beside):
+    assert dry_run(beside, "with_nodes.py", "--nodes", "4")[0][-2:] == ["--nodes", "4"]
+    dry_run(beside, "with_nodes.py", "--nodes", "4", "--time", "5", code=2)
+
+
+@pytest.mark.parametrize("name", [
+    "SLURM_NNODES", "SLURM_GPUS_ON_NODE", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK",
+    "SLURM_CPUS_ON_NODE", "SLURM_JOB_CPUS_PER_NODE", "SLURM_RESTART_COUNT", "SLURM_JOB_ID", "MAX_RESTARTS"])
+def test_no_variable_is_executed_as_bash_calculates(beside, tmp_path, name):
+    for value in (f"PATH[$(touch {tmp_path}/x)]", "08", "1e3", "-1", "9" * 20, "1(x"):
+        tokens, notes = dry_run(beside, "--x", code=2, **{name: value})
+        assert f"launch: {name} is a " in notes and notes.count("\n") == 1 and not tokens
+    assert not (tmp_path / "x").exists()
+    assert "must be above 0" in dry_run(beside, code=2, SLURM_NTASKS_PER_NODE="0")[1]
 
 
 def test_help():
     shown = subprocess.run(["bash", LAUNCHER, "--help"], text=True, capture_output=True, check=True).stdout
-    assert "Usage:" in shown and "DRY_RUN=1" in shown and "set -euo" not in shown and "SBATCH -" not in shown
+    assert "Usage:" in shown and "DRY_RUN=1" in shown and "set -euo" not in shown
+    assert "\n    #SBATCH --nodes=2\n" in shown
     lines = [line for line in LAUNCHER.read_text().splitlines() if line.startswith("#SBATCH")]
     assert not [line for line in lines if re.search("partition|account|gpus|gres|qos", line)]
 
@@ -221,6 +260,12 @@ def test_errors_end_the_job_with_the_code_of_the_first(cluster, place, codes, ex
     if expected != 3:
         assert f"the reason of {first}" in shown and f"exit code {expected}, rank {first} first" in shown
     assert facts(cluster, job)["Restarts"] == "0"
+
+
+def test_an_option_of_sbatch_in_the_wrong_place_ends_the_job(cluster, place):
+    job = submit(cluster, place, "script.py", "--nodes", 4)
+    assert wait_for_end(cluster, place, job) == ("FAILED", 2)
+    assert "--nodes is an option of sbatch" in printed(place, job) and not (place / "logs").exists()
 
 
 def test_a_rank_that_is_killed_every_time(cluster, place):
@@ -270,6 +315,18 @@ def test_signals_to_the_batch_shell_reach_the_ranks_and_requeue(cluster, place):
     shown = printed(place, job)
     assert shown.count("the job is requeued") == 2
     assert "stopped (exit code 143): the job is requeued" in shown and "SIGUSR1: the training saves" in shown
+
+
+@slow
+def test_a_training_that_does_not_stop_is_requeued_before_the_time_limit(cluster, place):
+    """Past the limit, SLURM would end the job for good."""
+    (place / "script.py").write_text(
+        "import os, signal, time\nsignal.signal(signal.SIGUSR1, signal.SIG_IGN)\n"
+        "time.sleep(0 if os.environ.get('SLURM_RESTART_COUNT') else 300)\n")
+    job = submit(cluster, place, "script.py", options=["--time=1", "--signal=B:USR1@30"])
+    assert wait_for_end(cluster, place, job) == ("COMPLETED", 0), printed(place, job)
+    assert facts(cluster, job)["Restarts"] == "1"
+    assert "the time limit is here before the training has saved: the job is requeued" in printed(place, job)
 
 
 # ----------------------------------------------------------------------------------------------------
