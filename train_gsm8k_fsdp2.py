@@ -257,8 +257,10 @@ def config_tokens(path: str, parser: argparse.ArgumentParser) -> list[str]:
     import yaml
     try:
         entries = yaml.safe_load(Path(path).read_bytes())  # JSON is YAML
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        usage_error(f"--config {path} cannot be read as YAML or JSON: {' '.join(str(error).split())}")
+    except OSError as error:
+        usage_error(f"--config {path}: {error.strerror}")
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        usage_error(f"--config {path} is neither YAML nor JSON: {' '.join(str(error).split())}")
     if not isinstance(entries, dict):
         usage_error(f"--config {path}: expected lines of the form 'flag-name: value'")
     tokens = []
@@ -279,8 +281,9 @@ def usage_error(message: str) -> None:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)  # torchrun would end local rank 0, which has the same to say, before it has said it
     else:
-        for line in [*message.splitlines(), "--help lists all flags"]:
-            print(f"{NAME}: error: {line}", file=sys.stderr, flush=True)
+        for line in message.splitlines():
+            print(f"{NAME}: error: {line}", file=sys.stderr)
+        print(f"{NAME}: --help lists all flags", file=sys.stderr, flush=True)
     sys.exit(2)
 # <<< shared: arguments
 
@@ -295,9 +298,9 @@ def find_common_problems(args: Namespace, positive: str, not_negative: str, sour
     """Of flags that all scripts have. The texts name flags: at least 1, at least 0, hub name or path."""
     at_least = dict.fromkeys(positive.split(), 1) | dict.fromkeys(not_negative.split(), 0)
     for name, value in vars(args).items():
-        flag, least = f"--{name.replace('_', '-')}", at_least.get(name, -math.inf)
-        if isinstance(value, (int, float)) and not least <= value < math.inf:
-            yield f"{flag} must be at least {least}, not {value}"
+        flag = f"--{name.replace('_', '-')}"
+        if name in at_least and value is not None and not at_least[name] <= value < math.inf:
+            yield f"{flag} must be at least {at_least[name]}, not {value}"
         if not name.endswith("prompt") and (value == "" or str(value).startswith("~")):
             yield f"{flag} '{value}': empty, or with a ~ that only a shell understands"
         if name in sources.split() and value and looks_like_path(value) and not Path(value).exists():
@@ -332,7 +335,7 @@ def find_problems(args: Namespace) -> Iterator[str]:
     yield from find_common_problems(args, positive, not_negative, "dataset model")
     if args.group_size < 2:
         yield f"--group-size must be at least 2, not {args.group_size}: a group is compared with itself"
-    if not args.temperature > 0:
+    if not 0 < args.temperature < math.inf:
         yield f"--temperature must be above 0, not {args.temperature}: what does not differ teaches nothing"
     kind, _, path = args.rollouts.partition(":")
     if kind not in ("local", "vllm", "replay") or bool(path) != (kind == "replay"):
@@ -366,7 +369,8 @@ def relaunch_under_torchrun(args: Namespace) -> None:
     """Started plainly, with several GPUs or --nproc N: run this same command under torchrun, then exit."""
     # Before CUDA starts, which reads the variable.
     if args.gpu_ranks and os.environ.setdefault("CUDA_VISIBLE_DEVICES", args.gpu_ranks) != args.gpu_ranks:
-        usage_error(f"--gpu-ranks {args.gpu_ranks} and CUDA_VISIBLE_DEVICES disagree: unset one of them")
+        usage_error(f"--gpu-ranks {args.gpu_ranks} and CUDA_VISIBLE_DEVICES="
+                    f"{os.environ['CUDA_VISIBLE_DEVICES']} disagree: unset one of them")
     num_gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
     nproc = args.nproc or max(1, num_gpus)
     if args.gpu_ranks and num_gpus != len(args.gpu_ranks.split(",")):
@@ -444,6 +448,8 @@ def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceM
         options |= {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
     address = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     try:
+        if "RANK" in os.environ:
+            socket.getaddrinfo(*address)  # torch would try again until the timeout
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's, if it is still there
             socket.create_connection(address, timeout=30).close()
         torch.distributed.init_process_group(**options)
@@ -503,8 +509,9 @@ def catch_signals(ranks: Ranks) -> set[str]:
         if name == "SIGINT" and name in asked:
             end_now("interrupted twice: ended at once", ranks.is_main, code=130)
         if ranks.is_main and name not in asked:
+            again = "; again ends it at once" if name == "SIGINT" else ""
             # Not print, which a handler may have interrupted.
-            os.write(2, f"\n{name}: this step is finished, then saved, then the run ends\n".encode())
+            os.write(2, f"\n{name}: this step is finished, then saved, then the run ends{again}\n".encode())
         asked.add(name)
 
     for name in stop_signals():
@@ -2418,7 +2425,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def lock_run(folder: Path):
     """Rank 0: make the run's folder; its lock, held until the process ends, however it ends. Raises UserError
     after 20 s, since a run that was killed a moment ago may still be ending."""
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if (folder / "STOP").exists():
         raise UserError(f"{folder / 'STOP'} exists: remove it to train")
     lock = (folder / "lock").open("w")

@@ -70,7 +70,8 @@ def read_checkpoint(folder):
     import torch.distributed.checkpoint as dcp
 
     saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(found.size, dtype=found.properties.dtype) for name, found in saved.items()}
+    tensors = {name: torch.empty(found.size, dtype=found.properties.dtype) for name, found in saved.items()
+               if hasattr(found, "size")}  # else a text, not a tensor
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that there is no process group: none is wanted
         dcp.load(tensors, checkpoint_id=folder, no_dist=True)

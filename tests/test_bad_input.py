@@ -90,7 +90,7 @@ def test_several_problems_are_reported_together():
                           "--no-packing", "--min-lr", 1, "--dataset", "./nowhere.jsonl"])
     for part in ("--batch-size must be", "--seq-len must be",
                  "choose one: --hf-model NAME_OR_FOLDER or --from-scratch",
-                 "--eval-interval needs something held out", "--streaming always packs",
+                 "--eval-interval and --keep-best need something held out", "--streaming always packs",
                  "--min-lr 1.0 is above",
                  "--dataset ./nowhere.jsonl: no such file or folder"):
         assert sum(part in line for line in lines) == 1, (part, lines)
@@ -102,7 +102,7 @@ def test_files_that_are_missing(tmp_path):
                           "t.jinja", "--eval-split", "held.jsonl", "--resume", "run/checkpoints/step_000010"],
                           cwd=tmp_path)
     assert [line.split(":")[0] for line in lines] == [
-        "--chat-template t.jinja", "--dataset rows.jsonl", "--tokenizer ./tok",
+        "--tokenizer ./tok", "--dataset rows.jsonl", "--chat-template t.jinja",
         "--resume run/checkpoints/step_000010", "--eval-split held.jsonl"]
     [line] = usage_errors(["--hf-model", "/no/such/model"])
     assert line == "--hf-model /no/such/model: no such file or folder"
@@ -158,14 +158,15 @@ def test_config_values_and_precedence(tmp_path):
 def test_sizes_that_do_not_fit(place, tmp_path):
     def failed(*more, **options):
         message = error_line(quick_run(flags_for(place, tmp_path / "run", *more, **options), code=1))
-        assert not (tmp_path / "run/checkpoints").exists()
+        assert not (tmp_path / "run").exists()
         return message
 
     model = place / "llama"
     assert failed("--seq-len", 512, model=model) == (
         f"--seq-len 512: {model} knows 256 positions; use --seq-len 256")
     assert failed("--vocab-size", 100) == "--vocab-size 100: the tokenizer has 512 tokens"
-    assert failed("--warmup-steps", 3) == "--warmup-steps 3 is more than the run's 2 steps"
+    flags = flags_for(place, tmp_path / "run", "--warmup-steps", 3)
+    assert usage_errors(flags) == ["--warmup-steps 3 is more than the run's 2 steps"]
     larger = make_tokenizer(tmp_path / "larger", vocab_size=600)
     assert failed("--tokenizer", larger, model=model) == (
         f"{model} embeds 512 tokens, the tokenizer has 600: use its own tokenizer")
@@ -192,17 +193,17 @@ def test_models_that_cannot_be_loaded(place, tmp_path):
 def test_folders_that_cannot_be_written(place, tmp_path):
     file = tmp_path / "a_file"
     file.write_text("")
-    for flag in ("--checkpoint-dir", "--data-cache"):
-        message = error_line(quick_run(flags_for(place, tmp_path / "run", flag, file / "run"), code=1))
-        assert message == f"cannot write to {file / 'run'}: Not a directory; choose another folder"
-    message = error_line(quick_run(flags_for(place, "/proc/run"), code=1))
-    assert message.startswith("cannot write to /proc/run: ")
+    assert usage_errors(flags_for(place, file / "run")) == [
+        f"--checkpoint-dir {file / 'run'}: cannot write to {file}; choose another folder"]
+    flags = flags_for(place, tmp_path / "run", "--data-cache", file / "cache")
+    assert "Not a directory" in error_line(quick_run(flags, code=1)) and not (tmp_path / "run").exists()
+    assert "/proc/run" in error_line(quick_run(flags_for(place, "/proc/run"), code=1))
 
 
 def test_read_only_folder(place, tmp_path):
     with mounted(tmp_path / "disk", "ro") as disk:
-        message = error_line(quick_run(flags_for(place, disk / "run"), code=1))
-    assert message == f"cannot write to {disk / 'run'}: Read-only file system; choose another folder"
+        assert usage_errors(flags_for(place, disk / "run")) == [
+            f"--checkpoint-dir {disk / 'run'}: cannot write to {disk}; choose another folder"]
 
 
 @pytest.mark.parametrize("mode", ["async", "sync", "two_ranks"])
@@ -223,7 +224,7 @@ def test_full_disk(place, tmp_path, mode):
         said = [line for line in said if not line.startswith(f"{disk}/run/metrics.jsonl cannot be written")]
         assert [line.split(" (")[0] for line in said] == [
             f"step {step} could not be saved" for step in (3, 4, 5, 6)]
-        assert all(", 0 MiB are free)" in line and f"checkpoint is {kept[-1]}" in line for line in said)
+        assert all("; 0 MiB are free)" in line and f"checkpoint is {kept[-1]}" in line for line in said)
         assert last.startswith("train_llm.py: error: could not save step 6 (")
         assert "): make room, then start the same command again" in last
         assert last.endswith(f"goes on from {kept[-1]}")

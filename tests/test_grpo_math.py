@@ -786,7 +786,7 @@ def test_a_completion_depends_on_its_prompt_and_seed_only(alone, tmp_path):
     tokenizer, (mesh, ranks) = make_digit_tokenizer(tmp_path), alone
     args = parse("--model", tmp_path, "--device", "cpu", "--no-mixed-precision", "--no-compile",
                  "--max-prompt-tokens", 40, "--max-new-tokens", 20, "--logprob-chunk-tokens", 16)
-    model, _ = script.load_policy(args, tmp_path, mesh, torch.float32, ranks)
+    model = script.load_policy(args, tmp_path, mesh, torch.float32, ranks)
     script.load_hf_weights(model, tmp_path, False, ranks)
     script.prove_logprobs(model, ranks)
     sampler = script.open_sampler(args, model, tmp_path, tokenizer, torch.float32, ranks)

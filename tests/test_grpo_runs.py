@@ -387,7 +387,7 @@ def test_killed_stopped_and_resumed(place):
     text = (place / "stops.log").read_text()
     assert text.count("resumed    ") == 1 and "stopped (SIGTERM)" in text and "Exit code 143" in text
     with ThreadPoolExecutor(1) as pool:
-        ended = pool.submit(train, place, "stops", 2, *more, code=script.STOP_CODES["STOP file"])
+        ended = pool.submit(train, place, "stops", 2, *more, code=script.STOPS["STOP file"])
         wait_for_step(run, lambda: ended.exception() if ended.done() else None, max(steps_of(run)) + 3)
         (run / "STOP").touch()
         assert "stopped (STOP file)" in ended.result().stdout
@@ -735,7 +735,11 @@ def test_errors_of_real_runs(place, alone, tmp_path):
     assert "is one file without a split 'test'" in message
     shutil.copytree(alone / "checkpoints", place / "other/checkpoints")
     make_policy(tmp_path / "small", tied=True)
-    message = error_line(train(place, "other", 1, "--model", tmp_path / "small", "--train-steps", 7, code=1))
+    other = ["--model", tmp_path / "small", "--train-steps", 7]
+    message = error_line(train(place, "other", 1, *other, code=1))
+    assert "is of another run (model " in message and "train_steps 6 -> 7" in message
+    newest = place / "other/checkpoints/step_000006"
+    message = error_line(train(place, "other", 1, *other, "--resume", newest, code=1))
     assert "is a checkpoint of another model: " in message
     assert not (place / "bad/checkpoints").exists() and not (place / "bad/metrics.jsonl").exists()
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from helpers import (
     ENGLISH, make_hf_model, make_tokenizer, read_checkpoint, read_metrics, write_gsm8k_like,
 )
@@ -186,10 +187,11 @@ def test_streaming(folder):
     resumed = stop(folder, "streaming", STOP, "streaming-resumed")
     train(folder, flags, "streaming-resumed", nproc=2)
     assert_same_run(resumed, folder / "streaming")
-    for rank in (0, 1):
-        name = f"stream_rank_{rank:05d}.json"
-        assert (step_folder(resumed, STEPS) / name).read_text() == (
-            step_folder(folder / "streaming", STEPS) / name).read_text()
+    states = []
+    for run in (resumed, folder / "streaming"):
+        states.append({"0": "", "1": ""})
+        dcp.load({"stream": states[-1]}, checkpoint_id=step_folder(run, STEPS), no_dist=True)
+    assert states[0] == states[1] and all(json.loads(text)["rows"] for text in states[0].values())
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -271,7 +273,7 @@ def test_activation_checkpointing(folder, straight):
 
 
 def test_activation_checkpointing_recomputes():
-    """Matrix products in forward and backward: all of the block's forward again, or only half of it."""
+    """Matrix products in forward and backward: all of the block's forward again, or none of them."""
     from torch.utils.flop_counter import FlopCounterMode
 
     config = train_llm.MODEL_SIZES["test"]
@@ -289,7 +291,7 @@ def test_activation_checkpointing_recomputes():
         grads[mode] = torch.cat([p.grad.flatten() for p in block.parameters()])
     assert torch.equal(grads["none"], grads["full"])
     assert torch.equal(grads["none"], grads["selective"])
-    assert flops["none"] < flops["selective"] < flops["full"]
+    assert flops["none"] == flops["selective"] < flops["full"]
 
 
 @slow

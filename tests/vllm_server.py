@@ -251,7 +251,7 @@ def push(model, port, pushes, result, mode=""):
     args.logprob_chunk_tokens = 512
     ranks = script.read_ranks(args)
     mesh = script.init_distributed(args, ranks)
-    policy, _ = script.load_policy(args, Path(model), mesh, torch.float32, ranks)
+    policy = script.load_policy(args, Path(model), mesh, torch.float32, ranks)
     twin = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     link = script.open_link(args, script.open_server(args), torch.float32, ranks)
     rows = []
