@@ -2271,14 +2271,18 @@ def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remot
         return "not reloaded: too little memory"
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=trust_remote_code, output_loading_info=True)
-    ids, expected = input_ids.cpu(), expected.cpu()
+    ids, expected, note = input_ids.cpu(), expected.cpu(), ""
     logits = model.eval()(ids, use_cache=False).logits.float()
-    made = model.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), do_sample=False, max_new_tokens=4,
-                          min_new_tokens=4, output_logits=True, return_dict_in_generate=True)
-    again = model(made.sequences, use_cache=False).logits[0, -5:-1].float()
     spread = (logits - logits.mean(-1, keepdim=True)).abs().mean()
-    errors = {"logits": (logits - expected.float()).abs().mean() / spread,
-              "generation": (torch.cat(made.logits).float() - again).abs().mean() / spread}
+    errors = {"logits": (logits - expected.float()).abs().mean() / spread}
+    try:
+        made = model.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), do_sample=False,
+                              max_new_tokens=4, min_new_tokens=4, output_logits=True,
+                              return_dict_in_generate=True)
+        again = model(made.sequences, use_cache=False).logits[0, -5:-1].float()
+        errors["generation"] = (torch.cat(made.logits).float() - again).abs().mean() / spread
+    except Exception as error:  # some families of transformers cannot; of any type
+        note = f"; it cannot generate ({first_line(error)})"
     bound = 1e-4 if {model.dtype, expected.dtype} == {torch.float32} else 0.1
     wrong = [f"{name} differs by {error:.1e} of the logits' spread (bound {bound:.0e})"
              for name, error in errors.items() if not error <= bound]
@@ -2286,7 +2290,7 @@ def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remot
     if wrong:
         raise UserError(f"{folder}, loaded again, is not the trained model: {wrong[0]}. The checkpoint is "
                         "intact, please report this")
-    return f"reloaded: logits within {errors['logits']:.0e}"
+    return f"reloaded: logits within {errors['logits']:.0e}{note}"
 # <<< shared: verify
 
 

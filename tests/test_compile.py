@@ -17,9 +17,8 @@ NUM_BLOCKS, VOCAB = 4, 96
 MATMUL = torch.ops.aten.mm.default
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 # What the backward of a block repeats of its forward, in (matrix products, attentions). A block has seven
-# layers; nothing in the backward reads the output of the last. Selective keeps the attention and every second
-# product.
-REPEATED = {"none": (0, 0), "full": (6, 1), "selective": (3, 0)}
+# layers; nothing in the backward reads the output of the last. Selective keeps attentions and products.
+REPEATED = {"none": (0, 0), "full": (6, 1), "selective": (0, 0)}
 
 
 @pytest.fixture(scope="module")

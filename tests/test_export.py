@@ -1,11 +1,14 @@
-"""tools/export_hf.py: a checkpoint becomes the same folder that the run itself ended with."""
+"""What a run ends with generates as its source does; tools/export_hf.py makes the same of a checkpoint."""
 
+import json
+import os
 import shutil
 
 import pytest
 import real_model as real
-from helpers import run_script
-from model_runs import SCRATCH, trained
+from helpers import make_hf_model, run_script
+from model_runs import SCRATCH, trained, training_flags, write_documents
+from quick_runs import quick_run
 
 TOOL = "tools/export_hf.py"
 # Arguments of `trained`: runs that test_families.py looks at too, so that a pytest of both makes each once.
@@ -62,3 +65,33 @@ def test_refuses_what_is_no_checkpoint_and_a_full_folder(tmp_path):
             assert result.stderr.startswith("export_hf.py: error: ") and result.stderr.count("\n") == 1
     assert files_of(full) == {"mine.txt": b"do not overwrite"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "full"]
+
+
+def test_the_export_generates_as_its_source(tmp_path):
+    """Ends, sampling and cache as the source's files want them; the tokenizer's end ends it, too."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, hf = make_hf_model("llama", tmp_path / "source"), tmp_path / "run/hf"
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    write_documents(tmp_path / "texts.jsonl", tokenizer)
+    first, end = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.save_pretrained(source)
+    wanted = {"eos_token_id": [first, 7], "pad_token_id": first, "do_sample": True, "temperature": 0.7, "top_p": 0.8}
+    (source / "generation_config.json").write_text(json.dumps(wanted))
+    old_umask = os.umask(0o022)
+    try:
+        quick_run(["--hf-model", source, *training_flags(tmp_path, 1)], cwd=tmp_path)
+    finally:
+        os.umask(old_umask)
+    config, generation = (json.loads((hf / name).read_text()) for name in ("config.json", "generation_config.json"))
+    assert generation == wanted | {"eos_token_id": [first, 7, end]}
+    assert config["eos_token_id"] == [first, end] and config["use_cache"] is True
+    assert config["dtype"] == "float32" and "quantization_config" not in config
+    assert {path.stat().st_mode & 0o777 for path in hf.iterdir()} == {0o644}
+    model, fed = AutoModelForCausalLM.from_pretrained(hf), []
+    hook = lambda module, args, kwargs: fed.append(kwargs["input_ids"].shape[1])  # noqa: E731
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+    prompt = tokenizer("How many apples?", return_tensors="pt")
+    model.generate(**prompt, max_new_tokens=8, min_new_tokens=8)
+    assert sum(fed) == prompt["input_ids"].shape[1] + 7  # each token once: the cache is used

@@ -39,14 +39,18 @@ def edited(folder, name, *changes):
 
 def train(folder, script, run, *flags, nproc=1, steps=STEPS):
     """Rows of the metrics by step; held-out rows are among them."""
-    quick_ranks([
+    train_for_output(folder, run, *flags, script=script, nproc=nproc, steps=steps)
+    return read_metrics(folder / run)
+
+
+def train_for_output(folder, run, *flags, script=REPO / "train_llm.py", nproc=1, steps=STEPS):
+    return quick_ranks([
         "--from-scratch", "--model-size", "test", "--tokenizer", folder / "tokenizer", "--dataset",
         folder / "texts.jsonl", "--eval-fraction", 0.2, "--data-cache", folder / "cache", "--seq-len", 32,
         "--batch-size", 4 // nproc, "--max-steps", steps, "--warmup-steps", 0, "--max-lr", 1e-2, "--min-lr",
         1e-3, "--checkpoint-interval", 3, "--keep-checkpoints", 0, "--log-interval", 1, "--eval-interval", 3,
         "--no-export", "--device", "cpu", "--no-mixed-precision", "--checkpoint-dir", folder / run, *flags,
     ], nproc, script=script, timeout=300)
-    return read_metrics(folder / run)
 
 
 def train_again(folder, script, run, straight, **options):
@@ -131,6 +135,68 @@ def test_another_optimizer_keeps_its_own_states(place):
     assert {name.rpartition(".")[2] for name in one if name.startswith("optim.")} == {"momentum_buffer"}
 
 
+MUON = """class MuonAndAdamW(torch.optim.Optimizer):
+    \"\"\"torch.optim.Muon for the blocks' matrices, each made whole for its step; fused AdamW for the rest.\"\"\"
+
+    def __init__(self, matrices, others, lr):
+        super().__init__([{"params": matrices, "lr": lr}, {"params": others, "lr": lr}], {})
+        self.adamw = torch.optim.AdamW(self.param_groups[1:], betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        self.adamw.state = self.state
+
+    @torch.no_grad()
+    def step(self):
+        lr = self.param_groups[0]["lr"]
+        for param in self.param_groups[0]["params"]:
+            momentum = self.state[param].setdefault("momentum", torch.zeros_like(param))
+            momentum.lerp_(param.grad, 0.05)
+            whole = nn.Parameter(torch.zeros(param.shape, device=param.device))
+            whole.grad = param.grad.lerp(momentum, 0.95).full_tensor()
+            torch.optim.Muon([whole], lr=lr, weight_decay=0.0, momentum=0.0, nesterov=False).step()
+            fill(param, whole + param.full_tensor() * (1 - lr * 0.1))
+        self.adamw.step()
+
+
+"""
+# The same by the library alone, whose products on DTensors exchange data: right, and slow.
+PLAIN_MUON = """class MuonAndAdamW(torch.optim.Optimizer):
+    def __init__(self, matrices, others, lr):
+        super().__init__([{"params": matrices, "lr": lr}, {"params": others, "lr": lr}], {})
+        self.parts = [torch.optim.Muon(self.param_groups[:1]), torch.optim.AdamW(
+            self.param_groups[1:], betas=(0.9, 0.95), weight_decay=0.0)]
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+
+"""
+
+
+def test_muon_for_matrices(place):
+    """As torch.optim.Muon; the same on two ranks as far as its bf16 goes; resumed bitwise; bad steps skipped."""
+    adam = "torch.optim.AdamW(groups, lr=args.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)"
+    build = "def build_optimizer("
+    chosen = ("MuonAndAdamW([p for p in decayed if p is not model.lm_head.weight], "
+              "[*others, model.lm_head.weight], args.max_lr)")
+    script = edited(place, "muon", (build, MUON + build), (adam, chosen))
+    plain = edited(place, "plain_muon", (build, PLAIN_MUON + build), (adam, chosen))
+    straight = train(place, script, "muon")
+    for rows, bound in ((train(place, plain, "plain_muon"), 1e-5), (train(place, script, "two", nproc=2), 1e-2)):
+        assert values(rows, "train/loss") == pytest.approx(values(straight, "train/loss"), rel=bound)
+    assert values(straight, "train/loss")[STEPS] < 0.9 * values(straight, "train/loss")[1]
+    train_again(place, script, "muon_resumed", "two", nproc=2)
+    one, other = (read_checkpoint(place / run / "checkpoints/step_000006") for run in ("two", "muon_resumed"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    kept = {name.rpartition(".")[2] for name in one if name.startswith("optim.")}
+    assert kept == {"momentum", "exp_avg", "exp_avg_sq", "step"}
+    bad = edited(place, "bad_muon", (build, MUON + build), (adam, chosen), (
+        "    found_inf = (~torch.isfinite(grad_norm)).float()\n", "    found_inf = torch.ones(())\n"))
+    rows = train(place, bad, "bad_muon", steps=3)
+    assert values(rows, "train/skipped_steps")[3] == 3
+    saved = read_checkpoint(place / "bad_muon/checkpoints/step_000003")
+    assert not [name for name in saved if name.startswith("optim.")]  # no update, no state
+
+
 def test_an_average_of_the_weights_survives_a_checkpoint(place):
     """Kept among the optimizer's states, it is saved and restored as these are."""
     script = edited(place, "average", ("    return found_inf\n", (
@@ -157,6 +223,31 @@ def test_two_held_out_sets(place):
     assert values(rows, "short/loss").keys() == {3, 6}
     assert values(rows, "short/tokens") == values(rows, "eval/tokens")
     assert values(rows, "short/loss")[6] != values(rows, "eval/loss")[6]
+
+
+def test_the_best_checkpoint_is_kept(place):
+    """The rate is so high that the held-out loss rises after the first evaluation."""
+    flags = ["--keep-best", "--keep-checkpoints", 1, "--eval-interval", 2, "--checkpoint-interval", 100]
+    high = ["--max-lr", 3, "--min-lr", 3, "--warmup-steps", 8]
+    rows = train(place, REPO / "train_llm.py", "best", *flags, *high, steps=8)
+    losses = values(rows, "eval/loss")
+    best = min(losses, key=losses.get)
+    assert best < 8 and losses.keys() == {2, 4, 6, 8}
+    found = sorted(path.name for path in (place / "best/checkpoints").iterdir())
+    assert found == [f"step_{best:06d}", "step_000008"]
+    # What was best is known to the run that goes on from the last one.
+    train(place, REPO / "train_llm.py", "best", *flags, *high, steps=10)
+    kept = sorted(path.name for path in (place / "best/checkpoints").iterdir())
+    losses = values(read_metrics(place / "best"), "eval/loss")
+    assert kept == [f"step_{min(losses, key=losses.get):06d}", "step_000010"]
+
+
+def test_a_larger_number_of_steps_says_that_the_rate_rises(place):
+    run = place / "longer"
+    shutil.copytree(place / "plain", run)
+    [result] = train_for_output(place, "longer", steps=STEPS + 2)
+    assert f"max_steps {STEPS} -> {STEPS + 2}" in result.stdout
+    assert "the run had ended: its learning rate rises again" in result.stdout
 
 
 @pytest.mark.parametrize(("schedule", "expected"), [
