@@ -1254,13 +1254,13 @@ def check_memory(model: nn.Module, args: Namespace, mesh: torch.distributed.Devi
                         f"process, {free >> 30} are free: choose a smaller model, or use more devices")
 
 
-def describe_model(model: nn.Module) -> str:
-    """A line for the start of a run."""
+def describe_model(model: nn.Module, dtype: torch.dtype) -> str:
+    """A line for the start of a run; `dtype` is what it computes in."""
     sizes = [(param.numel(), local_part(param).numel()) for param in model.parameters()]
     (size, mine), blocks = map(sum, zip(*sizes)), find_blocks(model)
     block = type(blocks[0]).__name__.removeprefix("FSDP")
-    return (f"model      {size:,} parameters: {len(blocks)} x {block} and the root; "
-            f"{16 * mine / 2**20:,.1f} MiB on this rank, with gradients and AdamW's states")
+    return (f"model      {size:,} parameters: {len(blocks)} x {block} and the root, computed in {str(dtype)[6:]}; "
+            f"{16 * mine / 2**20:,.1f} MiB on this rank in fp32, with gradients and AdamW's states")
 # <<< shared: prove
 
 
@@ -2503,20 +2503,24 @@ def load_checkpoint(found: list[Path], model: nn.Module, optimizer: torch.optim.
 
 def compare_runs(args: Namespace, progress: dict, found: list[Path], identity: str, **now: object
                  ) -> list[str]:
-    """Note `now` in `progress`; returns a line on it and on flags that differ from the newest checkpoint's.
-    Raises UserError for those of `identity`, which make another run, unless --resume names a checkpoint."""
+    """Note `now` in `progress`; returns lines on the newest checkpoint and on what differs from its run: this,
+    and flags. Raises UserError for those of `identity`, which make another run, unless --resume names it."""
     import yaml
+    if not found:
+        progress |= now
+        return []
     try:
-        saved = yaml.safe_load((found[-1] / "config.yaml").read_text()) | progress if found else vars(args)
+        saved = yaml.safe_load((found[-1] / "config.yaml").read_text()) | progress
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise unreadable(found, error) from error
-    changed = [key for key, value in (vars(args) | now).items() if found and saved.get(key) != value]
+    changed = [key for key, value in (vars(args) | now).items() if saved.get(key) != value]
     shown = ", ".join(f"{key} {saved.get(key)} -> {(vars(args) | now)[key]}" for key in changed)
     if args.resume == "auto" and set(identity.split()) & set(changed):
         raise UserError(f"{found[-1]} is of another run ({shown}): give this one another --checkpoint-dir; "
                         f"--resume {found[-1]} goes on from there")
     progress |= now
-    return [f"changed    {shown}"] if changed else []
+    resumed = f"resumed    {found[-1]}: step {progress['step']:,}, {progress['samples']:,} samples seen"
+    return [resumed, f"changed    {shown}"] if changed else [resumed]
 # <<< shared: load-checkpoint
 
 
@@ -3151,8 +3155,6 @@ def main() -> None:
 
     mesh = init_distributed(args, ranks)
     dtype = compute_dtype(args.mixed_precision, ranks.device)
-    if args.mixed_precision and dtype is torch.float32:
-        say("precision  this device has no native bf16: computing in fp32")
     model = load_policy(args, folder, mesh, dtype, ranks)
     lock = lock_run(run_dir) if ranks.is_main else None  # noqa: F841, held until this process ends
     checkpoints = gather_objects(checkpoints_to_resume(args) if ranks.is_main else None)[0]
@@ -3178,10 +3180,7 @@ def main() -> None:
     mark_resumed(run_dir, progress["step"], ranks)
     saver = Checkpointer(run_dir / "checkpoints", args.keep_checkpoints, progress["best_step"])
     trackers = open_trackers(args, ranks)
-    if checkpoints:
-        notes.append(f"resumed    {checkpoints[-1]}: step {progress['step']:,}, {progress['samples']:,} "
-                     "questions asked")
-    for line in [describe_model(model), *describe_tasks(tasks, args, ranks), *notes]:
+    for line in [describe_model(model, dtype), *describe_tasks(tasks, args, ranks), *notes]:
         say(line)
     num_replicas = ranks.world_size // mesh.size(-1)  # 1 without HSDP
     reduces_always = args.reduce_every_micro_batch or mesh.size() == 1  # one device: no traffic, less memory

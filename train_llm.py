@@ -1678,13 +1678,13 @@ def check_memory(model: nn.Module, args: Namespace, mesh: torch.distributed.Devi
                         f"process, {free >> 30} are free: choose a smaller model, or use more devices")
 
 
-def describe_model(model: nn.Module) -> str:
-    """A line for the start of a run."""
+def describe_model(model: nn.Module, dtype: torch.dtype) -> str:
+    """A line for the start of a run; `dtype` is what it computes in."""
     sizes = [(param.numel(), local_part(param).numel()) for param in model.parameters()]
     (size, mine), blocks = map(sum, zip(*sizes)), find_blocks(model)
     block = type(blocks[0]).__name__.removeprefix("FSDP")
-    return (f"model      {size:,} parameters: {len(blocks)} x {block} and the root; "
-            f"{16 * mine / 2**20:,.1f} MiB on this rank, with gradients and AdamW's states")
+    return (f"model      {size:,} parameters: {len(blocks)} x {block} and the root, computed in {str(dtype)[6:]}; "
+            f"{16 * mine / 2**20:,.1f} MiB on this rank in fp32, with gradients and AdamW's states")
 # <<< shared: prove
 
 
@@ -2176,20 +2176,24 @@ def load_checkpoint(found: list[Path], model: nn.Module, optimizer: torch.optim.
 
 def compare_runs(args: Namespace, progress: dict, found: list[Path], identity: str, **now: object
                  ) -> list[str]:
-    """Note `now` in `progress`; returns a line on it and on flags that differ from the newest checkpoint's.
-    Raises UserError for those of `identity`, which make another run, unless --resume names a checkpoint."""
+    """Note `now` in `progress`; returns lines on the newest checkpoint and on what differs from its run: this,
+    and flags. Raises UserError for those of `identity`, which make another run, unless --resume names it."""
     import yaml
+    if not found:
+        progress |= now
+        return []
     try:
-        saved = yaml.safe_load((found[-1] / "config.yaml").read_text()) | progress if found else vars(args)
+        saved = yaml.safe_load((found[-1] / "config.yaml").read_text()) | progress
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise unreadable(found, error) from error
-    changed = [key for key, value in (vars(args) | now).items() if found and saved.get(key) != value]
+    changed = [key for key, value in (vars(args) | now).items() if saved.get(key) != value]
     shown = ", ".join(f"{key} {saved.get(key)} -> {(vars(args) | now)[key]}" for key in changed)
     if args.resume == "auto" and set(identity.split()) & set(changed):
         raise UserError(f"{found[-1]} is of another run ({shown}): give this one another --checkpoint-dir; "
                         f"--resume {found[-1]} goes on from there")
     progress |= now
-    return [f"changed    {shown}"] if changed else []
+    resumed = f"resumed    {found[-1]}: step {progress['step']:,}, {progress['samples']:,} samples seen"
+    return [resumed, f"changed    {shown}"] if changed else [resumed]
 # <<< shared: load-checkpoint
 
 
@@ -2486,8 +2490,26 @@ def evaluate(model: nn.Module, name: str, dataset: TokenDataset, batch_size: int
             f"{name}/tokens": int(num_tokens), f"{name}/time_s": time.perf_counter() - started}
 
 
+def evaluate_all(model: nn.Module, eval_sets: dict[str, TokenDataset], batch_size: int, progress: dict, bar,
+                 ranks: Ranks) -> dict[str, float]:
+    """`evaluate` of each set (all ranks). The first set's loss decides which step is the best."""
+    found = {}
+    for name, dataset in eval_sets.items():
+        found |= evaluate(model, name, dataset, batch_size, ranks)
+        if ranks.is_main:
+            bar.write(f"step {progress['step']:>7,}  {name} loss {found[f'{name}/loss']:.4f}  perplexity "
+                      f"{found[f'{name}/perplexity']:.2f}  over {found[f'{name}/tokens']:,} tokens")
+    loss, best = next(iter(found.values())), progress["best_eval_loss"]
+    if best is None or loss < best:
+        progress |= {"best_eval_loss": loss, "best_step": progress["step"]}
+    return found
+
+
 # ------------------------------------------------------------------------------------------------
 # 10. Training
+
+IDENTITY = "hf_model model_size data seed seq_len packing mask_documents"  # another one is another run
+
 
 def masks_documents(args: Namespace, folder: Path) -> bool:
     """--mask-documents; if not given: yes, except for plain text from scratch."""
@@ -2576,6 +2598,13 @@ def note_bad_steps(skipped: list[float], progress: dict, bar, ranks: Ranks) -> N
             bar.write(f"no update in step {progress['step'] - back}: its gradient is not finite")
 
 
+def refuse_bad_steps(progress: dict, limit: int, saver: Checkpointer) -> None:
+    if progress["bad_in_a_row"] >= limit:
+        finish_save(saver)
+        raise UserError(f"{limit} steps in a row had a gradient that is not finite, and changed nothing: lower "
+                        "--max-lr, or look at the data (a step without a trained token counts, too)")
+
+
 def describe_data(train_set: TokenDataset | None, eval_sets: dict[str, TokenDataset]) -> list[str]:
     lines = []
     for name, dataset in (("data", train_set), *eval_sets.items()):
@@ -2599,12 +2628,6 @@ def show_row(bar, row: dict, total_steps: int, ranks: Ranks) -> None:
               f"lr {row['train/lr']:.2e}  norm {row['train/grad_norm']:8.3f}  "
               f"{row['perf/tokens_per_s']:>11,.0f} tokens/s  {row['time/step_s'] * 1000:9.1f} ms  "
               f"{row['perf/peak_mem_gib']:6.2f} GiB{mfu}", flush=True)
-
-
-def show_evaluation(bar, step: int, name: str, found: dict, ranks: Ranks) -> None:
-    if ranks.is_main:
-        bar.write(f"step {step:>7,}  {name} loss {found[f'{name}/loss']:.4f}  perplexity "
-                  f"{found[f'{name}/perplexity']:.2f}  over {found[f'{name}/tokens']:,} tokens")
 
 
 # >>> shared: ending
@@ -2679,8 +2702,6 @@ def main() -> None:
 
     mesh = init_distributed(args, ranks)
     dtype = compute_dtype(args.mixed_precision, ranks.device)
-    if args.mixed_precision and dtype is torch.float32:
-        say("precision  this device has no native bf16: computing in fp32")
     # Shapes, then shards, then memory, then weights: no device needs room for more than its part.
     hf_folder = fetch(args.hf_model) if args.hf_model else None
     model = build_model(args, hf_folder, vocab_size)
@@ -2691,9 +2712,8 @@ def main() -> None:
         "step": 0, "samples": 0, "tokens": 0, "skipped_steps": 0, "bad_in_a_row": 0, "best_eval_loss": None,
         "best_step": -1})
     total_steps, warmup_steps, ahead, notes = resolve_steps(args, train_set, ranks, progress)
-    identity = "hf_model model_size data seed seq_len packing mask_documents" + " dataset" * args.streaming
-    notes += compare_runs(args, progress, checkpoints, identity, processes=ranks.world_size,
-                          data=data_folder.name, total_steps=total_steps)
+    notes += compare_runs(args, progress, checkpoints, IDENTITY + " dataset" * args.streaming,
+                          processes=ranks.world_size, data=data_folder.name, total_steps=total_steps)
     if report_finished(args, ranks, checkpoints, progress["step"], total_steps, "--max-steps"):
         return
     optimizer = ready_model(args, model, checkpoints, dtype, mesh, ranks)
@@ -2703,10 +2723,7 @@ def main() -> None:
     texts = write_record(run_dir, args, ranks)
     saver = Checkpointer(run_dir / "checkpoints", args.keep_checkpoints, progress["best_step"])
     trackers = open_trackers(args, ranks)
-    if checkpoints:
-        notes.append(f"resumed    {checkpoints[-1]}: step {progress['step']:,}, {progress['samples']:,} "
-                     "sequences seen")
-    for line in [describe_model(model), *describe_data(train_set, eval_sets), *notes]:
+    for line in [describe_model(model, dtype), *describe_data(train_set, eval_sets), *notes]:
         say(line)
     samples_per_step = args.batch_size * args.grad_accum_steps * ranks.world_size
     num_replicas = ranks.world_size // mesh.size(-1)  # 1 without HSDP
@@ -2728,13 +2745,8 @@ def main() -> None:
         is_last = step >= total_steps
         if eval_sets and (is_last or (args.eval_interval and step and step % args.eval_interval == 0)):
             stall_after(None)
-            for name, dataset in eval_sets.items():
-                evaluation |= evaluate(model, name, dataset, args.batch_size, ranks)
-                show_evaluation(bar, step, name, evaluation, ranks)
-            loss, best = evaluation[f"{next(iter(eval_sets))}/loss"], progress["best_eval_loss"]
-            if best is None or loss < best:
-                progress |= {"best_eval_loss": loss, "best_step": step}
-                saver.best = step if args.keep_best else -1
+            evaluation = evaluate_all(model, eval_sets, args.batch_size, progress, bar, ranks)
+            saver.best = progress["best_step"] if args.keep_best else -1
             for track in trackers:
                 track({"step": step, **evaluation})
         if is_last:
@@ -2808,11 +2820,7 @@ def main() -> None:
             show_row(bar, row, total_steps, ranks)
             row_started, row_step, num_input_tokens = time.perf_counter(), step, 0
             times.clear()
-            if progress["bad_in_a_row"] >= args.max_bad_steps:
-                finish_save(saver)
-                raise UserError(f"{args.max_bad_steps} steps in a row had a gradient that is not finite, and "
-                                "changed nothing: lower --max-lr, or look at the data (a step without a "
-                                "single trained token counts, too)")
+            refuse_bad_steps(progress, args.max_bad_steps, saver)
         stall_after(None)
 
         # Save (all ranks): before the evaluation, which may run out of memory
