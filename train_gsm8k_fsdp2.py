@@ -1259,8 +1259,8 @@ def describe_model(model: nn.Module, dtype: torch.dtype) -> str:
     sizes = [(param.numel(), local_part(param).numel()) for param in model.parameters()]
     (size, mine), blocks = map(sum, zip(*sizes)), find_blocks(model)
     block = type(blocks[0]).__name__.removeprefix("FSDP")
-    return (f"model      {size:,} parameters: {len(blocks)} x {block} and the root, computed in {str(dtype)[6:]}; "
-            f"{16 * mine / 2**20:,.1f} MiB on this rank in fp32, with gradients and AdamW's states")
+    return (f"model      {size:,} parameters, {len(blocks)} x {block} and the root, computed in "
+            f"{str(dtype)[6:]}; with gradients and AdamW {16 * mine / 2**20:,.1f} MiB in fp32 on this rank")
 # <<< shared: prove
 
 
@@ -2503,7 +2503,7 @@ def load_checkpoint(found: list[Path], model: nn.Module, optimizer: torch.optim.
 
 def compare_runs(args: Namespace, progress: dict, found: list[Path], identity: str, **now: object
                  ) -> list[str]:
-    """Note `now` in `progress`; returns lines on the newest checkpoint and on what differs from its run: this,
+    """Note `now` in `progress`; returns lines on the newest checkpoint and on what differs from its run: `now`
     and flags. Raises UserError for those of `identity`, which make another run, unless --resume names it."""
     import yaml
     if not found:
