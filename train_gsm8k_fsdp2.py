@@ -1134,7 +1134,7 @@ QUANTISED = re.compile(r"(weight_scale(_inv)?|scales|qweight|qzeros|g_idx|zero_p
 def refuse_quantised(folder: Path, config: object) -> None:
     """Quantised weights have the names and shapes of others: without their scales they would be garbage."""
     found = getattr(config, "quantization_config", None) and "config.json says so"
-    for path in folder.glob("*.safetensors"):
+    for path in folder.glob("*.safetensors") if not found else ():
         try:
             with path.open("rb") as file:  # the header: 8 bytes of length, then JSON
                 names = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 1 << 30)))
@@ -2048,10 +2048,11 @@ def prove_push(link: WeightLink, model: nn.Module, prompt: list[int], sampling: 
     return error
 
 
-def update_server(link: WeightLink, model: nn.Module, step: int, probe: tuple[list[int], Sampling],
+def update_server(link: WeightLink | None, model: nn.Module, step: int, probe: tuple[list[int], Sampling],
                   ranks: Ranks) -> float:
-    """Push and prove, unless the server has this step's weights; returns the proof's error (all ranks)."""
-    if link.server.version == step:
+    """Push and prove, unless there is no server, or it has this step's weights (all ranks). Returns the proof's
+    error."""
+    if link is None or link.server.version == step:
         return 0.0
     push_weights(link, model, step, ranks)
     return prove_push(link, model, *probe, ranks)
@@ -2503,8 +2504,8 @@ def load_checkpoint(found: list[Path], model: nn.Module, optimizer: torch.optim.
 
 def compare_runs(args: Namespace, progress: dict, found: list[Path], identity: str, **now: object
                  ) -> list[str]:
-    """Note `now` in `progress`; returns lines on the newest checkpoint and on what differs from its run: `now`
-    and flags. Raises UserError for those of `identity`, which make another run, unless --resume names it."""
+    """Note `now` in `progress`; returns lines on the newest checkpoint and on what differs from its run, flags
+    and `now`. Raises UserError for those of `identity`, which make another run, unless --resume names it."""
     import yaml
     if not found:
         progress |= now
@@ -2933,6 +2934,19 @@ def load_policy(args: Namespace, folder: Path, mesh: torch.distributed.DeviceMes
     return model
 
 
+def fill_policy(args: Namespace, model: nn.Module, folder: Path, checkpoints: list[Path], ranks: Ranks
+                ) -> torch.optim.Optimizer:
+    """Weights of the newest checkpoint, or the first ones, proved to be there; the optimizer (all ranks)."""
+    optimizer = build_optimizer(model, args)  # after sharding, which replaces the parameters
+    if checkpoints:
+        load_checkpoint(checkpoints, model, optimizer, ranks)
+    else:
+        load_hf_weights(model, folder, args.trust_remote_code, ranks)
+    prove_filled(model)
+    prove_logprobs(model, ranks)
+    return optimizer
+
+
 def load_reference(args: Namespace, folder: Path, mesh: torch.distributed.DeviceMesh, dtype: torch.dtype,
                    ranks: Ranks) -> nn.Module | None:
     """The first model, frozen and sharded, for --kl-coef (all ranks)."""
@@ -3028,9 +3042,9 @@ def take_batch(pending: Pending, tasks: Tasks, format_weight: float, phase: Call
 
 
 def roll_out(pending: Pending, sampler: Sampler, tasks: Tasks, args: Namespace, ranks: Ranks, phase: Callable
-             ) -> tuple[list[Group], int]:
-    """The batch's groups, with `--zero-variance refill` those of further questions, too, until enough of them
-    differ in reward; and the position after them (all ranks)."""
+             ) -> list[Group]:
+    """The batch's groups, in global order; with `--zero-variance refill` those of further questions, too, until
+    enough of them differ in reward (all ranks)."""
     groups = take_batch(pending, tasks, args.format_reward, phase)
     for _ in range(NUM_REFILLS if args.zero_variance == "refill" else 0):
         if sum(map(has_variance, groups)) >= args.batch_size * ranks.world_size:
@@ -3039,7 +3053,7 @@ def roll_out(pending: Pending, sampler: Sampler, tasks: Tasks, args: Namespace, 
         with phase("generate"):
             pending = start_batch(sampler, tasks, pending.stop, version, args, ranks)
         groups += take_batch(pending, tasks, args.format_reward, phase)
-    return groups, pending.stop
+    return groups
 
 
 def log_rollouts(groups: list[Group], step: int, args: Namespace, ranks: Ranks) -> None:
@@ -3165,13 +3179,7 @@ def main() -> None:
                          data=data_identity(tasks))
     if report_finished(args, ranks, checkpoints, progress["step"], args.train_steps, "--train-steps"):
         return
-    optimizer = build_optimizer(model, args)  # after sharding, which replaces the parameters
-    if checkpoints:
-        load_checkpoint(checkpoints, model, optimizer, ranks)
-    else:
-        load_hf_weights(model, folder, args.trust_remote_code, ranks)
-    prove_filled(model)
-    prove_logprobs(model, ranks)
+    optimizer = fill_policy(args, model, folder, checkpoints, ranks)
     ref_model = load_reference(args, folder, mesh, dtype, ranks)
     sampler = open_sampler(args, model, folder, tasks.tokenizer, dtype, ranks)
     link = open_link(args, sampler.server, dtype, ranks) if sampler.server else None
@@ -3203,8 +3211,7 @@ def main() -> None:
             stall_after(None)
             for _, wait in pending.groups if pending else ():
                 wait()  # or new weights would answer what was asked of the old
-            if link:
-                update_server(link, model, step, probe, ranks)
+            update_server(link, model, step, probe, ranks)
             evaluation = evaluate(sampler, tasks, args, ranks)
             if evaluation["eval/accuracy"] > (progress["best_accuracy"] or 0.0):
                 progress |= {"best_accuracy": evaluation["eval/accuracy"], "best_step": step}
@@ -3221,17 +3228,14 @@ def main() -> None:
         probe_error = 0.0
         if pending is None and not tasks.replayed:
             with phase("sync"):
-                probe_error = update_server(link, model, step, probe, ranks) if link else 0.0
+                probe_error = update_server(link, model, step, probe, ranks)
             with phase("generate"):
                 pending = start_batch(sampler, tasks, progress["samples"], step, args, ranks)
-        if tasks.replayed:
-            groups = tasks.replayed[step + 1]
-            progress["samples"] = groups[-1].position + 1
-        else:
-            groups, progress["samples"] = roll_out(pending, sampler, tasks, args, ranks, phase)
+        groups = tasks.replayed[step + 1] if tasks.replayed else roll_out(
+            pending, sampler, tasks, args, ranks, phase)
+        progress["samples"], pending = groups[-1].position + 1, None
         with phase("reward"):
             log_rollouts(groups, step + 1, args, ranks)
-        pending = None
         if link and ranks.is_main:
             check_server(link)
         if args.async_depth and step + 1 < args.train_steps:  # the next batch is generated during the update
@@ -3306,9 +3310,8 @@ def main() -> None:
         for track in trackers:
             track(row)
         console.show(row, args.train_steps)
-        if ranks.is_main and args.log_level == "DEBUG":
+        if args.log_level == "DEBUG":
             console.say(tasks.tokenizer.decode(groups[0].prompt_ids + groups[0].completions[0].ids))
-
         stall_after(None)
 
         # Save (all ranks)

@@ -837,10 +837,11 @@ def tokenize(args: Namespace, folder: Path) -> None:
                 writers["eval"].add(*document)
                 bar.update()
     meta = {"typecode": typecode, "vocab_size": len(tokenizer)}
-    for name, split in (("train", args.dataset_split), ("eval", args.eval_split or "held out")):
+    held_out = f"--eval-split {args.eval_split}" if args.eval_split else f"--eval-fraction {args.eval_fraction}"
+    for name, label in (("train", f"--dataset {args.dataset} ({args.dataset_split})"), ("eval", held_out)):
         meta[name] = writers[name].close()
         if not args.streaming if name == "train" else args.eval_split or args.eval_fraction:
-            check_tokens(meta[name], f"--dataset {args.dataset} ({split})", tokenizer)
+            check_tokens(meta[name], label, tokenizer)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
@@ -1558,7 +1559,7 @@ QUANTISED = re.compile(r"(weight_scale(_inv)?|scales|qweight|qzeros|g_idx|zero_p
 def refuse_quantised(folder: Path, config: object) -> None:
     """Quantised weights have the names and shapes of others: without their scales they would be garbage."""
     found = getattr(config, "quantization_config", None) and "config.json says so"
-    for path in folder.glob("*.safetensors"):
+    for path in folder.glob("*.safetensors") if not found else ():
         try:
             with path.open("rb") as file:  # the header: 8 bytes of length, then JSON
                 names = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 1 << 30)))
@@ -2176,8 +2177,8 @@ def load_checkpoint(found: list[Path], model: nn.Module, optimizer: torch.optim.
 
 def compare_runs(args: Namespace, progress: dict, found: list[Path], identity: str, **now: object
                  ) -> list[str]:
-    """Note `now` in `progress`; returns lines on the newest checkpoint and on what differs from its run: `now`
-    and flags. Raises UserError for those of `identity`, which make another run, unless --resume names it."""
+    """Note `now` in `progress`; returns lines on the newest checkpoint and on what differs from its run, flags
+    and `now`. Raises UserError for those of `identity`, which make another run, unless --resume names it."""
     import yaml
     if not found:
         progress |= now
