@@ -2050,8 +2050,8 @@ def prove_push(link: WeightLink, model: nn.Module, prompt: list[int], sampling: 
 
 def update_server(link: WeightLink | None, model: nn.Module, step: int, probe: tuple[list[int], Sampling],
                   ranks: Ranks) -> float:
-    """Push and prove, unless there is no server, or it has this step's weights (all ranks). Returns the proof's
-    error."""
+    """Push and prove, unless there is no server, or it has this step's weights; returns the proof's error
+    (all ranks)."""
     if link is None or link.server.version == step:
         return 0.0
     push_weights(link, model, step, ranks)
@@ -2504,8 +2504,8 @@ def load_checkpoint(found: list[Path], model: nn.Module, optimizer: torch.optim.
 
 def compare_runs(args: Namespace, progress: dict, found: list[Path], identity: str, **now: object
                  ) -> list[str]:
-    """Note `now` in `progress`; returns lines on the newest checkpoint and on what differs from its run, flags
-    and `now`. Raises UserError for those of `identity`, which make another run, unless --resume names it."""
+    """Note `now` in `progress`; returns lines on the newest checkpoint and on what differs from its run: flags
+    and `now`. Raises UserError for those of `identity`: they make another run, unless --resume names it."""
     import yaml
     if not found:
         progress |= now
@@ -3043,8 +3043,8 @@ def take_batch(pending: Pending, tasks: Tasks, format_weight: float, phase: Call
 
 def roll_out(pending: Pending, sampler: Sampler, tasks: Tasks, args: Namespace, ranks: Ranks, phase: Callable
              ) -> list[Group]:
-    """The batch's groups, in global order; with `--zero-variance refill` those of further questions, too, until
-    enough of them differ in reward (all ranks)."""
+    """The batch's groups, in global order; with `--zero-variance refill` those of further questions, too,
+    until enough of them differ in reward (all ranks)."""
     groups = take_batch(pending, tasks, args.format_reward, phase)
     for _ in range(NUM_REFILLS if args.zero_variance == "refill" else 0):
         if sum(map(has_variance, groups)) >= args.batch_size * ranks.world_size:

@@ -837,8 +837,9 @@ def tokenize(args: Namespace, folder: Path) -> None:
                 writers["eval"].add(*document)
                 bar.update()
     meta = {"typecode": typecode, "vocab_size": len(tokenizer)}
-    held_out = f"--eval-split {args.eval_split}" if args.eval_split else f"--eval-fraction {args.eval_fraction}"
-    for name, label in (("train", f"--dataset {args.dataset} ({args.dataset_split})"), ("eval", held_out)):
+    held_out = f"split {args.eval_split}" if args.eval_split else f"fraction {args.eval_fraction}"
+    labels = {"train": f"--dataset {args.dataset} ({args.dataset_split})", "eval": f"--eval-{held_out}"}
+    for name, label in labels.items():
         meta[name] = writers[name].close()
         if not args.streaming if name == "train" else args.eval_split or args.eval_fraction:
             check_tokens(meta[name], label, tokenizer)
@@ -2177,8 +2178,8 @@ def load_checkpoint(found: list[Path], model: nn.Module, optimizer: torch.optim.
 
 def compare_runs(args: Namespace, progress: dict, found: list[Path], identity: str, **now: object
                  ) -> list[str]:
-    """Note `now` in `progress`; returns lines on the newest checkpoint and on what differs from its run, flags
-    and `now`. Raises UserError for those of `identity`, which make another run, unless --resume names it."""
+    """Note `now` in `progress`; returns lines on the newest checkpoint and on what differs from its run: flags
+    and `now`. Raises UserError for those of `identity`: they make another run, unless --resume names it."""
     import yaml
     if not found:
         progress |= now

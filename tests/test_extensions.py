@@ -136,7 +136,7 @@ def test_another_optimizer_keeps_its_own_states(place):
 
 
 MUON = """class MuonAndAdamW(torch.optim.Optimizer):
-    \"\"\"torch.optim.Muon for the blocks' matrices, each made whole for its step; fused AdamW for the rest.\"\"\"
+    \"\"\"torch.optim.Muon for the blocks' matrices, each made whole for its step; AdamW for the rest.\"\"\"
 
     def __init__(self, matrices, others, lr):
         super().__init__([{"params": matrices, "lr": lr}, {"params": others, "lr": lr}], {})
@@ -173,7 +173,7 @@ PLAIN_MUON = """class MuonAndAdamW(torch.optim.Optimizer):
 
 
 def test_muon_for_matrices(place):
-    """As torch.optim.Muon; the same on two ranks as far as its bf16 goes; resumed bitwise; bad steps skipped."""
+    """As torch.optim.Muon; on two ranks within its bf16; resumed bitwise; bad steps skipped."""
     adam = "torch.optim.AdamW(groups, lr=args.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)"
     build = "def build_optimizer("
     chosen = ("MuonAndAdamW([p for p in decayed if p is not model.lm_head.weight], "
@@ -181,7 +181,8 @@ def test_muon_for_matrices(place):
     script = edited(place, "muon", (build, MUON + build), (adam, chosen))
     plain = edited(place, "plain_muon", (build, PLAIN_MUON + build), (adam, chosen))
     straight = train(place, script, "muon")
-    for rows, bound in ((train(place, plain, "plain_muon"), 1e-5), (train(place, script, "two", nproc=2), 1e-2)):
+    runs = {1e-5: train(place, plain, "plain_muon"), 1e-2: train(place, script, "two", nproc=2)}
+    for bound, rows in runs.items():
         assert values(rows, "train/loss") == pytest.approx(values(straight, "train/loss"), rel=bound)
     assert values(straight, "train/loss")[STEPS] < 0.9 * values(straight, "train/loss")[1]
     train_again(place, script, "muon_resumed", "two", nproc=2)
