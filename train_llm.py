@@ -2178,8 +2178,8 @@ def load_checkpoint(found: list[Path], model: nn.Module, optimizer: torch.optim.
 
 def compare_runs(args: Namespace, progress: dict, found: list[Path], identity: str, **now: object
                  ) -> list[str]:
-    """Note `now` in `progress`; returns lines on the newest checkpoint and on what differs from its run: flags
-    and `now`. Raises UserError for those of `identity`: they make another run, unless --resume names it."""
+    """Note `now` in `progress`; returns lines on the newest checkpoint and on what differs from its run, in
+    flags or `now`. Raises UserError for those of `identity`: another run, unless --resume names it."""
     import yaml
     if not found:
         progress |= now
