@@ -395,7 +395,7 @@ def relaunch_under_torchrun(args: Namespace) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         torchrun(["--standalone", f"--nproc-per-node={nproc}",
-                  f"--signals-to-handle={','.join(stop_signals())}", "--", *sys.argv])
+                  f"--signals-to-handle={','.join(STOP_SIGNALS)}", "--", *sys.argv])
     except ChildFailedError as error:
         # A rank that failed by itself has a positive exit code; a signal, often torchrun's, ended the others.
         killed = 128 - error.get_first_failure()[1].exitcode
@@ -490,12 +490,8 @@ def gather_objects(value: object, group: object = None) -> list:
 # One rank hears a signal or sees the file RUN/STOP. It votes in the collective that each step has anyway, so
 # that all ranks stop after the same step. The reasons and their exit codes:
 STOPS = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 138, "SIGHUP": 129, "STOP file": 3}
-
-
-def stop_signals() -> list[str]:
-    """Those that nobody asked to ignore: nohup has no SIGHUP."""
-    names = (name for name in STOPS if name.startswith("SIG"))
-    return [name for name in names if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN]
+STOP_SIGNALS = [name for name in STOPS if name.startswith("SIG")  # nohup ignores SIGHUP, and so does this
+                and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN]
 
 
 def catch_signals(ranks: Ranks) -> set[str]:
@@ -514,17 +510,10 @@ def catch_signals(ranks: Ranks) -> set[str]:
             os.write(2, f"\n{name}: this step is finished, then saved, then the run ends{again}\n".encode())
         asked.add(name)
 
-    for name in stop_signals():
+    for name in STOP_SIGNALS:
         signal.signal(getattr(signal, name), note)
         signal.siginterrupt(getattr(signal, name), False)  # or system calls inside NCCL would fail with EINTR
     return asked
-
-
-def release_signals() -> None:
-    """From here on they end the process at once, as before."""
-    for name in stop_signals():
-        default = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
-        signal.signal(getattr(signal, name), default)
 
 
 def votes_to_stop(asked: set[str], run_dir: Path, ranks: Ranks) -> Tensor:
@@ -532,11 +521,6 @@ def votes_to_stop(asked: set[str], run_dir: Path, ranks: Ranks) -> Tensor:
     if ranks.is_main and os.path.exists(run_dir / "STOP"):  # Path's own raises where a file system fails
         asked.add("STOP file")
     return torch.tensor([float(name in asked) for name in STOPS], device=ranks.device)
-
-
-def agreed_stop(votes: list[float]) -> str | None:
-    """The reason that some rank had, from the sum of `votes_to_stop` over ranks: the same on each of them."""
-    return next((name for name, count in zip(STOPS, votes) if count), None)
 
 
 def stall_after(seconds: float | None) -> None:
@@ -1064,18 +1048,13 @@ def recompute_in_backward(block: nn.Module, selective: bool) -> None:
 
     A method of a module-level function: anything else would keep `block.compile()` from compiling the block
     (pytorch#135816), or give each block a graph of its own."""
-    block.forward = types.MethodType(recomputed_but_expensive if selective else recomputed, block)
+    block.forward, block.is_selective = types.MethodType(recomputed, block), selective
 
 
 def recomputed(block: nn.Module, *args: object, **kwargs: object) -> object:
     from torch.utils.checkpoint import checkpoint
+    kwargs |= {"context_fn": expensive_kept} if block.is_selective else {}
     return checkpoint(type(block).forward, block, *args, use_reentrant=False, **kwargs)
-
-
-def recomputed_but_expensive(block: nn.Module, *args: object, **kwargs: object) -> object:
-    from torch.utils.checkpoint import checkpoint
-    kwargs |= {"use_reentrant": False, "context_fn": expensive_kept}
-    return checkpoint(type(block).forward, block, *args, **kwargs)
 
 
 def expensive_kept() -> tuple:
@@ -2562,15 +2541,10 @@ def write_hf_folder(folder: Path, tensors: dict[str, Tensor], parts: tuple, dtyp
         path.chmod((folder / "config.json").stat().st_mode)
 
 
-def export_model(model: nn.Module, folder: Path, parts: tuple, dtype: torch.dtype, ranks: Ranks
-                 ) -> tuple[Tensor, Tensor]:
+def export_model(model: nn.Module, folder: Path, parts: tuple, dtype: torch.dtype, ranks: Ranks) -> None:
     """Write the folder (all ranks; rank 0 alone needs `parts`: configuration, tokenizer, source, see
     `write_hf_folder`). One tensor at a time is whole on every rank, and all of them, in `dtype`, in rank 0's
-    host memory. Returns some tokens and their logits, for `verify_export`. Raises UserError."""
-    input_ids = plain_tokens(model, 2, 64, ranks.device)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        logits = model.eval()(input_ids)
-    reshard(model)
+    host memory. Raises UserError."""
     whole = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
              for tensor in model_tensors(model).values())
     named = ((name, tensor.cpu()) for name, tensor in zip(model_tensors(model), whole) if ranks.is_main)
@@ -2585,45 +2559,7 @@ def export_model(model: nn.Module, folder: Path, parts: tuple, dtype: torch.dtyp
         except OSError as error:
             raise UserError(f"could not write {folder}: {error.strerror}; the checkpoint is intact: make "
                             "room, then run the same command again") from error
-    return input_ids, logits
 # <<< shared: export
-
-
-# >>> shared: verify
-@torch.no_grad()
-def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remote_code: bool) -> str:
-    """Load the folder with transformers, on the CPU: its logits must be those of the trained model, as far as
-    precision goes, and what it generates with a cache what it says without. Returns a word on it for the end
-    of a run. Raises UserError."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-    logging.disable_progress_bar()
-    nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if nbytes * 1.2 > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        return "not reloaded: too little memory"
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=trust_remote_code, output_loading_info=True)
-    ids, expected, note = input_ids.cpu(), expected.cpu(), ""
-    logits = model.eval()(ids, use_cache=False).logits.float()
-    spread = (logits - logits.mean(-1, keepdim=True)).abs().mean()
-    errors = {"logits": (logits - expected.float()).abs().mean() / spread}
-    try:
-        made = model.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), do_sample=False,
-                              max_new_tokens=4, min_new_tokens=4, output_logits=True,
-                              return_dict_in_generate=True)
-        again = model(made.sequences, use_cache=False).logits[0, -5:-1].float()
-        errors["generation"] = (torch.cat(made.logits).float() - again).abs().mean() / spread
-    except Exception as error:  # some families of transformers cannot; of any type
-        note = f"; it cannot generate ({first_line(error)})"
-    bound = 1e-4 if {model.dtype, expected.dtype} == {torch.float32} else 0.1
-    wrong = [f"{name} differs by {error:.1e} of the logits' spread (bound {bound:.0e})"
-             for name, error in errors.items() if not error <= bound]
-    wrong += [f"{name} is {kind[:-5]}" for kind in ("missing_keys", "unexpected_keys") for name in info[kind]]
-    if wrong:
-        raise UserError(f"{folder}, loaded again, is not the trained model: {wrong[0]}. The checkpoint is "
-                        "intact, please report this")
-    return f"reloaded: logits within {errors['logits']:.0e}{note}"
-# <<< shared: verify
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3282,7 +3218,8 @@ def main() -> None:
         # Count
         with phase("train"):
             values = torch.cat([all_sum(totals), *updates, votes]).tolist()  # sync point
-            values, stop = values[:-len(STOPS)], agreed_stop(values[-len(STOPS):])
+            stop = next((name for name, count in zip(STOPS, values[-len(STOPS):]) if count), None)
+            del values[-len(STOPS):]
         progress["step"] += 1
         progress["tokens"] += sum(len(s.ids) - s.num_prompt for s in sequences)
         note_updates([values[i:i + 3] for i in range(len(totals), len(values), 3)], len(sequences), progress)
@@ -3326,20 +3263,18 @@ def main() -> None:
 
     # End -------------------------------------------------------------------------------------
     console.close()
-    release_signals()  # everything is saved: from here on they end this process at once
     if link and ranks.is_main:
         rpc(link, "close_weights")
-    hf_folder, parts = run_dir / "hf", (model.config, tasks.tokenizer, folder)
-    proof = export_model(model, hf_folder, parts, dtype, ranks) if args.export else None
+    if args.export:
+        export_model(model, run_dir / "hf", (model.config, tasks.tokenizer, folder), dtype, ranks)
     torch.distributed.destroy_process_group()  # rank 0 works alone from here: the others must not time out
     if ranks.is_main:
         write_summary(run_dir, progress, row | evaluation, time.perf_counter() - started)
         for path in checkpoints_in(saver.folder)[-1:]:
             say(f"checkpoint {path}")
         say(f"record     {run_dir / 'metrics.jsonl'}, {run_dir / ROLLOUT_LOG.format(rank=0)}")
-        if proof:
-            found = verify_export(hf_folder, *proof, args.trust_remote_code)
-            say(f"model      {hf_folder} (Hugging Face format; {found})")
+        if args.export:
+            say(f"model      {run_dir / 'hf'} (Hugging Face format)")
 
 
 if __name__ == "__main__":

@@ -358,7 +358,7 @@ def relaunch_under_torchrun(args: Namespace) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         torchrun(["--standalone", f"--nproc-per-node={nproc}",
-                  f"--signals-to-handle={','.join(stop_signals())}", "--", *sys.argv])
+                  f"--signals-to-handle={','.join(STOP_SIGNALS)}", "--", *sys.argv])
     except ChildFailedError as error:
         # A rank that failed by itself has a positive exit code; a signal, often torchrun's, ended the others.
         killed = 128 - error.get_first_failure()[1].exitcode
@@ -453,12 +453,8 @@ def gather_objects(value: object, group: object = None) -> list:
 # One rank hears a signal or sees the file RUN/STOP. It votes in the collective that each step has anyway, so
 # that all ranks stop after the same step. The reasons and their exit codes:
 STOPS = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 138, "SIGHUP": 129, "STOP file": 3}
-
-
-def stop_signals() -> list[str]:
-    """Those that nobody asked to ignore: nohup has no SIGHUP."""
-    names = (name for name in STOPS if name.startswith("SIG"))
-    return [name for name in names if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN]
+STOP_SIGNALS = [name for name in STOPS if name.startswith("SIG")  # nohup ignores SIGHUP, and so does this
+                and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN]
 
 
 def catch_signals(ranks: Ranks) -> set[str]:
@@ -477,17 +473,10 @@ def catch_signals(ranks: Ranks) -> set[str]:
             os.write(2, f"\n{name}: this step is finished, then saved, then the run ends{again}\n".encode())
         asked.add(name)
 
-    for name in stop_signals():
+    for name in STOP_SIGNALS:
         signal.signal(getattr(signal, name), note)
         signal.siginterrupt(getattr(signal, name), False)  # or system calls inside NCCL would fail with EINTR
     return asked
-
-
-def release_signals() -> None:
-    """From here on they end the process at once, as before."""
-    for name in stop_signals():
-        default = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
-        signal.signal(getattr(signal, name), default)
 
 
 def votes_to_stop(asked: set[str], run_dir: Path, ranks: Ranks) -> Tensor:
@@ -495,11 +484,6 @@ def votes_to_stop(asked: set[str], run_dir: Path, ranks: Ranks) -> Tensor:
     if ranks.is_main and os.path.exists(run_dir / "STOP"):  # Path's own raises where a file system fails
         asked.add("STOP file")
     return torch.tensor([float(name in asked) for name in STOPS], device=ranks.device)
-
-
-def agreed_stop(votes: list[float]) -> str | None:
-    """The reason that some rank had, from the sum of `votes_to_stop` over ranks: the same on each of them."""
-    return next((name for name, count in zip(STOPS, votes) if count), None)
 
 
 def stall_after(seconds: float | None) -> None:
@@ -1477,18 +1461,13 @@ def recompute_in_backward(block: nn.Module, selective: bool) -> None:
 
     A method of a module-level function: anything else would keep `block.compile()` from compiling the block
     (pytorch#135816), or give each block a graph of its own."""
-    block.forward = types.MethodType(recomputed_but_expensive if selective else recomputed, block)
+    block.forward, block.is_selective = types.MethodType(recomputed, block), selective
 
 
 def recomputed(block: nn.Module, *args: object, **kwargs: object) -> object:
     from torch.utils.checkpoint import checkpoint
+    kwargs |= {"context_fn": expensive_kept} if block.is_selective else {}
     return checkpoint(type(block).forward, block, *args, use_reentrant=False, **kwargs)
-
-
-def recomputed_but_expensive(block: nn.Module, *args: object, **kwargs: object) -> object:
-    from torch.utils.checkpoint import checkpoint
-    kwargs |= {"use_reentrant": False, "context_fn": expensive_kept}
-    return checkpoint(type(block).forward, block, *args, **kwargs)
 
 
 def expensive_kept() -> tuple:
@@ -2236,15 +2215,10 @@ def write_hf_folder(folder: Path, tensors: dict[str, Tensor], parts: tuple, dtyp
         path.chmod((folder / "config.json").stat().st_mode)
 
 
-def export_model(model: nn.Module, folder: Path, parts: tuple, dtype: torch.dtype, ranks: Ranks
-                 ) -> tuple[Tensor, Tensor]:
+def export_model(model: nn.Module, folder: Path, parts: tuple, dtype: torch.dtype, ranks: Ranks) -> None:
     """Write the folder (all ranks; rank 0 alone needs `parts`: configuration, tokenizer, source, see
     `write_hf_folder`). One tensor at a time is whole on every rank, and all of them, in `dtype`, in rank 0's
-    host memory. Returns some tokens and their logits, for `verify_export`. Raises UserError."""
-    input_ids = plain_tokens(model, 2, 64, ranks.device)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        logits = model.eval()(input_ids)
-    reshard(model)
+    host memory. Raises UserError."""
     whole = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
              for tensor in model_tensors(model).values())
     named = ((name, tensor.cpu()) for name, tensor in zip(model_tensors(model), whole) if ranks.is_main)
@@ -2259,11 +2233,9 @@ def export_model(model: nn.Module, folder: Path, parts: tuple, dtype: torch.dtyp
         except OSError as error:
             raise UserError(f"could not write {folder}: {error.strerror}; the checkpoint is intact: make "
                             "room, then run the same command again") from error
-    return input_ids, logits
 # <<< shared: export
 
 
-# >>> shared: verify
 @torch.no_grad()
 def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remote_code: bool) -> str:
     """Load the folder with transformers, on the CPU: its logits must be those of the trained model, as far as
@@ -2290,14 +2262,13 @@ def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remot
     except Exception as error:  # some families of transformers cannot; of any type
         note = f"; it cannot generate ({first_line(error)})"
     bound = 1e-4 if {model.dtype, expected.dtype} == {torch.float32} else 0.1
-    wrong = [f"{name} differs by {error:.1e} of the logits' spread (bound {bound:.0e})"
+    wrong = [f"{name}: off by {error:.1e} of the logits' spread (bound {bound:.0e})"
              for name, error in errors.items() if not error <= bound]
     wrong += [f"{name} is {kind[:-5]}" for kind in ("missing_keys", "unexpected_keys") for name in info[kind]]
     if wrong:
         raise UserError(f"{folder}, loaded again, is not the trained model: {wrong[0]}. The checkpoint is "
                         "intact, please report this")
     return f"reloaded: logits within {errors['logits']:.0e}{note}"
-# <<< shared: verify
 
 
 def hf_parts(model: nn.Module, tokenizer, source: Path | None) -> tuple:
@@ -2733,7 +2704,7 @@ def main() -> None:
     token_flops, device_flops = flops_per_token(model, args.seq_len), peak_flops(ranks.device)
     loss_sums, token_count = (torch.zeros(size, device=ranks.device) for size in (len(LOSSES), ()))
     num_trained = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    skipped, times, num_input_tokens, stop, votes_before = [], {}, 0, None, None
+    skipped, times, num_input_tokens, stop, votes_before = [], {}, 0, None, list
     phase = functools.partial(timed, times)
     asked = catch_signals(ranks)
     bar = open_bar(total_steps, progress["step"], ranks)
@@ -2783,7 +2754,8 @@ def main() -> None:
             skipped.append(clip_and_step(optimizer, grad_norm, step_tokens, args.grad_clip))
             optimizer.zero_grad()
             # Of the step before: on a GPU the votes of this one are not there yet, and nobody waits for them.
-            stop, votes_before = agreed_stop(votes_before() if votes_before else []), read_later(votes)
+            stop = next((name for name, count in zip(STOPS, votes_before()) if count), None)
+            votes_before = read_later(votes)
 
         # Count
         step += 1
@@ -2839,18 +2811,19 @@ def main() -> None:
 
     # End -------------------------------------------------------------------------------------
     bar.close()
-    release_signals()  # everything is saved: from here on they end this process at once
-    proof = None
     if args.export:
         parts = hf_parts(model, load_tokenizer(args), hf_folder) if ranks.is_main else None
-        proof = export_model(model, run_dir / "hf", parts, dtype, ranks)
+        export_model(model, run_dir / "hf", parts, dtype, ranks)
+        probe = plain_tokens(model, 2, 64, ranks.device)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            logits = model.eval()(probe)
     torch.distributed.destroy_process_group()  # rank 0 works alone from here: the others must not time out
     if ranks.is_main:
         write_summary(run_dir, progress, row | evaluation, time.perf_counter() - started)
         print(f"record     {run_dir / 'metrics.jsonl'}, {run_dir / 'summary.json'}")
         if args.export:
             print(f"model      {run_dir / 'hf'} (Hugging Face format; "
-                  f"{verify_export(run_dir / 'hf', *proof, args.trust_remote_code)})")
+                  f"{verify_export(run_dir / 'hf', probe, logits, args.trust_remote_code)})")
             command = shlex.join([sys.executable, sys.argv[0], "--hf-model", str(run_dir / "hf")])
             print(f"next       {command} --dataset YOUR.jsonl --checkpoint-dir runs/finetuned")
 

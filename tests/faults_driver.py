@@ -216,14 +216,17 @@ def verify_exports(model, args, ranks, source, dtype, faults):
 
     folder = Path(args.checkpoint_dir) / "hf"
     parts = train_llm.hf_parts(model, AutoTokenizer.from_pretrained(source), Path(source))
-    proof = train_llm.export_model(model, folder, parts, dtype, ranks)
+    train_llm.export_model(model, folder, parts, dtype, ranks)
+    probe = train_llm.plain_tokens(model, 2, 64, ranks.device)
+    with torch.no_grad():
+        logits = model.eval()(probe)
     whole, found = folder.with_name("whole"), {}
     folder.rename(whole)
     for name, damage in EXPORTS.items() if faults else [("none", EXPORTS["none"])]:
         shutil.copytree(whole, folder)
         damage(folder)
         try:
-            found[name] = {"value": train_llm.verify_export(folder, *proof, False), "error": None}
+            found[name] = {"value": train_llm.verify_export(folder, probe, logits, False), "error": None}
         except train_llm.UserError as error:
             found[name] = {"error": str(error)}
         shutil.rmtree(folder)

@@ -309,9 +309,9 @@ def test_caches_that_work_in_another_way(loaded, dtype):
 @each_dtype
 def test_damaged_exports(loaded, dtype):
     found = loaded[dtype]["export"]
-    assert "model.layers.1.mlp.up_proj.weight (1 of" in found["tensor of another layer"]["error"]
-    for fault in ("rope_theta 1,000", "tie lost"):
-        assert "its configuration is another" in found[fault]["error"]
+    print(dtype, {name: proof["error"] for name, proof in found.items()})
+    for fault in ("tensor of another layer", "rope_theta 1,000", "tie lost"):
+        assert "is not the trained model: logits: off by " in found[fault]["error"]
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ sys.path.insert(0, str(REPO / "tools"))
 import copy_twins  # noqa: E402  (the path comes first)
 
 TOOL = REPO / "tools/copy_twins.py"
-SCRIPTS = sorted(REPO.glob("*.py"))
+SCRIPTS = copy_twins.scripts_beside(REPO / "train_llm.py")  # no user's copy beside them
 MAX_BLOCK_LINES = 80
+MAX_SHARED_LINES = 1150  # of all blocks of a script, with their fences
 
 
 def block(name, *lines):
@@ -47,6 +48,11 @@ def twin_problems(scripts):
         problems += [f"{other}: block {name} differs from {first}'s" for other in others
                      if copies[name][other] != copies[name][first]]
     return problems
+
+
+def test_lines_of_all_blocks():
+    blocks = copy_twins.find_blocks((REPO / "train_llm.py").read_text())
+    assert sum(stop - start + 2 for start, stop in blocks.values()) <= MAX_SHARED_LINES
 
 
 def test_twins_of_the_scripts():
@@ -163,6 +169,17 @@ def test_copy_all_and_check(folder):
 
     result = run_tool("two.py", "--all", "--check", cwd=folder)
     assert result.returncode == 0 and result.stdout == "4 twins compared, 0 differ\n"
+
+
+def test_a_users_copy_is_left_alone(folder):
+    """In a git repository only what it tracks counts."""
+    for command in (["init", "-q"], ["add", "."]):
+        subprocess.run(["git", "-C", folder, *command], check=True)
+    copy = folder / "my_copy.py"
+    copy.write_text(block("a", "mine = True") + "\n")
+    source = next(path for path in sorted(folder.glob("*.py")) if "shared: a\n" in path.read_text())
+    subprocess.run([sys.executable, TOOL, source, "--all"], check=True)
+    assert "mine = True" in copy.read_text()
 
 
 def test_wrong_use_changes_nothing(folder):

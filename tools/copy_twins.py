@@ -5,12 +5,15 @@
     python tools/copy_twins.py train_llm.py --all --check    # writes nothing, shows differences, exit code 1
 
 A block stands between `# >>> shared: NAME` and `# <<< shared: NAME` and is the same in each script that has
-it. The scripts are the Python files in the folder of the named one. Change a block where you like, run this.
+it. The scripts are the Python files in the folder of the named one, in a git repository those that it tracks:
+nobody's own copy is changed. Change a block where you like, run this.
 """
 
 import argparse
 import difflib
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -50,6 +53,15 @@ def lines_of(path: Path) -> tuple[list[str], dict[str, tuple[int, int]]]:
         sys.exit(f"copy_twins.py: error: {path}: {error}")
 
 
+def scripts_beside(script: Path) -> list[Path]:
+    """Those that git tracks: a user's own copy is left alone. Without git all Python files in the folder."""
+    folder = script.resolve().parent
+    git = ["git", "-C", str(folder), "ls-files", "--", "*.py"]
+    listed = subprocess.run(git, capture_output=True, text=True, check=False) if shutil.which("git") else None
+    tracked = [folder / name for name in listed.stdout.splitlines() if "/" not in name] if listed else []
+    return [path for path in tracked if path.is_file()] or sorted(folder.glob("*.py"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("script", type=Path, help="the script whose blocks are right")
@@ -64,7 +76,7 @@ def main() -> None:
     source, blocks = lines_of(args.script)
     if unknown := [name for name in args.names if name not in blocks]:
         parser.error(f"{args.script} has no block {unknown[0]}; it has: {', '.join(blocks) or 'none'}")
-    others = [path for path in sorted(args.script.parent.glob("*.py")) if not path.samefile(args.script)]
+    others = [path for path in scripts_beside(args.script) if not path.samefile(args.script)]
     found = differ = 0
     # All are read before the first is written: a broken fence in one of them stops this early.
     for path, (lines, twins) in [(path, lines_of(path)) for path in others]:
