@@ -321,7 +321,7 @@ def test_what_cannot_be_replayed(place, straight, tmp_path):
 def test_resumed_is_the_same_run(place, straight):
     run = stopped_copy(straight, place / "resumed")
     result = train(place, "resumed", 2, *EVALUATED)
-    assert f"resumed    {run / 'checkpoints/step_000003'}: step 3, 24 questions asked" in result.stdout
+    assert f"resumed    {run / 'checkpoints/step_000003'}: step 3, 24 samples seen" in result.stdout
     assert_same_run(run, straight)
     assert not list((run / "checkpoints").glob("*.partial"))
     # A second time: finished, and nothing is written again.

@@ -136,7 +136,7 @@ def test_one_process(folder, straight):
     num_samples = int(re.search(r"one pass over (\d+) sequences", out)[1])
     assert STOP * 8 < num_samples < STEPS * 8
     assert num_samples % 8
-    assert "resumed" in out and f"{STOP * 8} sequences seen" in out
+    assert "resumed" in out and f"{STOP * 8} samples seen" in out
     assert_same_run(resumed, straight)
     # What the kill left behind is gone, and is not taken for a part of the save that was made again.
     assert not list((resumed / "checkpoints").glob("*.partial"))

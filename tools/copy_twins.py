@@ -55,7 +55,7 @@ def lines_of(path: Path) -> tuple[list[str], dict[str, tuple[int, int]]]:
 
 def scripts_beside(script: Path) -> list[Path]:
     """Those that git tracks: a user's own copy is left alone. Without git all Python files in the folder."""
-    folder = script.resolve().parent
+    folder = script.parent
     git = ["git", "-C", str(folder), "ls-files", "--", "*.py"]
     listed = subprocess.run(git, capture_output=True, text=True, check=False) if shutil.which("git") else None
     tracked = [folder / name for name in listed.stdout.splitlines() if "/" not in name] if listed else []
