@@ -3024,14 +3024,16 @@ def note_updates(updates: list[list[float]], num_sequences: int, progress: dict)
                         "weights. Lower --max-lr, or go back to an older checkpoint with --resume")
 
 
-def show_evaluation(console: Console, step: int, found: dict, ranks: Ranks) -> None:
+def show_evaluation(console: Console, progress: dict, found: dict) -> None:
+    """A line; notes in `progress` which step is the best."""
+    if found["eval/accuracy"] > (progress["best_accuracy"] or 0.0):
+        progress |= {"best_accuracy": found["eval/accuracy"], "best_step": progress["step"]}
     sampled = ""
     if "eval/maj_at_k" in found:
         sampled = f"  maj@k {found['eval/maj_at_k']:.1%}  pass@k {found['eval/pass_at_k']:.1%}"
-    if ranks.is_main:
-        console.say(f"step {step:>6,}  held-out accuracy {found['eval/accuracy']:.1%} (95 %: "
-                    f"{found['eval/accuracy_low']:.1%} to {found['eval/accuracy_high']:.1%}) over "
-                    f"{found['eval/questions']:,} questions{sampled}")
+    console.say(f"step {progress['step']:>6,}  held-out accuracy {found['eval/accuracy']:.1%} (95 %: "
+                f"{found['eval/accuracy_low']:.1%} to {found['eval/accuracy_high']:.1%}) over "
+                f"{found['eval/questions']:,} questions{sampled}")
 
 
 # >>> shared: ending
@@ -3149,12 +3151,10 @@ def main() -> None:
                 wait()  # or new weights would answer what was asked of the old
             update_server(link, model, step, probe, ranks)
             evaluation = evaluate(sampler, tasks, args, ranks)
-            if evaluation["eval/accuracy"] > (progress["best_accuracy"] or 0.0):
-                progress |= {"best_accuracy": evaluation["eval/accuracy"], "best_step": step}
-                saver.best = step if args.keep_best else -1
+            show_evaluation(console, progress, evaluation)
+            saver.best = progress["best_step"] if args.keep_best else -1
             for track in trackers:
                 track({"step": step, **evaluation})
-            show_evaluation(console, step, evaluation, ranks)
             row_started = time.perf_counter()
         if is_last:
             break

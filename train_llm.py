@@ -2545,6 +2545,16 @@ def ready_model(args: Namespace, model: nn.Module, checkpoints: list[Path], dtyp
     return optimizer
 
 
+def export_run(args: Namespace, model: nn.Module, hf_folder: Path | None, dtype: torch.dtype, ranks: Ranks
+               ) -> tuple[Tensor, Tensor]:
+    """Write RUN/hf (all ranks); some tokens and the trained model's logits, for `verify_export`."""
+    parts = hf_parts(model, load_tokenizer(args), hf_folder) if ranks.is_main else None
+    export_model(model, Path(args.checkpoint_dir) / "hf", parts, dtype, ranks)
+    probe = plain_tokens(model, 2, 64, ranks.device)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        return probe, model.eval()(probe)
+
+
 def read_later(tensor: Tensor) -> Callable[[], list[float]]:
     """Start to copy to the host. The function that is returned waits for the copy, but not for what the
     device was given to do since."""
@@ -2811,19 +2821,14 @@ def main() -> None:
 
     # End -------------------------------------------------------------------------------------
     bar.close()
-    if args.export:
-        parts = hf_parts(model, load_tokenizer(args), hf_folder) if ranks.is_main else None
-        export_model(model, run_dir / "hf", parts, dtype, ranks)
-        probe = plain_tokens(model, 2, 64, ranks.device)
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            logits = model.eval()(probe)
+    proof = export_run(args, model, hf_folder, dtype, ranks) if args.export else None
     torch.distributed.destroy_process_group()  # rank 0 works alone from here: the others must not time out
     if ranks.is_main:
         write_summary(run_dir, progress, row | evaluation, time.perf_counter() - started)
         print(f"record     {run_dir / 'metrics.jsonl'}, {run_dir / 'summary.json'}")
-        if args.export:
+        if proof:
             print(f"model      {run_dir / 'hf'} (Hugging Face format; "
-                  f"{verify_export(run_dir / 'hf', probe, logits, args.trust_remote_code)})")
+                  f"{verify_export(run_dir / 'hf', *proof, args.trust_remote_code)})")
             command = shlex.join([sys.executable, sys.argv[0], "--hf-model", str(run_dir / "hf")])
             print(f"next       {command} --dataset YOUR.jsonl --checkpoint-dir runs/finetuned")
 
