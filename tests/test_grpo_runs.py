@@ -391,7 +391,7 @@ def test_killed_stopped_and_resumed(place):
         wait_for_step(run, lambda: ended.exception() if ended.done() else None, max(steps_of(run)) + 3)
         (run / "STOP").touch()
         assert "stopped (STOP file)" in ended.result().stdout
-    assert train(place, "stops", 2, *more, code=3).stderr.count("exists: remove it to train") == 1
+    assert train(place, "stops", 2, *more, code=1).stderr.count("exists: remove it to train") == 1
     (run / "STOP").unlink()
     assert max(steps_of(run)) < 60
     train(place, "stops", 2, *more)
