@@ -295,7 +295,8 @@ def looks_like_path(name: str) -> bool:
 
 
 def find_common_problems(args: Namespace, positive: str, not_negative: str, sources: str) -> Iterator[str]:
-    """Of flags that all scripts have. The texts name flags: at least 1, at least 0, hub name or path."""
+    """Of flags that all scripts have. Names, separated by spaces: of flags that are at least 1, of those that
+    are at least 0, of those that take a hub name or a path."""
     at_least = dict.fromkeys(positive.split(), 1) | dict.fromkeys(not_negative.split(), 0)
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')}"
@@ -495,9 +496,9 @@ STOP_SIGNALS = [name for name in STOPS if name.startswith("SIG")  # nohup ignore
 
 
 def catch_signals(ranks: Ranks) -> set[str]:
-    """From here on a signal means: finish the step, save, end. Returns the set of reasons that it fills.
+    """From here on a signal means: finish the step, save, end. Returns the set of reasons, which it fills.
 
-    A handler of Python's runs when the collective returns that the main thread waits in."""
+    Python runs a handler only when the collective returns that the main thread waits in."""
     asked = set()
 
     def note(number: int, _: object) -> None:
@@ -507,7 +508,7 @@ def catch_signals(ranks: Ranks) -> set[str]:
         if ranks.is_main and name not in asked:
             again = "; again ends it at once" if name == "SIGINT" else ""
             # Not print, which a handler may have interrupted.
-            os.write(2, f"\n{name}: this step is finished, then saved, then the run ends{again}\n".encode())
+            os.write(2, f"\n{name}: after this step or the next the run is saved, and ends{again}\n".encode())
         asked.add(name)
 
     for name in STOP_SIGNALS:
@@ -749,8 +750,8 @@ def reward(text: str, gold: Fraction, finished: bool, format_weight: float) -> t
 # >>> shared: hub
 @functools.lru_cache  # a hub name costs a round trip for each of its files
 def fetch(name: str) -> Path:
-    """The local folder of a model or tokenizer. A hub name is downloaded once per node: the hub's library
-    locks each file, so that the ranks beside the first wait and then find it."""
+    """The local folder of a model or tokenizer. A hub name is downloaded once per node: its other ranks wait
+    on the lock that the hub's library has for each file."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -956,7 +957,7 @@ class ChunkedLogprobs(torch.autograd.Function):
 
 # >>> shared: shard
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks: the outermost of the classes not to be split, else the longest list."""
+    """The transformer blocks: modules of `_no_split_modules`, outermost only; else the longest ModuleList."""
     names = set(getattr(model, "_no_split_modules", None) or ["Block"])  # EDIT: the layer class to shard
     blocks = [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") in names]
     inner = {id(part) for block in blocks for part in block.modules() if part is not block}
@@ -2289,8 +2290,8 @@ class Checkpointer:
     stager: object = None
     writer: ThreadPoolExecutor | None = None
     staging: Future | None = None  # the copy that frees the parameters for the next update
-    saving: Future | None = None  # of what went wrong, "" if nothing: the same text on every rank
-    step: int = 0  # of that save
+    saving: Future | None = None  # its result: what went wrong, "" if nothing; the same on every rank
+    step: int = 0  # that is being saved
 
 
 def start_save(saver: Checkpointer, tensors: dict, progress: dict, texts: dict[str, str], ranks: Ranks
@@ -2478,13 +2479,16 @@ def load_checkpoint(found: list[Path], model: nn.Module, optimizer: torch.optim.
             pickle.UnpicklingError) as error:
         raise unreadable(found, error) from error
     for name, state in states.items():
-        torch.set_rng_state(state) if name[:3] == "cpu" else torch.cuda.set_rng_state(state, ranks.device)
+        if name.startswith("cuda"):
+            torch.cuda.set_rng_state(state, ranks.device)
+        else:
+            torch.set_rng_state(state)
 
 
 def compare_runs(args: Namespace, progress: dict, found: list[Path], identity: str, **now: object
                  ) -> list[str]:
-    """Note `now` in `progress`; returns lines on the newest checkpoint and on what differs from its run, in
-    flags or `now`. Raises UserError for those of `identity`: another run, unless --resume names it."""
+    """Lines to print: what is resumed, which flags or values of `now` have changed since; `progress` takes
+    `now`. Raises UserError if `identity` names what changed, unless --resume names the checkpoint."""
     import yaml
     if not found:
         progress |= now
@@ -2519,7 +2523,7 @@ def hf_tensors(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: t
 
 def write_hf_folder(folder: Path, tensors: dict[str, Tensor], parts: tuple, dtype: torch.dtype) -> None:
     """Weights, and `parts`: configuration, tokenizer, and the folder that the model came from, or None; its
-    code and its way to generate are kept. The tokenizer's end token ends a generation, too."""
+    code and generation_config.json are copied. The tokenizer's end token ends a generation, too."""
     from huggingface_hub import save_torch_state_dict
     config, tokenizer, source = parts
     folder.mkdir(parents=True)
@@ -3110,7 +3114,7 @@ def main() -> None:
     model = load_policy(args, folder, mesh, dtype, ranks)
     lock = lock_run(run_dir) if ranks.is_main else None  # noqa: F841, held until this process ends
     checkpoints = gather_objects(checkpoints_to_resume(args) if ranks.is_main else None)[0]
-    progress = read_progress(checkpoints, {
+    progress = read_progress(checkpoints, {  # all of it survives a resume
         "step": 0, "samples": 0, "tokens": 0, "skipped_updates": 0, "bad_in_a_row": 0, "best_accuracy": None,
         "best_step": -1})
     notes = compare_runs(args, progress, checkpoints, "model seed data", processes=ranks.world_size,
@@ -3226,8 +3230,8 @@ def main() -> None:
         console.bar.update()
         is_last = progress["step"] == args.train_steps
         every = args.checkpoint_interval
-        is_rated = args.keep_best and args.eval_every and progress["step"] % args.eval_every == 0
-        is_save = every and (is_last or stop or is_rated or progress["step"] % every == 0)
+        may_be_best = args.keep_best and args.eval_every and progress["step"] % args.eval_every == 0
+        is_save = every and (is_last or stop or may_be_best or progress["step"] % every == 0)
 
         # Log
         is_skipped, loss_value, norm_value = values[-3:]

@@ -13,7 +13,13 @@ learning.
 
 Contents: 1 Arguments, 2 Distributed, 3 Data, 4 Model, 5 Optimizer and schedule, 6 Loss, 7 Checkpoints and
 export, 8 Run record, 9 Evaluation, 10 Training. What a row of your data becomes is decided in section 3, the
-architecture in 4, the objective in 6, the order of things in 10. `EDIT:` marks the lines that people change.
+architecture in 4, the objective in 6, the order of things in main(), at the end. `EDIT:` marks the lines that
+people change. A flag of your own: `add_training_flags`; a metric: the row in main(); what must survive a
+resume: an entry of `progress` in main(), or of the optimizer's state.
+
+"(all ranks)" means that every rank must make the call, because it communicates. At a "sync point" the host
+waits for the device. Blocks between `# >>> shared` and `# <<< shared` are the same in train_gsm8k_fsdp2.py;
+in a copy they are yours.
 """
 
 import argparse
@@ -253,7 +259,8 @@ def looks_like_path(name: str) -> bool:
 
 
 def find_common_problems(args: Namespace, positive: str, not_negative: str, sources: str) -> Iterator[str]:
-    """Of flags that all scripts have. The texts name flags: at least 1, at least 0, hub name or path."""
+    """Of flags that all scripts have. Names, separated by spaces: of flags that are at least 1, of those that
+    are at least 0, of those that take a hub name or a path."""
     at_least = dict.fromkeys(positive.split(), 1) | dict.fromkeys(not_negative.split(), 0)
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')}"
@@ -458,9 +465,9 @@ STOP_SIGNALS = [name for name in STOPS if name.startswith("SIG")  # nohup ignore
 
 
 def catch_signals(ranks: Ranks) -> set[str]:
-    """From here on a signal means: finish the step, save, end. Returns the set of reasons that it fills.
+    """From here on a signal means: finish the step, save, end. Returns the set of reasons, which it fills.
 
-    A handler of Python's runs when the collective returns that the main thread waits in."""
+    Python runs a handler only when the collective returns that the main thread waits in."""
     asked = set()
 
     def note(number: int, _: object) -> None:
@@ -470,7 +477,7 @@ def catch_signals(ranks: Ranks) -> set[str]:
         if ranks.is_main and name not in asked:
             again = "; again ends it at once" if name == "SIGINT" else ""
             # Not print, which a handler may have interrupted.
-            os.write(2, f"\n{name}: this step is finished, then saved, then the run ends{again}\n".encode())
+            os.write(2, f"\n{name}: after this step or the next the run is saved, and ends{again}\n".encode())
         asked.add(name)
 
     for name in STOP_SIGNALS:
@@ -735,8 +742,8 @@ def train_tokenizer(args: Namespace, vocab_size: int, folder: Path) -> None:
 # >>> shared: hub
 @functools.lru_cache  # a hub name costs a round trip for each of its files
 def fetch(name: str) -> Path:
-    """The local folder of a model or tokenizer. A hub name is downloaded once per node: the hub's library
-    locks each file, so that the ranks beside the first wait and then find it."""
+    """The local folder of a model or tokenizer. A hub name is downloaded once per node: its other ranks wait
+    on the lock that the hub's library has for each file."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -1232,6 +1239,12 @@ class CausalLM(nn.Module):
             return self.lm_head(hidden)
         return chunked_loss(hidden, labels, self.lm_head, self.head_loss, self.loss_chunk)
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
 
 def rotary_table(position_ids: Tensor, head_size: int, theta: float, dtype: torch.dtype
                  ) -> tuple[Tensor, Tensor]:
@@ -1369,7 +1382,7 @@ def auxiliary_loss(model: nn.Module, config: object) -> Callable | None:
 
 # >>> shared: shard
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks: the outermost of the classes not to be split, else the longest list."""
+    """The transformer blocks: modules of `_no_split_modules`, outermost only; else the longest ModuleList."""
     names = set(getattr(model, "_no_split_modules", None) or ["Block"])  # EDIT: the layer class to shard
     blocks = [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") in names]
     inner = {id(part) for block in blocks for part in block.modules() if part is not block}
@@ -1701,9 +1714,9 @@ def prove_loss(model: nn.Module, ranks: Ranks) -> None:
 
 @torch.no_grad()
 def prove_packing(model: nn.Module, ranks: Ranks, can_use_varlen: bool = False) -> None:
-    """Choose how documents in a pack are told apart, by comparing the second documents of two packs with each
-    alone: by variable-length attention (CUDA), by positions that start again, which most families understand,
-    or by a whole mask (Falcon). What a leak would change is the measure (all ranks)."""
+    """Choose how documents in a pack are told apart: by variable-length attention (CUDA), by positions that
+    start again, which most families understand, or by a whole mask (Falcon). The second document of a pack
+    must have the logits that it has alone, up to a fraction of what a leak changes (all ranks)."""
     ids = plain_tokens(model, 2, 64, ranks.device)
     positions = torch.arange(64, device=ranks.device).expand(2, 64) % 32
     own, ways = model.config._attn_implementation, []
@@ -1806,7 +1819,7 @@ def learning_rate(step: float, total_steps: float, warmup_steps: int, max_lr: fl
 def resolve_steps(args: Namespace, dataset: TokenDataset | None, ranks: Ranks, progress: dict
                   ) -> tuple[int, int, float, list[str]]:
     """(total steps, warm-up steps, ahead, lines that say why). Epochs count in samples, also where the batch
-    has changed since; the schedule, to go on where it was, is `ahead` steps ahead of those done."""
+    has changed since. Ahead: samples seen over today's batch, less the steps done; the schedule adds it."""
     per_step, ahead = args.batch_size * args.grad_accum_steps * ranks.world_size, 0.0
     total, known = args.num_epochs * (args.steps_per_epoch or 1000), "of a stream"
     if dataset:
@@ -1821,7 +1834,7 @@ def resolve_steps(args: Namespace, dataset: TokenDataset | None, ranks: Ranks, p
         raise UserError(f"--warmup-steps {warmup} is more than the run's {total} steps")
     lines = [f"steps      {total:,} ({known}), {warmup:,} of warm-up; {per_step:,} sequences, "
              f"{per_step * args.seq_len:,} tokens a step; learning rate {args.max_lr:g}"]
-    if 0 < progress.get("total_steps", 0) == progress["step"] < total:
+    if 0 < progress.get("total_steps", 0) == progress["step"] < total and args.schedule != "constant":
         lines.append("note       the run had ended: its learning rate rises again")
     if total < 10 or (dataset and per_step > len(dataset)):
         lines.append("note       so few and large steps learn little: lower --batch-size, raise --num-epochs")
@@ -1831,7 +1844,7 @@ def resolve_steps(args: Namespace, dataset: TokenDataset | None, ranks: Ranks, p
 # ------------------------------------------------------------------------------------------------
 # 6. Loss: summed cross-entropy, in chunks, so that whole logits never exist
 
-# EDIT: the objective: each term's weight, its meaning, below its formula. The first is held-out loss, too.
+# EDIT: the objective, {name: (weight, meaning)}; formulas in `loss_terms`. The first is eval/loss, too.
 LOSSES = {
     "loss": (1.0, "cross-entropy in nats per trained token of this step, over all ranks and micro-batches"),
 }
@@ -1963,8 +1976,8 @@ class Checkpointer:
     stager: object = None
     writer: ThreadPoolExecutor | None = None
     staging: Future | None = None  # the copy that frees the parameters for the next update
-    saving: Future | None = None  # of what went wrong, "" if nothing: the same text on every rank
-    step: int = 0  # of that save
+    saving: Future | None = None  # its result: what went wrong, "" if nothing; the same on every rank
+    step: int = 0  # that is being saved
 
 
 def start_save(saver: Checkpointer, tensors: dict, progress: dict, texts: dict[str, str], ranks: Ranks
@@ -2152,13 +2165,16 @@ def load_checkpoint(found: list[Path], model: nn.Module, optimizer: torch.optim.
             pickle.UnpicklingError) as error:
         raise unreadable(found, error) from error
     for name, state in states.items():
-        torch.set_rng_state(state) if name[:3] == "cpu" else torch.cuda.set_rng_state(state, ranks.device)
+        if name.startswith("cuda"):
+            torch.cuda.set_rng_state(state, ranks.device)
+        else:
+            torch.set_rng_state(state)
 
 
 def compare_runs(args: Namespace, progress: dict, found: list[Path], identity: str, **now: object
                  ) -> list[str]:
-    """Note `now` in `progress`; returns lines on the newest checkpoint and on what differs from its run, in
-    flags or `now`. Raises UserError for those of `identity`: another run, unless --resume names it."""
+    """Lines to print: what is resumed, which flags or values of `now` have changed since; `progress` takes
+    `now`. Raises UserError if `identity` names what changed, unless --resume names the checkpoint."""
     import yaml
     if not found:
         progress |= now
@@ -2193,7 +2209,7 @@ def hf_tensors(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: t
 
 def write_hf_folder(folder: Path, tensors: dict[str, Tensor], parts: tuple, dtype: torch.dtype) -> None:
     """Weights, and `parts`: configuration, tokenizer, and the folder that the model came from, or None; its
-    code and its way to generate are kept. The tokenizer's end token ends a generation, too."""
+    code and generation_config.json are copied. The tokenizer's end token ends a generation, too."""
     from huggingface_hub import save_torch_state_dict
     config, tokenizer, source = parts
     folder.mkdir(parents=True)
@@ -2238,8 +2254,8 @@ def export_model(model: nn.Module, folder: Path, parts: tuple, dtype: torch.dtyp
 
 @torch.no_grad()
 def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remote_code: bool) -> str:
-    """Load the folder with transformers, on the CPU: its logits must be those of the trained model, as far as
-    precision goes, and what it generates with a cache what it says without. Returns a word on it for the end
+    """Load the folder with transformers, on the CPU: its logits must be the trained model's, as far as
+    precision goes, and those of a generation with a cache the same without. Returns a word on it for the end
     of a run. Raises UserError."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -2316,7 +2332,7 @@ METRICS = {
     "eval/tokens": "tokens that eval/loss is the mean of",
     "eval/time_s": "seconds that the evaluation took",
 }
-PEAK_TFLOPS = {  # dense bf16, the vendors' data sheets
+PEAK_TFLOPS = {  # dense bf16, the vendors' data sheets; the first that is in a device's name counts
     "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "B200": 2250, "B100": 1750,
     "A100": 312, "A800": 312, "L40S": 362, "L4": 121, "A40": 150, "A10": 125, "RTX 4090": 165, "RTX 3090": 71,
     "MI300X": 1307,
@@ -2328,9 +2344,7 @@ def flops_per_token(model: nn.Module, seq_len: int) -> float | None:
     config = text_config(model)
     if any(hasattr(config, name) for name in ("num_local_experts", "num_experts", "n_routed_experts")):
         return None
-    is_hf = hasattr(model, "get_input_embeddings")
-    embedding = model.get_input_embeddings() if is_hf else model.model.embed_tokens
-    head = model.get_output_embeddings() if is_hf else model.lm_head
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     matmul = sum(p.numel() for p in model.parameters() if p.dim() > 1)
     if head is None or head.weight is not embedding.weight:
         matmul -= embedding.weight.numel()
@@ -2339,7 +2353,8 @@ def flops_per_token(model: nn.Module, seq_len: int) -> float | None:
 
 def peak_flops(device: torch.device) -> float | None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if key in name), None)
+    found = (tflops for key, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name))
+    return next((1e12 * tflops for tflops in found), None)
 
 
 # >>> shared: record
@@ -2473,7 +2488,7 @@ def evaluate_all(model: nn.Module, eval_sets: dict[str, TokenDataset], batch_siz
             bar.write(f"step {progress['step']:>7,}  {name} loss {found[f'{name}/loss']:.4f}  perplexity "
                       f"{found[f'{name}/perplexity']:.2f}  over {found[f'{name}/tokens']:,} tokens")
     loss, best = next(iter(found.values())), progress["best_eval_loss"]
-    if best is None or loss < best:
+    if not math.isnan(loss) and (best is None or loss < best):
         progress |= {"best_eval_loss": loss, "best_step": progress["step"]}
     return found
 
@@ -2691,7 +2706,7 @@ def main() -> None:
     check_memory(model, args, mesh)
     lock = lock_run(run_dir) if ranks.is_main else None  # noqa: F841, held until this process ends
     checkpoints = gather_objects(checkpoints_to_resume(args) if ranks.is_main else None)[0]
-    progress = read_progress(checkpoints, {
+    progress = read_progress(checkpoints, {  # all of it survives a resume
         "step": 0, "samples": 0, "tokens": 0, "skipped_steps": 0, "bad_in_a_row": 0, "best_eval_loss": None,
         "best_step": -1})
     total_steps, warmup_steps, ahead, notes = resolve_steps(args, train_set, ranks, progress)
@@ -2714,7 +2729,7 @@ def main() -> None:
     token_flops, device_flops = flops_per_token(model, args.seq_len), peak_flops(ranks.device)
     loss_sums, token_count = (torch.zeros(size, device=ranks.device) for size in (len(LOSSES), ()))
     num_trained = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    skipped, times, num_input_tokens, stop, votes_before = [], {}, 0, None, list
+    skipped, times, num_input_tokens, stop, read_votes = [], {}, 0, None, list
     phase = functools.partial(timed, times)
     asked = catch_signals(ranks)
     bar = open_bar(total_steps, progress["step"], ranks)
@@ -2723,7 +2738,8 @@ def main() -> None:
 
     # Loop ------------------------------------------------------------------------------------
     while True:
-        # Evaluate (all ranks): first of all, so that a run that was ended after a save makes up for it
+        # Evaluate (all ranks): here, not behind the save, so that a run that was ended between the two makes
+        # up for it when it is resumed. What an evaluation decides thus comes after the save of its step.
         step = progress["step"]
         is_last = step >= total_steps
         if eval_sets and (is_last or (args.eval_interval and step and step % args.eval_interval == 0)):
@@ -2763,9 +2779,9 @@ def main() -> None:
                 model, loss_sums, token_count, num_replicas, votes_to_stop(asked, run_dir, ranks))
             skipped.append(clip_and_step(optimizer, grad_norm, step_tokens, args.grad_clip))
             optimizer.zero_grad()
-            # Of the step before: on a GPU the votes of this one are not there yet, and nobody waits for them.
-            stop = next((name for name, count in zip(STOPS, votes_before()) if count), None)
-            votes_before = read_later(votes)
+            # Votes of the step before: those of this one are not on the host yet, and nobody waits for them.
+            stop = next((name for name, count in zip(STOPS, read_votes()) if count), None)
+            read_votes = read_later(votes)
 
         # Count
         step += 1
@@ -2774,8 +2790,8 @@ def main() -> None:
         bar.update()
         is_last = step == total_steps
         every = args.checkpoint_interval
-        is_rated = args.keep_best and args.eval_interval and step % args.eval_interval == 0
-        is_save = every and (is_last or stop or is_rated or step % every == 0)
+        may_be_best = args.keep_best and args.eval_interval and step % args.eval_interval == 0
+        is_save = every and (is_last or stop or may_be_best or step % every == 0)
 
         # Log
         if step % args.log_interval == 0 or is_save or is_last or stop or step == 1:

@@ -128,7 +128,7 @@ def test_a_second_interrupt_ends_at_once(place, tmp_path):
              "    subprocess.Popen(['sh', '-c', f'sleep 1; kill -INT {pid}; sleep 2; kill -INT {pid}'])\n"
              "    time.sleep(1000)")
     result = prod(place, tmp_path / "run", at_step=twice, code=130, nproc=1)[0]
-    said = "SIGINT: this step is finished, then saved, then the run ends; again ends it at once"
+    said = "SIGINT: after this step or the next the run is saved, and ends; again ends it at once"
     assert said in result.stderr
     assert last_error(result) == "interrupted twice: ended at once"
     assert [path.name for path in train_llm.checkpoints_in(tmp_path / "run/checkpoints")] == ["step_000004"]
