@@ -460,9 +460,8 @@ def gather_objects(value: object, group: object = None) -> list:
 # One rank hears a signal or sees the file RUN/STOP. It votes in the collective that each step has anyway, so
 # that all ranks stop after the same step. The reasons and their exit codes:
 STOPS = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 138, "SIGHUP": 129, "STOP file": 3}
-STOP_SIGNALS = [name for name in STOPS if name.startswith("SIG")]
-if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
-    STOP_SIGNALS.remove("SIGHUP")
+IS_NOHUP = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+STOP_SIGNALS = [name for name in STOPS if name.startswith("SIG") and not (name == "SIGHUP" and IS_NOHUP)]
 
 
 def catch_signals(ranks: Ranks) -> set[str]:
