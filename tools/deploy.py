@@ -13,8 +13,7 @@ arguments count from the project there. The same command again continues a run f
 Needed are ssh, rsync, git and Python here; ssh, rsync, bash, util-linux and Python 3.10 there, where
 launch_single_node.sh installs packages into .venv (--env PYTHON=/path/to/python takes another interpreter).
 Copied are the files that git tracks or would track, but no secret and no checkpoint; nothing is deleted.
-All runs of a project share its files; --remote-dir gives a run its own. Each start logs in three times:
-a key, or ControlMaster in ~/.ssh/config, spares the password.
+Runs share the project's files; --remote-dir gives a run its own. A start logs in three times: use a key.
 
 Ctrl-C after a start is passed on as SIGTERM: the run saves and ends. A second Ctrl-C only leaves, and so does
 the first one with --attach or --stop. A lost connection or a closed terminal never stops a run.
