@@ -42,6 +42,7 @@ def _execute(argv, cwd, env, output):
     os.environ.update(env)
     os.chdir(cwd)
     sys.argv = argv
+    sys.path.insert(0, os.path.dirname(argv[0]))  # as the interpreter does
     import torch
 
     torch.set_num_threads(1)

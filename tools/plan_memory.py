@@ -1,4 +1,7 @@
-"""How much GPU memory a model of train_llm.py needs, by size and number of GPUs: python tools/plan_memory.py
+"""How much GPU memory a model that is trained from scratch needs, by size and number of GPUs.
+
+    python tools/plan_memory.py
+    python tools/plan_memory.py my_copy.py --detail 7B       # the sizes of another script
 
 Counted for each GPU, in GiB, from the shapes of the real model on the meta device:
   states       fp32 master, gradient and two Adam moments: 16 bytes a parameter, sharded over the GPUs
@@ -12,29 +15,28 @@ Not counted: CUDA's context, NCCL's buffers and fragmentation: leave 10 % and 2 
 import argparse
 import sys
 from dataclasses import replace
-from pathlib import Path
+from types import ModuleType
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_llm import MODEL_SIZES, CausalLM  # noqa: E402
+from user_script import take_script
 
 GIB = 2**30
 
 
-def count_parameters(size: str, vocab_size: int = 32000) -> tuple[int, int, int]:
+def count_parameters(script: ModuleType, size: str, vocab_size: int = 32000) -> tuple[int, int, int]:
     """(all, in one block, in the root: embeddings and the last norm)."""
+    import torch
     with torch.device("meta"):
-        model = CausalLM(replace(MODEL_SIZES[size], vocab_size=vocab_size))
+        model = script.CausalLM(replace(script.MODEL_SIZES[size], vocab_size=vocab_size))
     total = sum(p.numel() for p in model.parameters())
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     return total, block, total - block * len(model.model.layers)
 
 
-def memory_gib(size: str, num_gpus: int, tokens: int, vocab_size: int, chunk: int) -> dict[str, float]:
+def memory_gib(script: ModuleType, size: str, num_gpus: int, tokens: int, vocab_size: int, chunk: int
+               ) -> dict[str, float]:
     """GiB a GPU with `tokens` in a micro-batch, by the parts that this file's docstring names."""
-    c = MODEL_SIZES[size]
-    total, block, root = count_parameters(size, vocab_size)
+    c = script.MODEL_SIZES[size]
+    total, block, root = count_parameters(script, size, vocab_size)
     # bf16 values a token inside a block: norms, queries, keys, values, attention output, the MLP's products.
     inner = 6 * c.hidden_size + 2 * c.num_kv_heads * c.head_size + 4 * c.ffn_size
     parts = {
@@ -49,23 +51,27 @@ def memory_gib(size: str, num_gpus: int, tokens: int, vocab_size: int, chunk: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [SCRIPT.py] [flags]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 16, 32, 64])
     parser.add_argument("--batch-size", type=int, default=1, help="sequences per GPU and micro-batch")
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--vocab-size", type=int, default=32000)
     parser.add_argument("--loss-chunk-tokens", type=int, default=8192)
     parser.add_argument("--detail", metavar="SIZE", help="the parts of one size, in place of the table")
-    args = parser.parse_args()
+    if {"-h", "--help"} & set(sys.argv):
+        parser.parse_args(["--help"])
+    script, rest = take_script(sys.argv[1:], ("MODEL_SIZES", "CausalLM"))
+    args = parser.parse_args(rest)
     shape = (args.batch_size * args.seq_len, args.vocab_size, args.loss_chunk_tokens)
-    if args.detail and args.detail not in MODEL_SIZES:
-        parser.error(f"--detail {args.detail}: one of {', '.join(MODEL_SIZES)}")
+    if args.detail and args.detail not in script.MODEL_SIZES:
+        parser.error(f"--detail {args.detail}: one of {', '.join(script.MODEL_SIZES)}")
     rows = ["states", "gathered", "reduced", "head", "activations"] if args.detail else [
-        size for size in MODEL_SIZES if size[0].isdigit()]
+        size for size in script.MODEL_SIZES if size[0].isdigit()]
     print(f"| {args.detail or 'model'} | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in args.gpus) + " |")
     print("|---|" + "---:|" * len(args.gpus))
     for row in rows:
-        parts = [memory_gib(args.detail or row, n, *shape) for n in args.gpus]
+        parts = [memory_gib(script, args.detail or row, n, *shape) for n in args.gpus]
         values = [p[row] if args.detail else sum(p.values()) for p in parts]
         print(f"| {row} | " + " | ".join(f"{v:,.1f}" for v in values) + " |")
 

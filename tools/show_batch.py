@@ -1,9 +1,10 @@
-"""Show what train_llm.py trains on: its first micro-batch as text, trained tokens in green.
+"""Show what train_llm.py, or a copy of it, trains on: its first micro-batch as text, trained tokens in green.
 
     python tools/show_batch.py --hf-model MODEL --dataset my_chats.jsonl --seq-len 512
+    python tools/show_batch.py my_copy.py --config my.yaml
     python tools/show_batch.py --sample 17 --config RUN/config.yaml      # of a step that was skipped
 
-Takes the flags of train_llm.py, reads and tokenises through it (and leaves the tokens in --data-cache, where
+Takes the flags of the script, reads and tokenises through it (and leaves the tokens in --data-cache, where
 the training finds them), and needs neither a GPU nor other processes. Where standard output is no terminal,
 or NO_COLOR is set, trained tokens stand in ⟦ ⟧ instead. A token is trained if the loss asks the model for it;
 the one behind the last of a sample, where that is trained, is shown too. Special tokens are spelt out; lines
@@ -15,44 +16,50 @@ import copy
 import os
 import sys
 from itertools import groupby
-from pathlib import Path
+from types import ModuleType
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from user_script import take_script
 
-import train_llm  # noqa: E402
-from train_llm import IGNORE  # noqa: E402
+IGNORE = -100  # the label of a token that is not trained
+NEEDED = ("UserError", "Ranks", "parse_args", "prepare_data", "masks_documents", "open_datasets",
+          "streamed_batches", "sample_at", "load_tokenizer")
 
 
-def parse_args(argv: list[str]) -> tuple[int | None, argparse.Namespace]:
-    """(--sample, the arguments of train_llm.py). Exits with code 2 and a line for a wrong one."""
+def parse_args(argv: list[str]) -> tuple[ModuleType, int | None, argparse.Namespace]:
+    """(the script, --sample, the script's arguments). Exits with code 2 and a line for a wrong one."""
     parser = argparse.ArgumentParser(
-        prog="show_batch.py", description=__doc__, allow_abbrev=False, usage="%(prog)s [--sample N] FLAGS",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="FLAGS are those of train_llm.py, see its --help")
+        prog="show_batch.py", description=__doc__, allow_abbrev=False,
+        usage="%(prog)s [SCRIPT.py] [--sample N] FLAGS", epilog="FLAGS: those of the script, see its --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, metavar="N",
                         help="show sample N instead of the first micro-batch")
-    own, rest = parser.parse_known_args(argv)
-    args = train_llm.parse_args(rest)
+    if {"-h", "--help"} & set(argv):
+        parser.parse_args(["--help"])
+    script, rest = take_script(argv, NEEDED)
+    own, rest = parser.parse_known_args(rest)
+    args = script.parse_args(rest)
     if own.sample is not None and args.streaming:
         parser.error("--sample: a stream has no numbered samples; leave --streaming out")
-    return own.sample, args
+    return script, own.sample, args
 
 
-def load_samples(args: argparse.Namespace, number: int | None) -> list[tuple[str, list, list, list]]:
+def load_samples(script: ModuleType, args: argparse.Namespace, number: int | None
+                 ) -> list[tuple[str, list, list, list]]:
     """(title, input_ids, labels, positions) of each sample; positions begin at 0 with each document."""
-    ranks = train_llm.Ranks(0, 0, 1, train_llm.torch.device("cpu"))
-    folder = train_llm.prepare_data(args)
-    args.mask_documents = train_llm.masks_documents(args, folder)
-    train_set, _, _ = train_llm.open_datasets(args, folder)
+    import torch
+    ranks = script.Ranks(0, 0, 1, torch.device("cpu"))
+    folder = script.prepare_data(args)
+    args.mask_documents = script.masks_documents(args, folder)
+    train_set, _, _ = script.open_datasets(args, folder)
     if train_set is None:
         args.mask_documents = True  # so that positions show the borders
-        batch = next(train_llm.streamed_batches(args, ranks, {}))
-        positions = batch.get("position_ids", [train_llm.torch.arange(args.seq_len)] * args.batch_size)
+        batch = next(script.streamed_batches(args, ranks, {}))
+        positions = batch.get("position_ids", [torch.arange(args.seq_len)] * args.batch_size)
         rows = zip(batch["input_ids"], batch["labels"], positions)
         return [(f"sample {i}", *(row.tolist() for row in rows)) for i, rows in enumerate(rows)]
     if number is not None and not 0 <= number < len(train_set):
-        raise train_llm.UserError(f"--sample {number}: the data has samples 0 to {len(train_set) - 1}")
-    first = [train_llm.sample_at(i, len(train_set), args.seed) for i in range(args.batch_size)]
+        raise script.UserError(f"--sample {number}: the data has samples 0 to {len(train_set) - 1}")
+    first = [script.sample_at(i, len(train_set), args.seed) for i in range(args.batch_size)]
     # Where the model sees no boundaries, its positions show none; those of this copy do.
     masked = copy.copy(train_set)
     masked.mask_documents = True
@@ -106,13 +113,13 @@ def show_sample(tokenizer, sample: tuple[str, list, list, list], marks: tuple[st
 
 
 def main() -> None:
-    number, args = parse_args(sys.argv[1:])
+    script, number, args = parse_args(sys.argv[1:])
     plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
     marks = ("⟦", "⟧") if plain else ("\x1b[32m", "\x1b[0m")
     try:
-        samples = load_samples(args, number)
-        tokenizer = train_llm.load_tokenizer(args)
-    except train_llm.UserError as error:
+        samples = load_samples(script, args, number)
+        tokenizer = script.load_tokenizer(args)
+    except script.UserError as error:
         sys.exit(f"show_batch.py: error: {error}")
     for sample in samples:
         show_sample(tokenizer, sample, marks)
