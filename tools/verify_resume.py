@@ -4,15 +4,12 @@
     python tools/verify_resume.py --steps 40 --stop-by SIGKILL my_copy.py --config my.yaml
     python tools/verify_resume.py --nproc 2 --resume-nproc 1 train_llm.py --hf-model MODEL --dataset my.jsonl
 
-The flags in front of the script are this program's, those behind it the script's. It runs --steps steps
-straight; runs them again, stops that run in the middle and resumes it; then it compares every logged value of
-every step but the timings, and every tensor of the last checkpoint: weights, optimizer, random states. On the
-same number of processes all must agree to the last bit, on another one within --tolerance (dropout differs
-there by its nature). What a script keeps neither in metrics.jsonl nor in its checkpoints is not seen.
-
-Works with each training script here and with edited copies: they take --checkpoint-dir and --max-steps and
-write metrics.jsonl and checkpoints/step_000100. The processes are started here without torchrun, each with
-torchrun's variables. Needs room for about 5 checkpoints in the system's temporary folder or in --keep's.
+Flags in front of the script are this program's, those behind it the script's. It runs --steps steps straight;
+runs them again, stops that run in the middle and resumes it; then it compares every logged value but the
+timings, and every tensor of the last checkpoint: weights, optimizer, random states. On the same number of
+processes all must agree to the last bit, on another one within --tolerance (dropout differs there). What a
+script keeps neither in metrics.jsonl nor in its checkpoints is not seen. Works with each training script here
+and with edited copies; the processes are started without torchrun. Needs room for about 5 checkpoints.
 
 Exit codes: 0 proven, 1 something differs or a run failed, 2 wrong arguments.
 """
@@ -36,23 +33,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import user_script  # first of all: it finds a Python that has torch
+
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from tqdm import tqdm
 
-READ_GIB = 0.5  # tensors are read in groups of this size: each read parses the checkpoint's whole index
-# Set by this program, or in the way of it; the second part of each says what to do instead.
-OWN_FLAGS = {
-    "--max-steps": "--steps N in front of the script sets it",
-    "--nproc": "--nproc N goes in front of the script",
-    "--gpu-ranks": "set CUDA_VISIBLE_DEVICES instead",
-    "--wandb": "these runs are no experiments",
-} | dict.fromkeys(("--checkpoint-dir", "--checkpoint-interval", "--keep-checkpoints", "--log-interval",
-                   "--resume", "--export", "--no-export"), "it is set here")
-# Causes before effects: where several values of a step differ, the first of these is named.
-CAUSES_FIRST = ("step", "samples", "train/tokens", "train/lr", "train/loss", "train/grad_norm")
+READ_AT_ONCE = 8  # tensors: each read parses the checkpoint's whole index
+OWN_FLAGS = ("--max-steps", "--nproc", "--gpu-ranks", "--checkpoint-dir", "--resume", "--no-export")
 
 
 class CannotTell(Exception):
@@ -77,10 +66,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         prog="verify_resume.py", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps in all; default 20")
-    parser.add_argument("--stop-after", type=int, metavar="K", help="stop once step K is done; default: half")
-    parser.add_argument("--stop-by", default="SIGTERM", metavar="SIGNAL", help="SIGTERM (default) or another "
-                        "of the script's --stop-signals, after which it saves; SIGKILL: no warning, to go on "
-                        "from a checkpoint some steps before")
+    parser.add_argument("--stop-by", choices=["SIGTERM", "SIGINT", "SIGUSR1", "SIGKILL"], default="SIGTERM",
+                        help="default SIGTERM; SIGKILL leaves the run no time to save")
     parser.add_argument("--nproc", type=int, metavar="N", help="processes; default: one per GPU, else 1")
     parser.add_argument("--resume-nproc", type=int, metavar="N", help="processes of the resumed run; "
                         "--batch-size and --grad-accum-steps are adapted; default: as many")
@@ -90,25 +77,17 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("script", type=Path, help="train_llm.py or a copy")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
     args = parser.parse_args(argv)
-    given = [word.split("=")[0] for word in args.arguments]
-    for flag in filter(OWN_FLAGS.get, given):
-        parser.error(f"{flag} behind the script: leave it out ({OWN_FLAGS[flag]})")
+    own = [word for word in args.arguments if word.split("=")[0] in OWN_FLAGS]
+    if own:
+        parser.error(f"{own[0]} behind the script: leave it out; --steps and --nproc stand in front of it")
     if not args.script.is_file():
         parser.error(f"there is no script {args.script}")
-    if args.steps < 4:
-        parser.error("--steps must be at least 4")
-    args.stop_after = args.stop_after or args.steps // 2
-    if not 2 <= args.stop_after <= args.steps - 2:
-        parser.error(f"--stop-after must be between 2 and {args.steps - 2}, not {args.stop_after}")
-    if not isinstance(getattr(signal, args.stop_by, None), signal.Signals):
-        parser.error(f"--stop-by {args.stop_by}: no signal of this system; SIGTERM, SIGINT, SIGUSR1, SIGKILL")
+    if args.steps < 6:  # it is stopped in the middle, and may do two more steps before it obeys
+        parser.error("--steps must be at least 6")
     if args.keep and args.keep.exists() and (not args.keep.is_dir() or any(args.keep.iterdir())):
         parser.error(f"--keep {args.keep} already holds something: name a new folder")
-    if "RANK" in os.environ:
-        parser.error("start this without torchrun or srun: it starts the processes itself")
-    if args.nproc is None:
-        on_cpu = re.search(r"--device[= ]cpu\b", " ".join(args.arguments))
-        args.nproc = 1 if on_cpu else max(1, torch.cuda.device_count())
+    on_cpu = re.search(r"--device[= ]cpu\b", " ".join(args.arguments))
+    args.nproc = args.nproc or (1 if on_cpu else max(1, torch.cuda.device_count()))
     args.resume_nproc = args.resume_nproc or args.nproc
     if min(args.nproc, args.resume_nproc) < 1:
         parser.error("--nproc and --resume-nproc must be at least 1")
@@ -119,10 +98,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def script_flags(args: argparse.Namespace) -> list[str]:
     """What both runs get behind the user's arguments, so that it also wins over a --config file."""
-    interval = args.steps
-    if args.stop_by == "SIGKILL":
-        # Often enough that one checkpoint is complete by --stop-after even where it is written slowly.
-        interval = max(1, args.stop_after // 3)
+    # Often enough that one checkpoint is complete by the SIGKILL even where it is written slowly.
+    interval = max(1, args.steps // 6) if args.stop_by == "SIGKILL" else args.steps
     return ["--max-steps", str(args.steps), "--checkpoint-interval", str(interval), "--keep-checkpoints", "2",
             "--log-interval", "1", "--no-export", "--deterministic"]
 
@@ -134,12 +111,10 @@ def flags_for(nproc: int, resume_nproc: int, run_dir: Path) -> list[str]:
     import yaml
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     if config.get("streaming"):
-        raise CannotTell("--streaming resumes exactly on the same number of processes only: leave "
-                         "--resume-nproc out")
+        raise CannotTell("--streaming resumes exactly on the same number of processes only")
     samples = config["batch_size"] * config["grad_accum_steps"] * nproc
     if samples % resume_nproc:
-        raise CannotTell(f"a step's {samples} sequences cannot be divided among {resume_nproc} processes: "
-                         "choose another --resume-nproc, or another --batch-size behind the script")
+        raise CannotTell(f"a step's {samples} sequences cannot be divided among {resume_nproc} processes")
     share = samples // resume_nproc
     batch_size = max(size for size in range(1, config["batch_size"] + 1) if share % size == 0)
     return ["--batch-size", str(batch_size), "--grad-accum-steps", str(share // batch_size)]
@@ -148,23 +123,20 @@ def flags_for(nproc: int, resume_nproc: int, run_dir: Path) -> list[str]:
 # ----------------------------------------------------------------------------------------------------
 # 2. Runs
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 @contextlib.contextmanager
 def started(script: Path, arguments: list[str], nproc: int, folder: Path, log: Path) -> Iterator[Run]:
     """The script on `nproc` processes of this machine; whatever happens, none of them outlives the block."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
     threads = max(1, (os.cpu_count() or 1) // nproc)
     common = {"OMP_NUM_THREADS": str(threads)} | os.environ | {
         "WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port())}
+        "MASTER_PORT": port}
     command = [sys.executable, str(script), *arguments, "--checkpoint-dir", str(folder)]
+    print(f"starts {script} on {nproc} process(es); its output goes to {log}", flush=True)
     run = Run(folder, log)
-    with contextlib.suppress(FileNotFoundError):
-        run.offset = (folder / "metrics.jsonl").stat().st_size  # what earlier starts wrote is theirs
+    read_new_rows(run)
+    run.rows.clear()  # what earlier starts wrote is theirs
     try:
         with log.open("a") as output:
             for rank in range(nproc):
@@ -181,41 +153,31 @@ def started(script: Path, arguments: list[str], nproc: int, folder: Path, log: P
 
 def send(run: Run, number: int) -> None:
     """A signal to each process that lives, SIGKILL also to what it has started."""
+    kill = os.killpg if number == signal.SIGKILL else os.kill
     for process in run.processes:
-        if process.poll() is not None:
-            continue  # its number may be another's by now
         with contextlib.suppress(ProcessLookupError):
-            if number == signal.SIGKILL:
-                os.killpg(process.pid, number)
-            else:
-                process.send_signal(number)
+            if process.poll() is None:  # else its number may be another's by now
+                kill(process.pid, number)
 
 
-def read_new_rows(run: Run) -> list[dict]:
-    """Whole lines that metrics.jsonl has got since the last call."""
-    path = run.folder / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    with path.open("rb") as file:
+def read_new_rows(run: Run) -> None:
+    """Takes in the whole lines that metrics.jsonl has got since the last call."""
+    with contextlib.suppress(FileNotFoundError), (run.folder / "metrics.jsonl").open("rb") as file:
         file.seek(run.offset)
         text = file.read()
-    text = text[:text.rfind(b"\n") + 1]
-    run.offset += len(text)
-    rows = [json.loads(line) for line in text.splitlines()]
-    run.rows += rows
-    return rows
+        text = text[:text.rfind(b"\n") + 1]
+        run.offset += len(text)
+        run.rows += [json.loads(line) for line in text.splitlines()]
 
 
-def wait(run: Run, bar: tqdm, until: Callable[[], bool] = lambda: False) -> list[int] | None:
+def wait(run: Run, until: Callable[[], bool] = lambda: False) -> list[int] | None:
     """Follow a run until `until()`, then None, or to its end: the processes' exit codes.
 
     A process that fails while others go on ends them all, after the seconds that they may need to say why."""
     failed_at = None
     while True:
         ended = [process.poll() for process in run.processes]
-        for row in read_new_rows(run):
-            bar.n = max(bar.n, row["step"])
-        bar.refresh()
+        read_new_rows(run)
         if None not in ended:
             return ended
         if until():
@@ -227,105 +189,61 @@ def wait(run: Run, bar: tqdm, until: Callable[[], bool] = lambda: False) -> list
         time.sleep(0.002)  # steps may take few milliseconds, and the stop should hit the middle
 
 
-def require(run: Run, codes: list[int] | None, wanted: int, what: str) -> None:
+def require(run: Run, codes: list[int], wanted: int, what: str) -> None:
     """Rank 0's exit code is `wanted`, the others' that or 0."""
     if codes[0] == wanted and all(code in (0, wanted) for code in codes):
         return
-    lines = [line.rstrip() for line in run.log.read_text(errors="replace").splitlines() if line.strip()]
-    tail = "\n".join("    " + line for line in lines[-15:])
+    tail = "\n".join(run.log.read_text(errors="replace").splitlines()[-15:])
     raise CannotTell(f"{what} (exit codes {codes}, wanted {wanted}). The end of what it printed:\n{tail}")
 
 
-def open_bar(args: argparse.Namespace, what: str) -> tqdm:
-    return tqdm(total=args.steps, desc=f"{what:9s}", unit="step", leave=True, disable=not sys.stderr.isatty(),
-                bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps {elapsed}")
-
-
-def run_straight(args: argparse.Namespace, folder: Path) -> tuple[Run, list[str]]:
-    """The run without a stop; also the flags that the resumed one needs, asked for as early as can be."""
-    flags = [*args.arguments, *script_flags(args)]
-    log = folder / "straight.log"
-    with open_bar(args, "straight") as bar, started(
-            args.script, flags, args.nproc, folder / "straight", log) as run:
-        codes = wait(run, bar, until=lambda: bool(run.rows))  # config.yaml stands there by then
-        if codes is None:
-            more = flags_for(args.nproc, args.resume_nproc, run.folder)
-            codes = wait(run, bar)
-        require(run, codes, 0, "the straight run failed")
-    return run, more
-
-
 def newest_checkpoint(folder: Path) -> Path | None:
-    found = [path for path in folder.glob("checkpoints/step_*") if path.name[5:].isdigit()
-             and (path / ".metadata").is_file()]
-    return max(found, key=lambda path: int(path.name[5:]), default=None)
+    complete = folder.glob("checkpoints/step_*[0-9]/.metadata")
+    return max((path.parent for path in complete), default=None)
 
 
-def run_stopped(args: argparse.Namespace, folder: Path) -> Run:
+def run_stopped(args: argparse.Namespace, flags: list[str], folder: Path) -> Run:
     """The second run, up to its stop."""
-    flags = [*args.arguments, *script_flags(args)]
     number, is_kill = getattr(signal, args.stop_by), args.stop_by == "SIGKILL"
-
-    def time_to_stop() -> bool:
-        far = bool(run.rows) and run.rows[-1]["step"] >= args.stop_after
-        return far and (not is_kill or newest_checkpoint(run.folder) is not None)
-
-    with open_bar(args, "stopped") as bar, started(
-            args.script, flags, args.nproc, folder / "resumed", folder / "stopped.log") as run:
-        codes = wait(run, bar, until=time_to_stop)
+    with started(args.script, flags, args.nproc, folder / "resumed", folder / "stopped.log") as run:
+        codes = wait(run, until=lambda: bool(run.rows) and run.rows[-1]["step"] >= args.steps // 2
+                     and (not is_kill or newest_checkpoint(run.folder) is not None))
         if codes is None:
             send(run, number)
-            codes = wait(run, bar)
+            codes = wait(run)
         if run.rows and run.rows[-1]["step"] >= args.steps:
-            raise CannotTell(f"the run was finished before {args.stop_by} had an effect: its steps are too "
-                             f"short for {args.steps}; give --steps {10 * args.steps}")
-        if is_kill:
-            require(run, [-abs(code) for code in codes], -number, "the run failed before it was killed")
-        else:
-            require(run, codes, 128 + number, f"the script did not save and end after {args.stop_by}")
-    return run
-
-
-def run_resumed(args: argparse.Namespace, folder: Path, more: list[str]) -> Run:
-    """The second run again, by the same command, to its end."""
-    flags = [*args.arguments, *more, *script_flags(args)]
-    with open_bar(args, "resumed") as bar, started(
-            args.script, flags, args.resume_nproc, folder / "resumed", folder / "resumed.log") as run:
-        require(run, wait(run, bar), 0, "the resumed run failed")
+            raise CannotTell(f"the run finished before {args.stop_by} had an effect: use more --steps")
+        require(run, codes, -number if is_kill else 128 + number, f"no save and end after {args.stop_by}")
     return run
 
 
 # ----------------------------------------------------------------------------------------------------
 # 3. Comparing rows of metrics
 
-def by_step(rows: list[dict]) -> dict[int, dict]:
-    """{step: {key: value}} without timings; a step may have several rows (evaluation), a later one counts."""
-    merged = {}
-    for row in rows:
-        kept = {key: value for key, value in row.items()
-                if not key.startswith(("perf/", "time/")) and not key.endswith("_s")}
-        merged.setdefault(row["step"], {}).update(kept)
-    return merged
+def by_step(rows: list[dict], evaluations: bool = False) -> dict[int, dict]:
+    """{step: {key: value}} of the training's rows, or of the evaluations', without timings; of several rows
+    of a step the last one counts."""
+    return {row["step"]: {key: value for key, value in row.items()
+                          if not key.startswith(("perf/", "time/")) and not key.endswith("_s")}
+            for row in rows if ("samples" not in row) == evaluations}
 
 
 def relative_difference(a: object, b: object) -> float:
     """0 for equal values (nan equals nan), inf where something other than a float differs."""
-    if a == b or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b)):
+    if a == b or (a != a and b != b):
         return 0.0
     if not (isinstance(a, float) and isinstance(b, float)) or not math.isfinite(a - b):
         return math.inf
     return abs(a - b) / max(abs(a), abs(b))
 
 
-def compare_rows(straight: dict[int, dict], other: dict[int, dict], tolerance: float
-                 ) -> tuple[list[tuple], float]:
-    """[(step, key, value, other value)] of what differs, first step and cause first; largest difference."""
+def compare_rows(straight: dict, other: dict, tolerance: float) -> tuple[list[tuple], float]:
+    """[(step, key, value, other value)] of what differs, step by step in the rows' order; largest difference
+    of the rest."""
     found, largest = [], 0.0
     for step in sorted(other):
         expected, values = straight.get(step, {}), other[step]
-        keys = sorted(expected.keys() | values.keys(), key=lambda key: (
-            CAUSES_FIRST.index(key) if key in CAUSES_FIRST else len(CAUSES_FIRST), key))
-        for key in keys:
+        for key in [*expected, *(key for key in values if key not in expected)]:
             a, b = expected.get(key, "nothing"), values.get(key, "nothing")
             difference = relative_difference(a, b)
             if difference > tolerance:
@@ -336,14 +254,10 @@ def compare_rows(straight: dict[int, dict], other: dict[int, dict], tolerance: f
 
 
 def describe_rows(differences: list[tuple]) -> str:
-    """The first difference in full, then from which step on other quantities differ."""
+    """The first difference in full, and the names of the other quantities that differ."""
     step, key, a, b = differences[0]
-    first_steps = {}
-    for later, name, _, _ in differences:
-        first_steps.setdefault(name, later)
-    others = [f"{name} from step {first}" for name, first in first_steps.items() if name != key]
-    also = f"; also {', '.join(others)}" if others else ""
-    return f"step {step}, {key}: {a} straight, {b} then{also}"
+    others = sorted({name for _, name, _, _ in differences} - {key})
+    return f"step {step}, {key}: {a} straight, {b} then" + (f"; also {', '.join(others)}" if others else "")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -359,21 +273,6 @@ def read_group(path: Path, saved: dict, names: list[str]) -> dict[str, object]:
     return group
 
 
-def groups(saved: dict, names: list[str]) -> Iterator[list[str]]:
-    group, size = [], 0
-    for name in names:
-        entry = saved[name]
-        is_tensor = isinstance(entry, TensorStorageMetadata)
-        nbytes = entry.size.numel() * entry.properties.dtype.itemsize if is_tensor else 0
-        if group and size + nbytes > READ_GIB * 2**30:
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size += nbytes
-    if group:
-        yield group
-
-
 def as_bytes(value: object) -> Tensor:
     """One dimension of uint8, of any dtype: NaNs and negative zeros count as they are."""
     if isinstance(value, Tensor):
@@ -381,88 +280,67 @@ def as_bytes(value: object) -> Tensor:
     return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
 
 
-def describe_tensors(a: object, b: object) -> str:
-    """Where two values differ first, and what stands there."""
+def tensor_difference(a: object, b: object) -> tuple[float, str]:
+    """(0 if all bytes are equal, else the norm of the difference over that of `a`, inf if not comparable;
+    what differs)."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return f"{a!r:.200} straight, {b!r:.200} resumed"
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return f"{a.dtype} {tuple(a.shape)} straight, {b.dtype} {tuple(b.shape)} resumed"
-    number = int((as_bytes(a) != as_bytes(b)).nonzero()[0]) // a.element_size()
-    index = [int(i) for i in torch.unravel_index(torch.tensor(number), a.shape)]
-    count = int((a != b).sum())
-    return (f"{count:,} of {a.numel():,} elements, the first at {index}: {a[tuple(index)].item()} straight, "
-            f"{b[tuple(index)].item()} resumed")
-
-
-def tensor_difference(a: object, b: object) -> float:
-    """0 if all bytes are equal, else the norm of the difference over that of `a`; inf if not comparable."""
-    x, y = as_bytes(a), as_bytes(b)
-    same_kind = type(a) is type(b) and (not isinstance(a, Tensor) or (a.shape, a.dtype) == (b.shape, b.dtype))
-    if same_kind and torch.equal(x, y):
-        return 0.0
-    if not same_kind or not isinstance(a, Tensor) or not a.is_floating_point():
-        return math.inf
-    norm, difference = a.double().norm(), (a.double() - b.double()).norm()
-    return float(difference / norm) if norm > 0 and math.isfinite(difference) else math.inf
+        is_equal = type(a) is type(b) and torch.equal(as_bytes(a), as_bytes(b))
+        return 0.0 if is_equal else math.inf, f"{a!r:.200} straight, {b!r:.200} resumed"
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return math.inf, f"{a.dtype} {tuple(a.shape)} straight, {b.dtype} {tuple(b.shape)} resumed"
+    if torch.equal(as_bytes(a), as_bytes(b)):
+        return 0.0, ""
+    gap = a.double() - b.double()
+    text = f"{int((a != b).sum()):,} of {a.numel():,} elements differ, at most by {gap.abs().max():.3g}"
+    relative = float(gap.norm() / a.double().norm()) if a.is_floating_point() else math.inf
+    # The smallest number where only the sign of a zero differs.
+    return (relative or math.ulp(0.0)) if math.isfinite(relative) else math.inf, text
 
 
 def compare_checkpoints(straight: Path, resumed: Path, tolerance: float, same_nproc: bool) -> dict:
-    """{count, differences: [name: where], largest, digest}; the digest is of names, types, shapes and bytes
-    of `straight`. Random states belong to a rank: on another number of ranks they are left out."""
+    """{count, differences: [name: what], largest, digest}; the digest is the sha256 of `straight`. Random
+    states belong to a rank: on another number of ranks they are left out."""
     saved_a, saved_b = (dcp.FileSystemReader(path).read_metadata().state_dict_metadata
                         for path in (straight, resumed))
-    if not same_nproc:
-        saved_a, saved_b = ({name: entry for name, entry in saved.items() if not name.startswith("random.")}
-                            for saved in (saved_a, saved_b))
-    differences = [f"{name}: only in the {which} run's checkpoint" for which, mine, others in
-                   (("straight", saved_a, saved_b), ("resumed", saved_b, saved_a))
-                   for name in mine if name not in others]
+    either = [name for name in saved_a | saved_b if same_nproc or not name.startswith("random.")]
+    names = [name for name in either if name in saved_a and name in saved_b]
+    differences = [f"{name}: in one checkpoint only" for name in set(either) - set(names)]
     digest, largest = hashlib.sha256(), 0.0
-    names = [name for name in saved_a if name in saved_b]
-    bar = tqdm(total=len(names), desc="comparing", unit="tensor", disable=not sys.stderr.isatty())
-    for group in groups(saved_a, names):
+    for start in range(0, len(names), READ_AT_ONCE):
+        group = names[start:start + READ_AT_ONCE]
         read_a, read_b = read_group(straight, saved_a, group), read_group(resumed, saved_b, group)
         for name in group:
-            a, b = read_a[name], read_b[name]
-            digest.update(f"{name} {getattr(a, 'dtype', '')} {tuple(getattr(a, 'shape', ()))}\n".encode())
-            digest.update(as_bytes(a).numpy())
-            difference = tensor_difference(a, b)
+            digest.update(name.encode() + as_bytes(read_a[name]).numpy().tobytes())
+            difference, text = tensor_difference(read_a[name], read_b[name])
             if difference > tolerance:
-                differences.append(f"{name}: {describe_tensors(a, b)}")
+                differences.append(f"{name}: {text}")
             else:
                 largest = max(largest, difference)
-            bar.update()
-    bar.close()
     return {"count": len(names), "differences": differences, "largest": largest, "digest": digest.hexdigest()}
 
 
 # ----------------------------------------------------------------------------------------------------
 # 5. Verdict
 
-def is_repeatable(straight: Run, stopped: Run) -> bool:
-    """Two starts of the same command: what differs before the stop is no matter of the resume."""
-    differences, _ = compare_rows(by_step(straight.rows), by_step(stopped.rows), 0.0)
-    if differences:
-        print(f"not repeatable: two starts of the same command differ before the stop: "
-              f"{describe_rows(differences)}. Look for what is not seeded, Python's hash() of a string, or "
-              "GPU kernels that are not deterministic")
-    return not differences
+def compare_runs(straight: Run, stopped: Run, resumed: Run, tolerance: float) -> tuple[list[tuple], float]:
+    """As compare_rows: of the training what follows the resume; the evaluations of both starts, because that
+    of the step of the stop may be made before the stop, after the resume, or twice."""
+    found, largest = compare_rows(by_step(straight.rows), by_step(resumed.rows), tolerance)
+    expected, then = by_step(straight.rows, True), by_step(stopped.rows + resumed.rows, True)
+    then = {step: then.get(step, {}) for step in expected.keys() | then.keys()}
+    more, largest_more = compare_rows(expected, then, tolerance)
+    return found + more, max(largest, largest_more)
 
 
 def verdict(args: argparse.Namespace, straight: Run, stopped: Run, resumed: Run, resumed_from: int) -> int:
     """Print what was proven, or what differs first; the exit code."""
-    expected, after = by_step(straight.rows), by_step(resumed.rows)
-    how = f"{args.steps} steps, stopped by {args.stop_by} after step {stopped.rows[-1]['step']}"
-    processes = f"{args.resume_nproc} process{'es' * (args.resume_nproc > 1)}"
-    how += f", resumed from step {resumed_from} on {processes}"
-    wanted = set(range(resumed_from + 1, args.steps + 1))
-    if set(after) != wanted:
-        missing, extra = (sorted(steps)[:5] for steps in (wanted - set(after), set(after) - wanted))
-        what = f"began again with step {min(extra)}" if extra else f"has no rows of steps {missing}"
-        print(f"resume is not exact: {how}: the checkpoint holds {resumed_from} steps, and the resumed run "
-              f"{what}")
+    how = f"{args.steps} steps, stopped by {args.stop_by} after step {max(by_step(stopped.rows))}"
+    how += f", resumed from step {resumed_from} on {args.resume_nproc} process(es)"
+    steps = list(by_step(resumed.rows))
+    if steps != list(range(resumed_from + 1, args.steps + 1)):
+        print(f"resume is not exact: {how}: the resumed run has rows of steps {steps[:5]} and on")
         return 1
-    differences, largest = compare_rows(expected, after, args.tolerance)
+    differences, largest = compare_runs(straight, stopped, resumed, args.tolerance)
     same_nproc = args.resume_nproc == args.nproc
     tensors = compare_checkpoints(newest_checkpoint(straight.folder), newest_checkpoint(resumed.folder),
                                   args.tolerance, same_nproc)
@@ -470,45 +348,50 @@ def verdict(args: argparse.Namespace, straight: Run, stopped: Run, resumed: Run,
         print(f"resume is not exact: {how}")
         if differences:
             print(f"first difference: {describe_rows(differences)}")
-        if tensors["differences"]:
-            title = "last checkpoint" if differences else "first difference"
-            print(f"{title}: {len(tensors['differences'])} of {tensors['count']} tensors, the first is "
-                  f"{tensors['differences'][0]}")
+        if found := tensors["differences"]:
+            print(f"last checkpoint: {len(found)} of {tensors['count']} tensors, the first is {found[0]}")
         if not same_nproc:
-            print(f"These are above --tolerance {args.tolerance:g}. On another number of processes bf16 "
-                  "rounds and dropout draws otherwise: try --no-mixed-precision behind the script, or "
-                  "--tolerance 3e-2")
+            print("On another number of processes bf16 rounds and dropout draws otherwise: try "
+                  "--no-mixed-precision behind the script, or --tolerance 3e-2 in front of it")
         return 1
     largest = max(largest, tensors["largest"])
     result = f"within {largest:.1e} relative" if largest else "bitwise"
-    print(f"resume proven: {how}: {result} ({len(after)} steps' values; {tensors['count']} tensors, sha256 "
-          f"{tensors['digest'][:16]})")
+    print(f"resume proven: {how}: {result} ({len(steps)} steps' values; {tensors['count']} tensors, "
+          f"sha256 {tensors['digest'][:16]})")
     return 0
 
 
 def prove(args: argparse.Namespace, folder: Path) -> int:
-    straight, more = run_straight(args, folder)
+    flags = [*args.arguments, *script_flags(args)]
+    with started(args.script, flags, args.nproc, folder / "straight", folder / "straight.log") as straight:
+        require(straight, wait(straight), 0, "the straight run failed")
+    more = flags_for(args.nproc, args.resume_nproc, straight.folder)
     if more:
         print(f"{args.resume_nproc} instead of {args.nproc} processes: resumed with {' '.join(more)}")
-    stopped = run_stopped(args, folder)
-    if not is_repeatable(straight, stopped):
+    stopped = run_stopped(args, flags, folder)
+    # What differs before the stop is no matter of the resume.
+    differences, _ = compare_rows(by_step(straight.rows), by_step(stopped.rows), 0.0)
+    if differences:
+        print("not repeatable: two starts of the same command differ before the stop: "
+              f"{describe_rows(differences)}. Is a random state not seeded, or Python's hash() used?")
         return 1
     checkpoint = newest_checkpoint(stopped.folder)
     if checkpoint is None:
         raise CannotTell(f"the run ended after {args.stop_by} as it should, but left no checkpoint")
-    resumed = run_resumed(args, folder, more)
-    return verdict(args, straight, stopped, resumed, int(checkpoint.name[5:]))
+    flags = [*args.arguments, *more, *script_flags(args)]
+    with started(args.script, flags, args.resume_nproc, folder / "resumed", folder / "resumed.log") as run:
+        require(run, wait(run), 0, "the resumed run failed")
+    return verdict(args, straight, stopped, run, int(checkpoint.name[5:]))
 
 
 def main() -> None:
     args = parse_args(sys.argv[1:])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes started here end, too
     try:
-        if args.keep:
-            args.keep.mkdir(parents=True, exist_ok=True)
-            sys.exit(prove(args, args.keep))
-        with tempfile.TemporaryDirectory(prefix="verify_resume-") as name:
-            sys.exit(prove(args, Path(name)))
+        with tempfile.TemporaryDirectory(prefix="verify_resume-") as temporary:
+            folder = args.keep or Path(temporary)
+            folder.mkdir(parents=True, exist_ok=True)
+            sys.exit(prove(args, folder))
     except CannotTell as error:
         sys.exit(f"verify_resume.py: error: {error}")
 
