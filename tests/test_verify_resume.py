@@ -87,6 +87,7 @@ def test_a_stop_that_falls_on_an_evaluation(folder):
 # 2. Edited copies whose resume is broken
 
 LOADED = "        load_checkpoint(checkpoints, model, optimizer, ranks)\n"
+READY = "    optimizer = ready_model(args, model, checkpoints, dtype, mesh, ranks)\n"
 AVERAGE = """            optimizer.zero_grad()
             average = vars(main).setdefault("average", [p.detach().clone() for p in model.parameters()])
             for slow, param in zip(average, model.parameters()):
@@ -95,7 +96,7 @@ AVERAGE = """            optimizer.zero_grad()
 """
 BROKEN = {
     # The data begins anew.
-    "samples": (LOADED, LOADED + '        progress["samples"] = 0\n'),
+    "samples": (READY, READY + '    progress["samples"] = 0\n'),
     # Adam's averages begin anew: the first loss and gradient after the stop are still right.
     "optimizer": ("dcp.load(tensors | (", 'dcp.load({"model": tensors["model"]} | ('),
     # A moving average of the weights, which acts on them, and which no checkpoint holds.
@@ -131,7 +132,7 @@ def test_broken_copies_are_caught(folder):
 
 def test_what_does_not_run_or_stop_is_told(folder):
     """A script that fails, and one that a signal ends without a save."""
-    handler = "signal.signal(number, note)"
+    handler = "signal.signal(getattr(signal, name), note)"
     deaf = edited(folder, "train_deaf.py", handler, handler.replace("note", "signal.SIG_DFL"))
     with ThreadPoolExecutor(2) as pool:
         failed, ignored = pool.map(lambda case: verify(folder, **case), (

@@ -17,15 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).resolve().parent.parent
-try:
-    import torch
-    from torch import Tensor, nn
-except ImportError:
-    python = ROOT / ".venv/bin/python"
-    if not python.exists() or Path(sys.prefix) == python.parent.parent:
-        sys.exit(f"export_hf.py: error: {sys.executable} has no torch: use the Python that the training used")
-    os.execv(python, [str(python), *sys.argv])
+import user_script  # noqa: F401  (finds a Python that has torch, before the next lines)
+
+import torch
+from torch import Tensor, nn
 
 READ_GIB = 0.5  # tensors are read in groups of this size: each read parses the checkpoint's whole index
 
