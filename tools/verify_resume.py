@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import user_script  # first of all: it finds a Python that has torch
+import user_script  # noqa: F401  (before torch: it finds a Python that has it)
 
 import torch
 import torch.distributed.checkpoint as dcp
