@@ -5,8 +5,8 @@
 A hook that PyTorch calls after every optimizer step notes wall time, CPU time of the process (all threads)
 and resident memory, so that scripts which know nothing of it are measured alike. Writes OUT_FOLDER/rankN.json
 with five lists, one entry a step: start_s (since the process started), wall_s, cpu_s, peak_mib, resident_mib;
-and what a comparison must hold equal: computed_in, the types that linear layers gave out during the first
-step, and threads.
+end_peak_mib, the peak of the whole process; and what a comparison must hold equal: computed_in, the types
+that linear layers gave out during the first step, and threads.
 """
 
 import atexit
@@ -55,7 +55,9 @@ def main() -> None:
         record["resident_mib"].append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
 
     def write() -> None:
-        record.update(computed_in=sorted(computed_in), threads=torch.get_num_threads())
+        end_peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        record.update(computed_in=sorted(computed_in), threads=torch.get_num_threads(),
+                      end_peak_mib=end_peak_mib)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"rank{os.environ.get('RANK', 0)}.json").write_text(json.dumps(record))
 
