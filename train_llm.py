@@ -1883,9 +1883,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, labels, loss_fn, chunk, needs_grad):
         sums = hidden.new_zeros(len(LOSSES), dtype=torch.float32)
         params = [weight] if bias is None else [weight, bias]
-        # fp32: over hundreds of chunks a bf16 sum would lose the small addends.
-        totals = [torch.zeros_like(p, dtype=torch.float32) for p in params] if needs_grad else []
-        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        totals, grad_hidden = [], torch.empty_like(hidden) if needs_grad else None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             with torch.set_grad_enabled(needs_grad):
@@ -1895,9 +1893,12 @@ class ChunkedHeadLoss(torch.autograd.Function):
             sums += terms.detach()
             if needs_grad:
                 grad_hidden[rows], *grads = torch.autograd.grad(loss, leaves)
-                for total, grad in zip(totals, grads):
-                    total += grad
-                del loss, terms, grads, grad  # of the size of the head: not beside the next chunk's logits
+                del loss, terms  # of the size of the logits: not beside the totals
+                # fp32: over hundreds of chunks a bf16 sum would lose the small addends. A copy, because these
+                # are views, to which autograd would not add the gradient of a tied embedding in place.
+                totals = ([total.add_(grad) for total, grad in zip(totals, grads)] if totals
+                          else [grad.to(torch.float32, copy=True) for grad in grads])
+                del grads  # of the size of the head: not beside the next chunk's logits
         if needs_grad:
             ctx.save_for_backward(grad_hidden, *(total.to(weight.dtype) for total in totals))
         ctx.mark_non_differentiable(sums)
