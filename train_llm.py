@@ -1718,7 +1718,7 @@ def prove_packing(model: nn.Module, ranks: Ranks, can_use_varlen: bool = False) 
     start again, which most families understand, or by a whole mask (Falcon). The second document of a pack
     must have the logits that it has alone, up to a fraction of what a leak changes (all ranks)."""
     ids = plain_tokens(model, 2, 16, ranks.device)
-    positions = torch.arange(16, device=ranks.device).expand(2, 16) % 32
+    positions = torch.arange(16, device=ranks.device).expand(2, 16) % 8
     own, ways = model.config._attn_implementation, []
     if can_use_varlen and model._supports_flash_attn and model._supports_attention_backend:
         from transformers import AttentionInterface
