@@ -1686,7 +1686,7 @@ def describe_model(model: nn.Module, dtype: torch.dtype) -> str:
 def prove_loss(model: nn.Module, ranks: Ranks) -> None:
     """Compare the chunked loss, token by token, with that of the model's own logits. A family that transforms
     its logits in a way that `attach_chunked_loss` does not know keeps whole logits (all ranks)."""
-    ids, each, loss_fn = plain_tokens(model, 2, 8, ranks.device), [], model.head_loss
+    ids, each, loss_fn = plain_tokens(model, 2, 32, ranks.device), [], model.head_loss
 
     def noted(*args: object, **options: object) -> Tensor:
         each.append(loss_fn(*args, **options))
@@ -1717,8 +1717,8 @@ def prove_packing(model: nn.Module, ranks: Ranks, can_use_varlen: bool = False) 
     """Choose how documents in a pack are told apart: by variable-length attention (CUDA), by positions that
     start again, which most families understand, or by a whole mask (Falcon). The second document of a pack
     must have the logits that it has alone, up to a fraction of what a leak changes (all ranks)."""
-    ids = plain_tokens(model, 2, 16, ranks.device)
-    positions = torch.arange(16, device=ranks.device).expand(2, 16) % 8
+    ids = plain_tokens(model, 2, 64, ranks.device)
+    positions = torch.arange(64, device=ranks.device).expand(2, 64) % 32
     own, ways = model.config._attn_implementation, []
     if can_use_varlen and model._supports_flash_attn and model._supports_attention_backend:
         from transformers import AttentionInterface
@@ -1729,14 +1729,14 @@ def prove_packing(model: nn.Module, ranks: Ranks, can_use_varlen: bool = False) 
     model.eval()
     with torch.compiler.set_stance("force_eager"):
         # Turned around, the second documents come first and see nothing else.
-        behind, alone = model(torch.cat([ids, ids.roll(8, 1)])).float().chunk(2)
-        alone = alone[:, :8]
-        leak = (behind[:, 8:] - alone).abs().mean()
+        behind, alone = model(torch.cat([ids, ids.roll(32, 1)])).float().chunk(2)
+        alone = alone[:, :32]
+        leak = (behind[:, 32:] - alone).abs().mean()
         for implementation, model.needs_mask in ways:
             for config in (model.config, model.config.get_text_config()):
                 config._attn_implementation = implementation
             try:
-                packed = model(ids, position_ids=positions, cu_seqlens=document_bounds(positions))[:, 8:]
+                packed = model(ids, position_ids=positions, cu_seqlens=document_bounds(positions))[:, 32:]
             except (TypeError, ValueError, RuntimeError):  # a mask or a kernel that this family cannot take
                 continue
             bound = 0.01 if packed.dtype == torch.float32 else 0.2
