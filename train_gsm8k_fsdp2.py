@@ -73,6 +73,17 @@ class UserError(Exception):
 
 def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Around a library that reads a file: an error of whatever type becomes one line that names the file."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
 # <<< shared: errors
 
 
@@ -809,10 +820,8 @@ def load_tokenizer(args: Namespace):
     """The model's tokenizer. Raises UserError."""
     from transformers import AutoTokenizer
     folder = fetch(args.model)
-    try:
+    with naming(f"no usable tokenizer in {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"no usable tokenizer in {folder} ({first_line(error)})") from error
     if args.chat_template:
         tokenizer.chat_template = Path(args.chat_template).read_text()
     return tokenizer
@@ -822,8 +831,9 @@ def end_tokens(tokenizer, folder: Path) -> list[int]:
     """Tokens that end a completion: the tokenizer's and those of generation_config.json. Raises UserError."""
     found = {tokenizer.eos_token_id} - {None}
     path = folder / "generation_config.json"
-    more = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-    found |= set(more) if isinstance(more, list) else {more} - {None}
+    with naming(str(path)):
+        more = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        found |= set(more) if isinstance(more, list) else {more} - {None}
     if not found:
         raise UserError(f"{folder}: no end-of-text token in the tokenizer or generation_config.json: "
                         "completions would never end")
@@ -836,16 +846,14 @@ def end_tokens(tokenizer, folder: Path) -> list[int]:
 def build_model(args: Namespace, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model on the meta device: shapes, no memory."""
     import transformers
-    try:
+    with naming(f"--model {args.model}"):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {args.model}: {first_line(error)}") from error
     refuse_quantised(folder, config)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit and args.max_prompt_tokens + args.max_new_tokens > limit:
         raise UserError(f"{args.model} knows {limit} positions: lower --max-prompt-tokens "
                         f"{args.max_prompt_tokens} or --max-new-tokens {args.max_new_tokens}")
-    with torch.device("meta"):
+    with naming(f"--model {args.model}"), torch.device("meta"):
         model = note_fp32(transformers.AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, trust_remote_code=args.trust_remote_code)).to(dtype)
     if model.get_output_embeddings() is None:
@@ -1115,11 +1123,12 @@ def refuse_quantised(folder: Path, config: object) -> None:
     """Quantised weights have the names and shapes of others: without their scales they would be garbage."""
     found = getattr(config, "quantization_config", None) and "config.json says so"
     for path in folder.glob("*.safetensors") if not found else ():
-        try:
-            with path.open("rb") as file:  # the header: 8 bytes of length, then JSON
-                names = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 1 << 30)))
-        except ValueError:
-            raise UserError(f"{path} is no safetensors file: its download is not complete") from None
+        with naming(f"{path} is no safetensors file"), path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")  # of the header, which is JSON
+            names = json.loads(file.read(min(size, 1 << 30)))
+            ends = [entry["data_offsets"][1] for name, entry in names.items() if name != "__metadata__"]
+            if 8 + size + max(ends, default=0) != path.stat().st_size:
+                raise ValueError("its download is not complete")
         found = found or next((f"{path.name} holds {name}" for name in names if QUANTISED.search(name)), None)
     if found:
         raise UserError(f"{folder} holds quantised weights ({found}), which cannot be trained: use the "
@@ -1146,7 +1155,8 @@ def load_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ran
     persistent, there = set(model.state_dict()), {}
     if any(folder.glob("*.safetensors")):
         reader = dcp.HuggingFaceStorageReader(str(folder))
-        on_disk = reader.read_metadata().state_dict_metadata
+        with naming(f"{folder} holds a damaged safetensors file"):
+            on_disk = reader.read_metadata().state_dict_metadata
         there = {name: tensor for name, tensor in named
                  if name in on_disk and on_disk[name].size == tensor.shape}
     # Tied parameters are one tensor under several names: a file may hold any of them, and mostly just one.
@@ -1172,11 +1182,14 @@ def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool
         from transformers.utils import logging
         logging.disable_progress_bar()
         logging.set_verbosity_error()  # its report on missing tensors: the error below says it
-        full, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True)
+        with naming(f"the weights in {folder}"):
+            full, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True,
+                ignore_mismatched_sizes=True)  # they are refused below
         lacking = sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]})
         if lacking:
-            raise UserError(f"{folder} lacks {len(lacking)} of the model's tensors, {lacking[0]} for one")
+            raise UserError(f"{folder} lacks {len(lacking)} of the tensors that its config.json asks for, or "
+                            f"has them in other shapes, {lacking[0]} for one")
         source = dict(itertools.chain(full.named_parameters(), full.named_buffers()))
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         value = (source[name].to(ranks.device) if ranks.is_main

@@ -77,6 +77,17 @@ class UserError(Exception):
 
 def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Around a library that reads a file: an error of whatever type becomes one line that names the file."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
 # <<< shared: errors
 
 
@@ -702,10 +713,8 @@ def load_tokenizer(args: Namespace):
         size = args.vocab_size or 32000
         folder = Path(args.data_cache) / f"tokenizer-{digest(data_identity(args, args.dataset_split), size)}"
         build_once(folder, lambda target: train_tokenizer(args, size, target))
-    try:
+    with naming(f"no usable tokenizer in {folder}, pass --tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"no usable tokenizer in {folder} ({first_line(error)}); pass --tokenizer") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {folder} has no end-of-text token (eos_token): set one in its "
                         "tokenizer_config.json, or the model could never learn to stop")
@@ -1307,17 +1316,15 @@ def build_model(args: Namespace, folder: Path | None, vocab_size: int) -> nn.Mod
         with torch.device("meta"):
             return CausalLM(config)
     import transformers
-    try:
+    with naming(f"--hf-model {args.hf_model}"):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--hf-model {args.hf_model}: {first_line(error)}") from error
     limit = getattr(config, "max_position_embeddings", None)
     if limit and args.seq_len > limit:
         raise UserError(f"--seq-len {args.seq_len}: {args.hf_model} knows {limit} positions; "
                         f"use --seq-len {limit}")
     refuse_quantised(folder, config)
     config.use_cache = False  # keys and values are kept for generation only
-    with torch.device("meta"):
+    with naming(f"--hf-model {args.hf_model}"), torch.device("meta"):
         model = note_fp32(transformers.AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, trust_remote_code=args.trust_remote_code))
     rows = model.get_input_embeddings().weight.shape[0]
@@ -1553,11 +1560,12 @@ def refuse_quantised(folder: Path, config: object) -> None:
     """Quantised weights have the names and shapes of others: without their scales they would be garbage."""
     found = getattr(config, "quantization_config", None) and "config.json says so"
     for path in folder.glob("*.safetensors") if not found else ():
-        try:
-            with path.open("rb") as file:  # the header: 8 bytes of length, then JSON
-                names = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 1 << 30)))
-        except ValueError:
-            raise UserError(f"{path} is no safetensors file: its download is not complete") from None
+        with naming(f"{path} is no safetensors file"), path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")  # of the header, which is JSON
+            names = json.loads(file.read(min(size, 1 << 30)))
+            ends = [entry["data_offsets"][1] for name, entry in names.items() if name != "__metadata__"]
+            if 8 + size + max(ends, default=0) != path.stat().st_size:
+                raise ValueError("its download is not complete")
         found = found or next((f"{path.name} holds {name}" for name in names if QUANTISED.search(name)), None)
     if found:
         raise UserError(f"{folder} holds quantised weights ({found}), which cannot be trained: use the "
@@ -1584,7 +1592,8 @@ def load_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ran
     persistent, there = set(model.state_dict()), {}
     if any(folder.glob("*.safetensors")):
         reader = dcp.HuggingFaceStorageReader(str(folder))
-        on_disk = reader.read_metadata().state_dict_metadata
+        with naming(f"{folder} holds a damaged safetensors file"):
+            on_disk = reader.read_metadata().state_dict_metadata
         there = {name: tensor for name, tensor in named
                  if name in on_disk and on_disk[name].size == tensor.shape}
     # Tied parameters are one tensor under several names: a file may hold any of them, and mostly just one.
@@ -1610,11 +1619,14 @@ def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool
         from transformers.utils import logging
         logging.disable_progress_bar()
         logging.set_verbosity_error()  # its report on missing tensors: the error below says it
-        full, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True)
+        with naming(f"the weights in {folder}"):
+            full, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True,
+                ignore_mismatched_sizes=True)  # they are refused below
         lacking = sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]})
         if lacking:
-            raise UserError(f"{folder} lacks {len(lacking)} of the model's tensors, {lacking[0]} for one")
+            raise UserError(f"{folder} lacks {len(lacking)} of the tensors that its config.json asks for, or "
+                            f"has them in other shapes, {lacking[0]} for one")
         source = dict(itertools.chain(full.named_parameters(), full.named_buffers()))
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         value = (source[name].to(ranks.device) if ranks.is_main
