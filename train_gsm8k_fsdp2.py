@@ -311,10 +311,12 @@ def find_common_problems(args: Namespace, positive: str, not_negative: str, sour
     at_least = dict.fromkeys(positive.split(), 1) | dict.fromkeys(not_negative.split(), 0)
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')}"
-        if name in at_least and value is not None and not at_least[name] <= value < math.inf:
-            yield f"{flag} must be at least {at_least[name]}, not {value}"
-        if not name.endswith("prompt") and (value == "" or str(value).startswith("~")):
-            yield f"{flag} '{value}': empty, or with a ~ that only a shell understands"
+        if name in at_least and value is not None and not at_least[name] <= value < 1e12:
+            bound = "below 1e12" if value >= 1e12 else f"at least {at_least[name]}"
+            yield f"{flag} must be {bound}, not {value}"
+        text = str(value)
+        if not name.endswith("prompt") and (not text or text[0] == "~" or not text.isprintable()):
+            yield f"{flag} {text!r}: empty, unprintable, or with a ~ that only a shell understands"
         if name in sources.split() and value and looks_like_path(value) and not Path(value).exists():
             yield f"{flag} {value}: no such file or folder"
     if args.min_lr > args.max_lr:
@@ -343,7 +345,7 @@ def find_problems(args: Namespace) -> Iterator[str]:
                 "logprob_chunk_tokens limit nproc hsdp_shard_size stall_timeout")
     not_negative = ("clip_low clip_high kl_coef tis_cap max_lr min_lr warmup_steps weight_decay grad_clip "
                     "format_reward keep_checkpoints eval_every eval_limit eval_samples "
-                    "checkpoint_interval train_steps")
+                    "checkpoint_interval train_steps seed")
     yield from find_common_problems(args, positive, not_negative, "dataset model")
     if args.group_size < 2:
         yield f"--group-size must be at least 2, not {args.group_size}: a group is compared with itself"

@@ -275,10 +275,12 @@ def find_common_problems(args: Namespace, positive: str, not_negative: str, sour
     at_least = dict.fromkeys(positive.split(), 1) | dict.fromkeys(not_negative.split(), 0)
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')}"
-        if name in at_least and value is not None and not at_least[name] <= value < math.inf:
-            yield f"{flag} must be at least {at_least[name]}, not {value}"
-        if not name.endswith("prompt") and (value == "" or str(value).startswith("~")):
-            yield f"{flag} '{value}': empty, or with a ~ that only a shell understands"
+        if name in at_least and value is not None and not at_least[name] <= value < 1e12:
+            bound = "below 1e12" if value >= 1e12 else f"at least {at_least[name]}"
+            yield f"{flag} must be {bound}, not {value}"
+        text = str(value)
+        if not name.endswith("prompt") and (not text or text[0] == "~" or not text.isprintable()):
+            yield f"{flag} {text!r}: empty, unprintable, or with a ~ that only a shell understands"
         if name in sources.split() and value and looks_like_path(value) and not Path(value).exists():
             yield f"{flag} {value}: no such file or folder"
     if args.min_lr > args.max_lr:
@@ -305,7 +307,7 @@ def find_problems(args: Namespace) -> Iterator[str]:
     positive = ("seq_len batch_size grad_accum_steps num_epochs loss_chunk_tokens max_bad_steps log_interval "
                 "max_steps steps_per_epoch nproc hsdp_shard_size vocab_size stall_timeout")
     not_negative = ("warmup_steps weight_decay grad_clip keep_checkpoints eval_interval max_lr min_lr "
-                    "checkpoint_interval")
+                    "checkpoint_interval seed")
     yield from find_common_problems(args, positive, not_negative, "dataset hf_model tokenizer")
     if args.from_scratch == bool(args.hf_model):
         yield "choose one: --hf-model NAME_OR_FOLDER or --from-scratch"
