@@ -595,7 +595,7 @@ def split_files(args: Namespace, split: str) -> list[Path | None]:
         # A clone of a hub repository holds a folder for each configuration.
         configured = source / (args.dataset_config or "")
         files = (configured if configured.is_dir() else source).rglob("*")
-        named = [path for path in sorted(files) if path.suffix in DATA_SUFFIXES
+        named = [path for path in sorted(files) if path.suffix in DATA_SUFFIXES and path.is_file()
                  and split.lower() in re.split(r"[^a-z0-9]+", path.name.lower())]
         if named:
             return named
@@ -620,7 +620,8 @@ def open_with_datasets(args: Namespace, split: str, path: Path | None):
         return datasets.load_dataset(args.dataset, args.dataset_config or None, split=split)
     except Exception as error:  # the library raises dozens of types; its first line says what is wrong
         hint = "" if path else " (is the name right, the hub reachable? A local folder or file will do, too)"
-        raise UserError(f"--dataset {path or args.dataset} ({split}): {first_line(error)}{hint}") from error
+        raise UserError(f"--dataset {path or args.dataset} ({split}): "
+                        f"{first_line(error.__cause__ or error)}{hint}") from error
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, object]]:
@@ -629,7 +630,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, object]]:
             try:
                 if line.strip():
                     yield f"{path}:{number}", json.loads(line)
-            except ValueError as error:  # not JSON, or not UTF-8
+            except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
                 raise UserError(f"{path}:{number}: not JSON ({error}); expected one object a line") from None
 
 

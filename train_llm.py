@@ -549,8 +549,9 @@ def read_rows(args: Namespace, split: str) -> Iterator[tuple[str, dict]]:
         elif path.suffix in (".jsonl", ".json"):
             yield from read_jsonl(path)
         else:
-            for number, row in enumerate(open_with_datasets(args, split, path), 1):
-                yield f"{path}:{number}", row
+            with naming(str(path)):
+                for number, row in enumerate(open_with_datasets(args, split, path), 1):
+                    yield f"{path}:{number}", row
 
 
 def data_files(args: Namespace, split: str) -> list[Path]:
@@ -566,7 +567,8 @@ def data_files(args: Namespace, split: str) -> list[Path]:
     saved_by_datasets = ("dataset_dict.json", "dataset_info.json")
     if not source.exists() or any((source / name).exists() for name in saved_by_datasets):
         return []
-    files = sorted(path for path in source.rglob("*") if path.suffix in DATA_SUFFIXES)
+    files = sorted(path for path in source.rglob("*") if path.suffix in DATA_SUFFIXES
+                   and not (path.is_dir() or path.is_fifo()))  # Spark's folders are called x.parquet, too
     words = {path: set(re.split(r"[^a-z0-9]+", str(path.relative_to(source)).lower())) for path in files}
     named = [path for path in files if split.lower() in words[path]]
     if not named and split == "train":
@@ -600,8 +602,8 @@ def open_with_datasets(args: Namespace, split: str, path: Path | None = None):
         return datasets.load_dataset(args.dataset, args.dataset_config, split=split, streaming=streaming)
     except Exception as error:  # the library raises dozens of types; its first line says what is wrong
         hint = " (is the name right, the hub reachable, --dataset-config or --dataset-split needed?)"
-        raise UserError(f"--dataset {path or args.dataset} ({split}): {first_line(error)}"
-                        f"{'' if path else hint}") from error
+        raise UserError(f"--dataset {path or args.dataset} ({split}): "
+                        f"{first_line(error.__cause__ or error)}{'' if path else hint}") from error
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
@@ -609,7 +611,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line) if line.strip() else None
-            except ValueError as error:  # not JSON, or not UTF-8
+            except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
                 raise UserError(f"{path}:{number}: not JSON ({error}); expected one object a line") from None
             if isinstance(row, dict):
                 yield f"{path}:{number}", row
@@ -646,9 +648,9 @@ def to_messages(row: dict, where: str) -> list[dict]:  # EDIT: what one of your 
     """[{'role', 'content'}, …] of a messages, prompt+completion or question+answer row."""
     messages = row.get("messages")
     if "messages" not in row:
-        prompt, completion = ("prompt", "completion") if "prompt" in row else ("question", "answer")
-        messages = []
-        for key, role in ((prompt, "user"), (completion, "assistant")):
+        is_prompt = {"prompt", "completion"} <= row.keys()
+        messages, keys = [], ("prompt", "completion") if is_prompt else ("question", "answer")
+        for key, role in zip(keys, ("user", "assistant")):
             messages += row[key] if isinstance(row[key], list) else [{"role": role, "content": row[key]}]
     if not isinstance(messages, list) or not messages or not all(
             isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
