@@ -157,7 +157,7 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
 # >>> shared: flags
 def open_parser(usage: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=NAME, description=__doc__.split("\n\n")[0], allow_abbrev=False, usage=usage,
+        prog=NAME, description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False, usage=usage,
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=34, width=110))
     parser.error = usage_error
     parser.add_argument("--config", metavar="FILE", action="append", default=[],
@@ -392,13 +392,14 @@ def relaunch_under_torchrun(args: Namespace) -> None:
 # >>> shared: process-group
 def read_ranks(args: Namespace) -> Ranks:
     """From torchrun's variables, which accelerate and launch_slurm.sh set, too, or alone."""
-    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
     try:
-        rank, local_rank, world_size = (int(os.environ.get(name, alone)) for name, alone in names.items())
+        rank, local_rank, world_size, here = (int(os.environ.get(name, alone)) for name, alone in names.items())
     except ValueError as error:
         raise UserError(f"of {', '.join(names)} in the environment, one is no number ({error})") from None
-    if not 0 <= rank < world_size:
-        raise UserError(f"RANK={rank} is outside WORLD_SIZE={world_size}: processes count from 0")
+    if not 0 <= rank < world_size or here < 1:
+        raise UserError(f"RANK={rank} is outside WORLD_SIZE={world_size}, or LOCAL_WORLD_SIZE={here} is not "
+                        "positive: processes count from 0")
     if "TORCHELASTIC_RUN_ID" in os.environ:  # ranks would outlive a killed torchrun, and go on writing
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -436,7 +437,7 @@ def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceM
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's, if it is still there
             socket.create_connection(address, timeout=30).close()
         torch.distributed.init_process_group(**options)
-    except (OSError, ValueError, torch.distributed.DistNetworkError) as error:
+    except (OSError, ValueError, TypeError, torch.distributed.DistNetworkError) as error:
         raise UserError(f"no rendezvous at {address[0]}:{address[1]} ({first_line(error)}): tools/doctor.py, "
                         "started in place of this script, says why") from error
     torch.manual_seed(args.seed + ranks.rank)  # for dropout: weights and samples have generators of their own
@@ -723,7 +724,7 @@ def load_tokenizer(args: Namespace):
         raise UserError(f"the tokenizer in {folder} has no end-of-text token (eos_token): set one in its "
                         "tokenizer_config.json, or the model could never learn to stop")
     if args.chat_template:
-        tokenizer.chat_template = Path(args.chat_template).read_text()
+        tokenizer.chat_template = Path(args.chat_template).read_text(encoding="utf-8")
     elif tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
     tokenizer.model_max_length = int(1e30)  # long documents are cut here, not by the tokenizer
@@ -2074,7 +2075,7 @@ def publish(saver: Checkpointer, partial: Path, texts: dict[str, str]) -> None:
             raise FileNotFoundError(f"rank 0 does not see the {part.relative_path} that another rank wrote: "
                                     "--checkpoint-dir must be one folder that all nodes share")
     for name, text in texts.items():
-        (partial / name).write_text(text)
+        (partial / name).write_text(text, encoding="utf-8")
     for path in (*partial.iterdir(), partial):  # DCP has done so for its own
         sync_to_disk(path)
     if partial.with_suffix("").exists():  # a copy that lost its .metadata
@@ -2397,7 +2398,7 @@ def write_once(path: Path, text: str) -> None:
     for number in itertools.count():
         candidate = path.with_suffix(f".{number}{path.suffix}") if number else path
         if not candidate.exists():
-            candidate.write_text(text)
+            candidate.write_text(text, encoding="utf-8")
         if candidate.read_bytes() == text.encode():
             return
 
