@@ -3091,8 +3091,23 @@ def write_summary(run_dir: Path, progress: dict, last_row: dict, seconds: float)
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
+def outlive_output() -> None:
+    """A full disk under the log, or a pipe whose reader has gone, costs lines but not the run."""
+    def forgiving(method: Callable) -> Callable:
+        def call(*args: object) -> object:
+            with contextlib.suppress(OSError, UnicodeError):  # the latter: another locale
+                return method(*args)
+        return call
+
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # None: closed
+        stream.write, stream.flush = forgiving(stream.write), forgiving(stream.flush)
+        setattr(sys, name, stream)
+
+
 def run_and_report(saves_memory: str) -> None:
     """Calls main(); prints an error as one line, and exits with 1, Ctrl-C with 130."""
+    outlive_output()
     try:
         return main()
     except (UserError, KeyboardInterrupt, Exception) as error:
