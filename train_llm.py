@@ -2149,6 +2149,8 @@ def read_progress(found: list[Path], start: dict) -> dict:
     if not found:
         return start
     try:
+        if any(path.is_fifo() for path in found[-1].iterdir()):
+            raise OSError("a FIFO in it would never be read")
         progress = json.loads((found[-1] / "progress.json").read_text())
         name = found[-1].name  # a copy may have a name of its own
         if name != f"step_{progress['step']:06d}" and name.startswith("step_"):
