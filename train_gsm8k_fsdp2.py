@@ -1601,6 +1601,14 @@ def request(server: Server, path: str, body: dict | None = None) -> object:
         pause_s = min(2.0, 2 * pause_s)
 
 
+def check_tokens(ids: list, logprobs: list) -> None:
+    """Raises ValueError or TypeError for what neither a run nor vLLM writes."""
+    if not ids or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        raise ValueError("no tokens, or one that is not a number from 0 on")
+    if len(ids) != len(logprobs) or not all(map(math.isfinite, logprobs)):
+        raise ValueError("not one finite logprob for each token")
+
+
 def complete(server: Server, prompt_ids: list[int], n: int, sampling: Sampling) -> list[Completion]:
     """n completions of a prompt, token ids in and out. Raises UserError.
 
@@ -1612,20 +1620,23 @@ def complete(server: Server, prompt_ids: list[int], n: int, sampling: Sampling) 
             # What a request leaves out, vLLM takes from the model's generation_config.json; 0 is no top_k.
             "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
             "frequency_penalty": 0.0}
-    for _ in range(5):
-        choices = request(server, "/v1/completions", body)["choices"]
-        if all(choice["finish_reason"] in ("stop", "length") for choice in choices):
-            break  # else somebody has paused the server and aborted what was running
-    else:
-        raise UserError(f"{server.address} aborted a request five times: does somebody else update it?")
-    found = [Completion(c["token_ids"], c["logprobs"]["token_logprobs"], c["finish_reason"]) for c in choices]
-    for choice, completion in zip(choices, found):
-        if choice["prompt_token_ids"] != prompt_ids or len(completion.ids) != len(completion.logprobs):
+    with naming(f"{server.address} does not answer as vLLM does"):
+        for _ in range(5):
+            choices = request(server, "/v1/completions", body)["choices"]
+            if all(choice["finish_reason"] in ("stop", "length") for choice in choices):
+                break  # else somebody has paused the server and aborted what was running
+        else:
+            raise UserError(f"{server.address} aborted a request five times: does somebody else update it?")
+        found = [Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"],
+                            choice["finish_reason"]) for choice in choices]
+        if any(choice["prompt_token_ids"] != prompt_ids for choice in choices):
             raise UserError(f"{server.address} answered for other tokens than were sent: is its version too "
                             "old for return_token_ids?")
-    if len(found) != n:
-        raise UserError(f"{server.address} gave {len(found)} completions in place of {n}")
-    return found
+        for completion in found:
+            check_tokens(completion.ids, completion.logprobs)
+        if len(found) != n:
+            raise UserError(f"{server.address} gave {len(found)} completions in place of {n}")
+        return found
 
 
 def open_server(args: Namespace) -> Server:
@@ -1633,7 +1644,8 @@ def open_server(args: Namespace) -> Server:
     pool = ThreadPoolExecutor(args.concurrency, thread_name_prefix="vllm")
     server = Server(args.vllm_host, args.vllm_port, args.vllm_timeout, pool)
     request(server, "/health")
-    server.model = request(server, "/v1/models")["data"][0]["id"]
+    with naming(f"{server.address} does not answer as vLLM does"):
+        server.model = request(server, "/v1/models")["data"][0]["id"]
     return server
 
 
@@ -1734,13 +1746,23 @@ def rollout_log(path: Path) -> list[dict]:
                     rows = [earlier for earlier in rows if earlier["step"] <= row["step"]]
                     continue
                 wrong = [key for key, kind in ROLLOUT_ROW.items() if type(row[key]) is not kind]
-                if wrong or not 0 < len(row["completion_ids"]) == len(row["logprobs"]):
-                    raise ValueError(f"{', '.join(wrong) or 'logprobs'} is not what a run writes")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                if wrong or row["finish"] not in ("stop", "length") or not math.isfinite(row["reward"]):
+                    raise ValueError(f"{', '.join(wrong) or 'finish or reward'} is not what a run writes")
+                check_tokens(row["prompt_ids"], [0.0] * len(row["prompt_ids"]))
+                check_tokens(row["completion_ids"], row["logprobs"])
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 message = f"{path}:{number}: not a row of a rollout log ({first_line(error)})"
                 raise UserError(message) from error
             rows.append(row)
     return rows
+
+
+def check_vocabulary(replayed: dict[int, list[Group]], model: nn.Module) -> None:
+    for group in itertools.chain(*replayed.values()):
+        largest = max(*group.prompt_ids, *itertools.chain(*(c.ids for c in group.completions)))
+        if largest >= (size := text_config(model).vocab_size):
+            raise UserError(f"--rollouts replay: token {largest} at position {group.position}, the model has "
+                            f"{size}: the log is of another model's run")
 
 
 def mark_resumed(run_dir: Path, step: int, ranks: Ranks) -> None:
@@ -1904,7 +1926,7 @@ def rpc(link: WeightLink, method: str, *args: object) -> list[dict]:
     try:
         answers = request_once(link.server, "/collective_rpc", body, link.timeout_s + 5)["results"]
         wrong = next((answer["error"] for answer in answers if "error" in answer), None)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException, ValueError, TypeError, KeyError) as error:
         wrong = first_line(error)
         if "call_weights" in wrong:
             wrong = "it was started without --worker-extension-cls train_gsm8k_fsdp2.WeightReceiver"
@@ -1924,7 +1946,8 @@ def open_link(args: Namespace, server: Server, dtype: torch.dtype, ranks: Ranks)
         return link
     request(server, "/resume", {})  # a trainer that died in a push may have left it paused
     rpc(link, "weights_version")  # before anybody waits for anybody: is the extension there?
-    num_workers = request(server, "/get_world_size")["world_size"]
+    with naming(f"{server.address} does not answer as vLLM does"):
+        num_workers = int(request(server, "/get_world_size")["world_size"])
     timeout = timedelta(seconds=args.sync_timeout)
     address = local_address(server.host, server.port)
     link.store = torch.distributed.TCPStore(
@@ -3146,6 +3169,7 @@ def main() -> None:
     mesh = init_distributed(args, ranks)
     dtype = compute_dtype(args.mixed_precision, ranks.device)
     model = load_policy(args, folder, mesh, dtype, ranks)
+    check_vocabulary(tasks.replayed, model)
     lock = lock_run(run_dir) if ranks.is_main else None  # noqa: F841, held until this process ends
     checkpoints = gather_objects(checkpoints_to_resume(args) if ranks.is_main else None)[0]
     progress = read_progress(checkpoints, {  # all of it survives a resume
