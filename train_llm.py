@@ -394,7 +394,7 @@ def read_ranks(args: Namespace) -> Ranks:
     """From torchrun's variables, which accelerate and launch_slurm.sh set, too, or alone."""
     names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
     try:
-        rank, local_rank, world_size, here = (int(os.environ.get(name, alone)) for name, alone in names.items())
+        rank, local_rank, world_size, here = (int(os.environ.get(name, n)) for name, n in names.items())
     except ValueError as error:
         raise UserError(f"of {', '.join(names)} in the environment, one is no number ({error})") from None
     if not 0 <= rank < world_size or here < 1:
