@@ -385,7 +385,7 @@ def test_steps_that_are_not_finite_stop_the_run(place, tmp_path):
     """A learning rate that no model survives: after the first update no step is finite."""
     for world_size in (1, 2):
         run_dir = tmp_path / f"run_{world_size}"
-        flags = flags_for(place, run_dir, "--max-lr", 1e30, "--min-lr", 1e30, "--warmup-steps", 0,
+        flags = flags_for(place, run_dir, "--max-lr", 1e11, "--min-lr", 1e11, "--warmup-steps", 0,
                           "--max-steps", 20, "--checkpoint-interval", 1, "--keep-checkpoints", 0,
                           "--max-bad-steps", 3, "--seed", 5, "--no-async-checkpoint")
         results = quick_ranks(flags, 2, code=1) if world_size == 2 else [quick_run(flags, code=1)]
