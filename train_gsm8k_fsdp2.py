@@ -1577,7 +1577,8 @@ def request_once(server: Server, path: str, body: dict | None, timeout_s: float)
         raise UserError(f"{server.address} refuses {path}: {text[:300]}")
     if response.status >= 500:
         raise http.client.HTTPException(f"{path}: status {response.status}, {text[:300]}")
-    return json.loads(text) if text.strip() else None
+    with naming(f"{server.address} does not answer as vLLM does"):
+        return json.loads(text) if text.strip() else None
 
 
 def request(server: Server, path: str, body: dict | None = None) -> object:
@@ -1926,7 +1927,7 @@ def rpc(link: WeightLink, method: str, *args: object) -> list[dict]:
     try:
         answers = request_once(link.server, "/collective_rpc", body, link.timeout_s + 5)["results"]
         wrong = next((answer["error"] for answer in answers if "error" in answer), None)
-    except (OSError, http.client.HTTPException, ValueError, TypeError, KeyError) as error:
+    except (OSError, http.client.HTTPException, TypeError, KeyError) as error:
         wrong = first_line(error)
         if "call_weights" in wrong:
             wrong = "it was started without --worker-extension-cls train_gsm8k_fsdp2.WeightReceiver"
