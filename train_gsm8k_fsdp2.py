@@ -1192,8 +1192,7 @@ def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool
                 ignore_mismatched_sizes=True)  # they are refused below
         lacking = sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]})
         if lacking:
-            raise UserError(f"{folder} lacks {len(lacking)} of the tensors that its config.json asks for, or "
-                            f"has them in other shapes, {lacking[0]} for one")
+            raise UserError(f"{folder} lacks {len(lacking)} tensors, or their shapes: {lacking[0]} for one")
         source = dict(itertools.chain(full.named_parameters(), full.named_buffers()))
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         value = (source[name].to(ranks.device) if ranks.is_main
