@@ -23,11 +23,11 @@ MAX_SCRIPT_LINES = 1500
 # train_llm.py holds what peers spread over a package: data preparation with chat templates and packing, the
 # model, loading and export for every family of transformers, checkpoints, and what a cluster does to a run:
 # signals, stalls, full disks, damaged files. Its median function has 10 lines. train_gsm8k_fsdp2.py holds the
-# half of that which is shared (fenced, 1,500 lines), questions and rewards, two kinds of rollouts, both ends
+# part of that which is shared (fenced, 1,180 lines), questions and rewards, two kinds of rollouts, both ends
 # of the wire to vLLM, four losses.
-LONGER_SCRIPTS = {"train_llm.py": 2865, "train_gsm8k_fsdp2.py": 3350}
+LONGER_SCRIPTS = {"train_llm.py": 2890, "train_gsm8k_fsdp2.py": 3345}
 MAX_TOOL_LINES = 400
-MAX_MAIN_LINES = {"train_llm.py": 165, "train_gsm8k_fsdp2.py": 185}
+MAX_MAIN_LINES = {"train_llm.py": 160, "train_gsm8k_fsdp2.py": 180}
 MAX_FUNCTION_LINES = 60
 MAX_NESTING = 4
 MAX_LINE_WIDTH = 110
