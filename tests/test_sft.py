@@ -393,7 +393,9 @@ def test_empty_data_and_missing_columns(tokenizers, tmp_path):
     message = refused(tmp_path, tokenizer, [{"body": 3}], "--text-column", "body")
     assert message == "FILE:1: column 'body' holds int, expected text"
     message = refused(tmp_path, tokenizer, [GOOD], "--eval-split", write_rows(tmp_path / "none.jsonl", []))
-    assert message.startswith("--dataset FILE (") and message.endswith("none.jsonl): no document at all")
+    assert message.startswith("--eval-split ") and message.endswith("none.jsonl: no document at all")
+    message = refused(tmp_path, tokenizer, [GOOD] * 3, "--eval-fraction", 1e-9)
+    assert message == "--eval-fraction 1e-09: no document at all"
 
 
 def test_text_that_is_no_utf8(tokenizers, tmp_path):
