@@ -317,18 +317,6 @@ def test_signals_to_the_batch_shell_reach_the_ranks_and_requeue(cluster, place):
     assert "stopped (exit code 143): the job is requeued" in shown and "SIGUSR1: the training saves" in shown
 
 
-@slow
-def test_a_training_that_does_not_stop_is_requeued_before_the_time_limit(cluster, place):
-    """Past the limit, SLURM would end the job for good."""
-    (place / "script.py").write_text(
-        "import os, signal, time\nsignal.signal(signal.SIGUSR1, signal.SIG_IGN)\n"
-        "time.sleep(0 if os.environ.get('SLURM_RESTART_COUNT') else 300)\n")
-    job = submit(cluster, place, "script.py", options=["--time=1", "--signal=B:USR1@30"])
-    assert wait_for_end(cluster, place, job) == ("COMPLETED", 0), printed(place, job)
-    assert facts(cluster, job)["Restarts"] == "1"
-    assert "the time limit is here before the training has saved: the job is requeued" in printed(place, job)
-
-
 # ----------------------------------------------------------------------------------------------------
 # 4. Real trainings
 
