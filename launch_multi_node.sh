@@ -30,7 +30,7 @@
 #   OMP_NUM_THREADS=4          CPU threads of each process; default: the cores are divided among them
 #   DRY_RUN=1                  print the command, check the script's flags and stop
 #
-# SIGTERM, SIGINT and SIGUSR1 to the launcher go to its processes, which save and end; SIGHUP and SIGQUIT end
+# SIGTERM, SIGINT, SIGHUP and SIGUSR1 to the launcher go to its processes, which save and end; SIGQUIT ends
 # them unsaved. The ranks of the training scripts here agree on it, so that a signal to one machine is enough.
 # The exit code is torchrun's: 0, or 1.
 set -euo pipefail

@@ -1159,8 +1159,7 @@ def load_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ran
     persistent, there = set(model.state_dict()), {}
     if any(folder.glob("*.safetensors")):
         reader = dcp.HuggingFaceStorageReader(str(folder))
-        with naming(f"{folder} holds a damaged safetensors file"):
-            on_disk = reader.read_metadata().state_dict_metadata
+        on_disk = reader.read_metadata().state_dict_metadata
         there = {name: tensor for name, tensor in named
                  if name in on_disk and on_disk[name].size == tensor.shape}
     # Tied parameters are one tensor under several names: a file may hold any of them, and mostly just one.
@@ -2418,7 +2417,7 @@ def publish(saver: Checkpointer, partial: Path, texts: dict[str, str]) -> None:
     sync_to_disk(partial.parent)
     kept = checkpoints_in(saver.folder)
     for old in kept[:-saver.keep] if saver.keep else []:
-        if step_of(old) != saver.best:
+        if int(old.name[5:]) != saver.best:
             # Renamed first, or a kill in the middle would leave half a checkpoint under a good name.
             with contextlib.suppress(OSError):
                 shutil.rmtree(old.rename(old.with_suffix(".partial")), ignore_errors=True)
@@ -2432,15 +2431,11 @@ def sync_to_disk(path: Path) -> None:
 
 
 # >>> shared: resume
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name[5:])
-
-
 def checkpoints_in(folder: Path) -> list[Path]:
     """Published checkpoints, oldest first."""
     found = [path for path in folder.glob("step_*")
              if re.fullmatch(r"step_\d+", path.name) and (path / ".metadata").is_file()]
-    return sorted(found, key=step_of)
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def lock_run(folder: Path):
@@ -2458,6 +2453,9 @@ def lock_run(folder: Path):
             if attempt == 0:
                 print(f"{folder} is in use by another run: waiting 20 s for its end", file=sys.stderr)
             time.sleep(1)
+        except OSError as error:  # a network file system without locks
+            print(f"{folder} cannot be locked ({error.strerror}): take care that no second run uses it")
+            return lock
     raise UserError(f"{folder} is in use: give this run another --checkpoint-dir, or end that")
 
 
@@ -2472,7 +2470,7 @@ def checkpoints_to_resume(args: Namespace) -> list[Path]:
     if args.resume == "auto":
         return found
     step = 0 if args.resume == "none" else read_progress([chosen], {})["step"]
-    if found and step_of(found[-1]) > step:
+    if found and int(found[-1].name[5:]) > step:
         raise UserError(f"--resume {args.resume}: {args.checkpoint_dir} already holds {found[-1].name}; give "
                         "this run another --checkpoint-dir")
     return [] if args.resume == "none" else [chosen]
@@ -2591,6 +2589,8 @@ def export_model(model: nn.Module, folder: Path, parts: tuple, dtype: torch.dtyp
     """Write the folder (all ranks; rank 0 alone needs `parts`: configuration, tokenizer, source, see
     `write_hf_folder`). One tensor at a time is whole on every rank, and all of them, in `dtype`, in rank 0's
     host memory. Raises UserError."""
+    for name in STOP_SIGNALS:  # all is saved: from here on they end the process at once
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
     whole = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
              for tensor in model_tensors(model).values())
     named = ((name, tensor.cpu()) for name, tensor in zip(model_tensors(model), whole) if ranks.is_main)
@@ -2743,10 +2743,10 @@ def append_lines(path: Path, *rows: dict) -> None:
         print(f"\n{path} lacks {len(rows)} rows: {error.strerror}", file=sys.stderr, flush=True)
 
 
-def open_bar(total: int | None, step: int, ranks: Ranks, what: str = "training"):
+def open_bar(total: int, step: int, ranks: Ranks):
     """A progress bar where rank 0 writes to a terminal, else a silent one."""
     from tqdm import tqdm
-    return tqdm(total=total, initial=step, desc=what, unit="step", dynamic_ncols=True,
+    return tqdm(total=total, initial=step, desc="training", unit="step", dynamic_ncols=True,
                 smoothing=0.05, disable=not (ranks.is_main and sys.stderr.isatty()))
 # <<< shared: trackers
 
@@ -3186,13 +3186,13 @@ def main() -> None:
 
     texts = write_record(run_dir, args, ranks)
     mark_resumed(run_dir, progress["step"], ranks)
-    saver = Checkpointer(run_dir / "checkpoints", args.keep_checkpoints, progress["best_step"])
+    best = progress["best_step"] if args.keep_best else -1
+    saver = Checkpointer(run_dir / "checkpoints", args.keep_checkpoints, best)
     trackers = open_trackers(args, ranks)
     for line in [describe_model(model, dtype), *describe_tasks(tasks, args, ranks), *notes]:
         say(line)
     num_replicas = ranks.world_size // mesh.size(-1)  # 1 without HSDP
     reduces_always = args.reduce_every_micro_batch or mesh.size() == 1  # one device: no traffic, less memory
-    num_wanted = args.batch_size * ranks.world_size  # groups a step
     loss_sum, count = torch.zeros(2, device=ranks.device)
     times, stop, pending, row, evaluation = {}, None, None, {}, {}
     probe = (tasks.train.prompts[0], sampler.sampling) if link else None
@@ -3243,7 +3243,7 @@ def main() -> None:
                 pending = start_batch(sampler, tasks, progress["samples"], step, args, ranks)
 
         # Advantages, and micro-batches for each rank, as many on each
-        chosen = choose_groups(groups, args.zero_variance, num_wanted)
+        chosen = choose_groups(groups, args.zero_variance, args.batch_size * ranks.world_size)
         sequences = to_sequences(chosen, args.loss, args.mask_truncated)
         hands = deal(sequences, ranks.world_size, args.micro_batch_tokens)
         max_len = args.max_prompt_tokens + args.max_new_tokens

@@ -121,6 +121,19 @@ def test_stop_file(place, straight, tmp_path):
     assert_same_state(tmp_path / "run", straight)
 
 
+def test_a_signal_during_the_export_ends_at_once(place, tmp_path):
+    """All is saved then, and an export may take minutes; the same command makes it."""
+    script = tmp_path / "ended.py"
+    line = "    save_torch_state_dict(tensors, folder)\n"
+    source = (place / "prodded.py").read_text()
+    assert source.count(line) == 1
+    script.write_text(source.replace(line, "    os.kill(os.getpid(), signal.SIGTERM)\n" + line))
+    flags = [*flags_for(place, tmp_path / "run", nproc=1), "--export"]
+    quick_run(flags, code=-signal.SIGTERM, script=script)
+    assert checkpoint(tmp_path / "run", STEPS).is_dir() and not (tmp_path / "run/hf").exists()
+    assert "reloaded" in quick_run(flags, script=place / "prodded.py").stdout
+
+
 @slow
 def test_a_second_interrupt_ends_at_once(place, tmp_path):
     twice = ("if step == 6:\n"
