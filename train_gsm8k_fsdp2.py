@@ -124,8 +124,8 @@ def add_model_and_data_flags(group: argparse._ArgumentGroup) -> None:
 
 def add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--rollouts", default="local", metavar="{local,vllm,replay:FILE}", help="who generates: these "
-        "processes, a vLLM server, or nobody, from the logged rollouts of another run")
+    add("--rollouts", choices=["local", "vllm"], default="local", help="who generates: these processes, or a "
+        "vLLM server")
     add("--vllm-host", default="127.0.0.1", help="of the server that examples/run_gsm8k.sh starts")
     add("--vllm-port", type=int, default=8000, help="of the same")
     add("--vllm-timeout", type=float, metavar="SECONDS", default=300.0,
@@ -142,8 +142,7 @@ def add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     add("--temperature", type=float, default=1.0, help="of sampling; loss and logged logprobs use it, too")
     add("--rollout-batch", type=int, metavar="N", default=128, help="completions that a process generates "
         "side by side with --rollouts local")
-    add("--zero-variance", choices=["keep", "drop", "refill"], default="drop", help="groups whose "
-        "rewards are all equal: keep, drop, or replace by further questions")
+    add("--zero-variance", choices=["keep", "drop"], default="drop", help="groups of equal rewards")
     add("--format-reward", type=float, metavar="REWARD", default=0.0, help="for a completion that ends with "
         "one final answer, beside 1 for a right one")
 
@@ -351,12 +350,7 @@ def find_problems(args: Namespace) -> Iterator[str]:
         yield f"--group-size must be at least 2, not {args.group_size}: a group is compared with itself"
     if not 0 < args.temperature < math.inf:
         yield f"--temperature must be above 0, not {args.temperature}: what does not differ teaches nothing"
-    kind, _, path = args.rollouts.partition(":")
-    if kind not in ("local", "vllm", "replay") or bool(path) != (kind == "replay"):
-        yield f"--rollouts {args.rollouts}: expected local, vllm or replay:FILE"
-    if kind == "replay" and path and not Path(path).is_file():
-        yield f"--rollouts {args.rollouts}: no such file; a run writes {ROLLOUT_LOG.format(rank=0)}"
-    if args.async_depth and kind != "vllm":
+    if args.async_depth and args.rollouts != "vllm":
         yield "--async-depth 1 needs --rollouts vllm: these processes cannot generate and train at once"
     if args.warmup_steps > args.train_steps:
         yield f"--warmup-steps {args.warmup_steps} is more than --train-steps {args.train_steps}"
@@ -381,10 +375,8 @@ class Ranks:
 
 def relaunch_under_torchrun(args: Namespace) -> None:
     """Started plainly, with several GPUs or --nproc N: run this same command under torchrun, then exit."""
-    # Before CUDA starts, which reads the variable.
-    if args.gpu_ranks and os.environ.setdefault("CUDA_VISIBLE_DEVICES", args.gpu_ranks) != args.gpu_ranks:
-        usage_error(f"--gpu-ranks {args.gpu_ranks} and CUDA_VISIBLE_DEVICES="
-                    f"{os.environ['CUDA_VISIBLE_DEVICES']} disagree: unset one of them")
+    if args.gpu_ranks:
+        os.environ["CUDA_VISIBLE_DEVICES"] = args.gpu_ranks  # before CUDA starts, which reads it
     num_gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
     nproc = args.nproc or max(1, num_gpus)
     if args.gpu_ranks and num_gpus != len(args.gpu_ranks.split(",")):
@@ -423,22 +415,18 @@ def relaunch_under_torchrun(args: Namespace) -> None:
 # >>> shared: process-group
 def read_ranks(args: Namespace) -> Ranks:
     """From torchrun's variables, which accelerate and launch_slurm.sh set, too, or alone."""
-    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
-    try:
-        rank, local_rank, world_size, here = (int(os.environ.get(name, n)) for name, n in names.items())
-    except ValueError as error:
-        raise UserError(f"of {', '.join(names)} in the environment, one is no number ({error})") from None
-    if not 0 <= rank < world_size or here < 1:
-        raise UserError(f"RANK={rank} is outside WORLD_SIZE={world_size}, or LOCAL_WORLD_SIZE={here} is not "
-                        "positive: processes count from 0")
+    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    with naming(f"the environment's {', '.join(names)}"):
+        rank, local_rank, world_size = (int(os.environ.get(name, value)) for name, value in names.items())
+        if not 0 <= rank < world_size:
+            raise ValueError(f"no rank {rank} among {world_size} processes, which count from 0")
     if "TORCHELASTIC_RUN_ID" in os.environ:  # ranks would outlive a killed torchrun, and go on writing
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if args.device == "cuda" and not torch.cuda.is_available():
-        usage_error("--device cuda: torch sees no GPU here; "
-                    "use --device cpu, or install a CUDA build of torch")
+    use_cuda = args.device != "cpu" and torch.cuda.is_available()
+    if args.device == "cuda" and not use_cuda:
+        usage_error("--device cuda: torch sees no GPU here; use --device cpu, or a CUDA build of torch")
     if args.hsdp_shard_size and world_size % args.hsdp_shard_size:
         usage_error(f"--hsdp-shard-size {args.hsdp_shard_size} does not divide the {world_size} processes")
-    use_cuda = args.device != "cpu" and torch.cuda.is_available()
     # The modulo: srun --gpus-per-task shows every task its own device 0.
     device = torch.device("cuda", local_rank % torch.cuda.device_count()) if use_cuda else torch.device("cpu")
     return Ranks(rank, local_rank, world_size, device)
@@ -465,8 +453,6 @@ def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceM
     try:
         if "RANK" in os.environ:
             socket.getaddrinfo(*address)  # torch would try again until the timeout
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's, if it is still there
-            socket.create_connection(address, timeout=30).close()
         torch.distributed.init_process_group(**options)
     except (OSError, ValueError, TypeError, torch.distributed.DistNetworkError) as error:
         raise UserError(f"no rendezvous at {address[0]}:{address[1]} ({first_line(error)}): tools/doctor.py, "
@@ -1123,20 +1109,13 @@ QUANTISED = re.compile(r"(weight_scale(_inv)?|scales|qweight|qzeros|g_idx|zero_p
                        r"weight_packed|_blocks)$")
 
 
-def refuse_quantised(folder: Path, config: object) -> None:
-    """Quantised weights have the names and shapes of others: without their scales they would be garbage."""
-    found = getattr(config, "quantization_config", None) and "config.json says so"
-    for path in folder.glob("*.safetensors") if not found else ():
-        with naming(f"{path} is no safetensors file"), path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")  # of the header, which is JSON
-            names = json.loads(file.read(min(size, 1 << 30)))
-            ends = [entry["data_offsets"][1] for name, entry in names.items() if name != "__metadata__"]
-            if 8 + size + max(ends, default=0) != path.stat().st_size:
-                raise ValueError("its download is not complete")
-        found = found or next((f"{path.name} holds {name}" for name in names if QUANTISED.search(name)), None)
-    if found:
-        raise UserError(f"{folder} holds quantised weights ({found}), which cannot be trained: use the "
-                        "model's bf16 release, or dequantise it first")
+def refuse_quantised(folder: Path, config: object, names: Iterable[str] = ()) -> None:
+    """Quantised weights have the names and shapes of others: without their scales they would be garbage.
+    `names` are of the tensors on disk that the model does not have."""
+    found = next(filter(QUANTISED.search, names), None)
+    if found or getattr(config, "quantization_config", None):
+        raise UserError(f"{folder} holds quantised weights ({found or 'config.json says so'}), which cannot "
+                        "be trained: use the model's bf16 release, or dequantise it first")
 
 
 def fill_buffers(model: nn.Module) -> None:
@@ -1159,27 +1138,30 @@ def load_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ran
     persistent, there = set(model.state_dict()), {}
     if any(folder.glob("*.safetensors")):
         reader = dcp.HuggingFaceStorageReader(str(folder))
-        on_disk = reader.read_metadata().state_dict_metadata
+        with naming(f"the safetensors files in {folder}"):  # a download that is not complete, for one
+            on_disk = reader.read_metadata().state_dict_metadata
         there = {name: tensor for name, tensor in named
                  if name in on_disk and on_disk[name].size == tensor.shape}
     # Tied parameters are one tensor under several names: a file may hold any of them, and mostly just one.
     if {id(tensor) for name, tensor in named if name in persistent} <= set(map(id, there.values())):
-        dcp.load({name: tensor.detach() for name, tensor in there.items()}, storage_reader=reader)
         unread = sorted(on_disk.keys() - there.keys())
-        if unread and ranks.is_main:
-            print(f"{folder}: {len(unread)} tensors on disk are not in the model, {unread[0]} for one")
-        return
-    if ranks.is_main:
-        print(f"{folder}: names on disk differ from names in memory; "
-              "rank 0 loads the model and broadcasts it")
-    broadcast_hf_weights(model, folder, trust_remote_code, ranks)
+        dcp.load({name: tensor.detach() for name, tensor in there.items()}, storage_reader=reader)
+    else:
+        if ranks.is_main:
+            print(f"{folder}: names on disk differ from names in memory; "
+                  "rank 0 loads the model and broadcasts it")
+        unread = broadcast_hf_weights(model, folder, trust_remote_code, ranks)
+    refuse_quantised(folder, None, unread)
+    if unread and ranks.is_main:
+        print(f"{folder}: {len(unread)} tensors on disk are not in the model, {unread[0]} for one")
 
 
 @torch.no_grad()
-def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ranks: Ranks) -> None:
+def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ranks: Ranks) -> list[str]:
     """For families that transformers renames or fuses while loading (Mixtral's experts), .bin files, remote
-    code: the whole model in rank 0's host memory, then one tensor at a time to everybody (all ranks)."""
-    source = {}
+    code: the whole model in rank 0's host memory, then one tensor at a time to everybody (all ranks).
+    Returns the names that it did not use."""
+    source, unread = {}, []
     if ranks.is_main:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -1192,12 +1174,14 @@ def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool
         lacking = sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]})
         if lacking:
             raise UserError(f"{folder} lacks {len(lacking)} tensors, or their shapes: {lacking[0]} for one")
+        unread = sorted(info["unexpected_keys"])
         source = dict(itertools.chain(full.named_parameters(), full.named_buffers()))
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         value = (source[name].to(ranks.device) if ranks.is_main
                  else torch.empty(tensor.shape, dtype=tensor.dtype, device=ranks.device))
         torch.distributed.broadcast(value, src=0)
         fill(tensor, value)
+    return unread
 # <<< shared: load
 
 
@@ -1243,7 +1227,7 @@ def check_memory(model: nn.Module, args: Namespace, mesh: torch.distributed.Devi
         free = torch.cuda.mem_get_info()[0]
     else:
         available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        free = 1024 * int(available[1]) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        free = 1024 * int(available[1]) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     if nbytes > free:
         raise UserError(f"{size / 1e9:.1f}B parameters, gradients and AdamW states take {nbytes >> 30} GiB a "
                         f"process, {free >> 30} are free: choose a smaller model, or use more devices")
@@ -1361,12 +1345,9 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, max_lr: float,
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. Rollouts: local, from vLLM, from a file
+# 6. Rollouts: local, or from vLLM
 
 ROLLOUT_LOG = "fsdp2_gsm8k_rollouts.rank{rank}.jsonl"
-ROLLOUT_ROW = {"step": int, "position": int, "sample": int, "question": int, "version": int, "reward": float,
-               "correct": bool, "finish": str, "prompt_ids": list, "completion_ids": list, "logprobs": list}
-NUM_REFILLS = 4  # rounds of further questions that --zero-variance refill asks for in a step, at the most
 
 
 @dataclasses.dataclass
@@ -1391,10 +1372,9 @@ class Group:
 @dataclasses.dataclass
 class Tasks:
     """What is asked, and how it is judged."""
-    train: Questions | None  # None: replayed
+    train: Questions
     held_out: Questions | None
     tokenizer: object
-    replayed: dict[int, list[Group]]  # by step
 
 
 @dataclasses.dataclass
@@ -1612,7 +1592,7 @@ def complete(server: Server, prompt_ids: list[int], n: int, sampling: Sampling) 
     """n completions of a prompt, token ids in and out. Raises UserError.
 
     Without a seed: vLLM 0.32 draws seeded requests one by one, and on a CPU they end its engine when a prompt
-    is read in pieces. What was drawn is in the log, and can be replayed."""
+    is read in pieces."""
     body = {"model": server.model, "prompt": prompt_ids, "n": n, "logprobs": 0,
             "temperature": sampling.temperature, "max_tokens": sampling.max_new_tokens,
             "stop_token_ids": sampling.ends, "return_token_ids": True, "skip_special_tokens": False,
@@ -1678,11 +1658,12 @@ def start_completions(sampler: Sampler, prompts: list[list[int]], n: int, seeds:
     return [functools.partial(list, group) for group in groups]
 
 
-def start_groups(sampler: Sampler, questions: Questions, positions: range, version: int, args: Namespace
-                 ) -> list[tuple[Group, Callable]]:
-    """Groups of this rank's part of `positions`, without completions yet, and what will have them."""
-    groups = []
-    for position in positions:
+def start_batch(sampler: Sampler, questions: Questions, start: int, version: int, args: Namespace,
+                ranks: Ranks) -> list[tuple[Group, Callable]]:
+    """The batch that begins at `start` in the global order, of which ranks take turns of --batch-size: this
+    rank's groups, without completions yet, and for each what waits for them."""
+    groups, first = [], start + ranks.rank * args.batch_size
+    for position in range(first, first + args.batch_size):
         question = sample_at(position, len(questions.prompts), args.seed)
         groups.append(Group(position, question, version, questions.prompts[question], []))
     # crc32, not hash(): Python salts the hashes of texts in each process anew.
@@ -1704,7 +1685,7 @@ def score(groups: list[Group], questions: Questions, tokenizer, format_weight: f
 
 
 def rollout_rows(groups: list[Group], step: int) -> Iterator[dict]:
-    """What the log keeps: all that `--rollouts replay:` needs, a row per completion."""
+    """What the log keeps, a row per completion; a step that a resume repeats stands there twice."""
     for group in groups:
         for sample, completion in enumerate(group.completions):
             yield {"step": step, "position": group.position, "sample": sample, "question": group.question,
@@ -1712,73 +1693,6 @@ def rollout_rows(groups: list[Group], step: int) -> Iterator[dict]:
                    "correct": group.correct[sample], "finish": completion.finish,
                    "prompt_ids": group.prompt_ids, "completion_ids": completion.ids,
                    "logprobs": completion.logprobs}
-
-
-def read_rollouts(path: Path) -> dict[int, list[Group]]:
-    """{step: groups in the order of their positions} from the logs of all ranks of a run; of a step that was
-    repeated after a resume, the later one. Raises UserError."""
-    pattern = re.sub(r"rank\d+", r"rank\\d+", re.escape(path.name))
-    found: dict[int, dict[int, dict[int, dict]]] = {}
-    for log in sorted(log for log in path.parent.iterdir() if re.fullmatch(pattern, log.name)):
-        for row in rollout_log(log):
-            found.setdefault(row["step"], {}).setdefault(row["position"], {})[row["sample"]] = row
-    if not found:
-        raise UserError(f"{path} holds no rollouts")
-    for step, by_position in found.items():
-        size = max(map(len, by_position.values()))
-        for position, samples in by_position.items():
-            if sorted(samples) != list(range(size)):
-                raise UserError(f"{path}: step {step}, position {position} holds {len(samples)} of {size} "
-                                "completions")
-    return {step: [group_of(by_position[position]) for position in sorted(by_position)]
-            for step, by_position in found.items()}
-
-
-def rollout_log(path: Path) -> list[dict]:
-    """The rows of one rank's log that count. Raises UserError."""
-    rows: list[dict] = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                if row.get("resumed"):
-                    rows = [earlier for earlier in rows if earlier["step"] <= row["step"]]
-                    continue
-                wrong = [key for key, kind in ROLLOUT_ROW.items() if type(row[key]) is not kind]
-                if wrong or row["finish"] not in ("stop", "length") or not math.isfinite(row["reward"]):
-                    raise ValueError(f"{', '.join(wrong) or 'finish or reward'} is not what a run writes")
-                check_tokens(row["prompt_ids"], [0.0] * len(row["prompt_ids"]))
-                check_tokens(row["completion_ids"], row["logprobs"])
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                message = f"{path}:{number}: not a row of a rollout log ({first_line(error)})"
-                raise UserError(message) from error
-            rows.append(row)
-    return rows
-
-
-def check_vocabulary(replayed: dict[int, list[Group]], model: nn.Module) -> None:
-    for group in itertools.chain(*replayed.values()):
-        largest = max(*group.prompt_ids, *itertools.chain(*(c.ids for c in group.completions)))
-        if largest >= (size := text_config(model).vocab_size):
-            raise UserError(f"--rollouts replay: token {largest} at position {group.position}, the model has "
-                            f"{size}: the log is of another model's run")
-
-
-def mark_resumed(run_dir: Path, step: int, ranks: Ranks) -> None:
-    """Say in this rank's log, and rank 0 in those of ranks that are no more, that what stands there behind
-    `step` is done again."""
-    for path in run_dir.glob(ROLLOUT_LOG.format(rank="*")):
-        rank = int(re.search(r"rank(\d+)", path.name)[1])
-        if rank == ranks.rank or (ranks.is_main and rank >= ranks.world_size):
-            append_lines(path, {"step": step, "resumed": True})
-
-
-def group_of(rows: dict[int, dict]) -> Group:
-    rows = [rows[sample] for sample in sorted(rows)]
-    completions = [Completion(row["completion_ids"], row["logprobs"], row["finish"]) for row in rows]
-    same = {key: rows[0][key] for key in ("position", "question", "version", "prompt_ids")}
-    return Group(**same, completions=completions, rewards=[row["reward"] for row in rows],
-                 correct=[row["correct"] for row in rows])
 
 
 def has_variance(group: Group) -> bool:
@@ -1851,22 +1765,12 @@ class WeightReceiver:
             if hasattr(module, "cpu_linear") and pointers.count(pointer) > 1:
                 module.quant_method.process_weights_after_loading(module)
 
-    def served_sizes(self) -> dict[str, int | None]:
-        return model_sizes(self.model_config.hf_config)
-
     def weights_version(self) -> dict[str, int]:
         """-1: those that the server loaded itself."""
         return {"version": getattr(self, "version", -1)}
 
     def close_weights(self) -> None:
         self.weight_group, self.staged = None, {}
-
-
-def model_sizes(config: object) -> dict[str, int | None]:
-    """What two configurations of the same model agree in."""
-    names = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-             "num_key_value_heads")
-    return {name: getattr(config.get_text_config(), name, None) for name in names.split()}
 
 
 def join_group(store: torch.distributed.Store, rank: int, world_size: int, backend: str, address: str,
@@ -1970,8 +1874,6 @@ def push_weights(link: WeightLink, model: nn.Module, version: int, ranks: Ranks)
 
     Units are gathered one by one, so that no rank ever holds the whole model. Rank 0 has sent a unit before
     it takes part in the next gather: gathers and sends never wait for each other crosswise."""
-    if ranks.is_main and link.server.version < 0:
-        check_sizes(link, model)
     # The call holds vLLM's engine: a rank that still waited for completions would never get to the gathers.
     torch.distributed.barrier()
     call = link.pool.submit(rpc, link, "receive_weights") if ranks.is_main else None
@@ -1994,13 +1896,6 @@ def push_weights(link: WeightLink, model: nn.Module, version: int, ranks: Ranks)
             f"the weights of step {version} did not reach {link.server.address} ({first_line(error)}): it "
             "serves those that it had; the same command goes on from the newest checkpoint") from error
     link.server.version = version
-
-
-def check_sizes(link: WeightLink, model: nn.Module) -> None:
-    """Rank 0, before the first push: weights of another shape would leave vLLM with half a model."""
-    mine, served = model_sizes(model.config), rpc(link, "served_sizes")[0]
-    if differ := [f"{name} {served[name]}, not {mine[name]}" for name in mine if served[name] != mine[name]]:
-        raise UserError(f"{link.server.address} serves another model than --model: {'; '.join(differ)}")
 
 
 def named_units(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
@@ -2157,12 +2052,9 @@ class Sequence:
     advantage: float
 
 
-def choose_groups(groups: list[Group], zero_variance: str, wanted: int) -> list[Group]:
-    """Those to train on: all, or those whose rewards differ; of refilled ones the first `wanted`."""
-    if zero_variance == "keep":
-        return groups
-    differing = [group for group in groups if has_variance(group)]
-    return differing[:wanted] if zero_variance == "refill" else differing
+def choose_groups(groups: list[Group], zero_variance: str) -> list[Group]:
+    """Those to train on: all, or those whose rewards differ."""
+    return [group for group in groups if zero_variance == "keep" or has_variance(group)]
 
 
 def to_sequences(groups: list[Group], loss: str, mask_truncated: bool) -> list[Sequence]:
@@ -2445,18 +2337,16 @@ def lock_run(folder: Path):
     if (folder / "STOP").exists():
         raise UserError(f"{folder / 'STOP'} exists: remove it to train")
     lock = (folder / "lock").open("w")
-    for attempt in range(20):
+    for _ in range(20):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return lock
         except BlockingIOError:
-            if attempt == 0:
-                print(f"{folder} is in use by another run: waiting 20 s for its end", file=sys.stderr)
             time.sleep(1)
         except OSError as error:  # a network file system without locks
             print(f"{folder} cannot be locked ({error.strerror}): take care that no second run uses it")
             return lock
-    raise UserError(f"{folder} is in use: give this run another --checkpoint-dir, or end that")
+    raise UserError(f"{folder} is in use by another run: give this one another --checkpoint-dir, or end that")
 
 
 def checkpoints_to_resume(args: Namespace) -> list[Path]:
@@ -2678,16 +2568,6 @@ def timed(times: dict[str, float], key: str) -> Iterator[None]:
     times[key] = times.get(key, 0.0) + time.perf_counter() - start
 
 
-def write_once(path: Path, text: str) -> None:
-    """Never over an older file: config.yaml, then config.1.yaml, …; the same text is not written again."""
-    for number in itertools.count():
-        candidate = path.with_suffix(f".{number}{path.suffix}") if number else path
-        if not candidate.exists():
-            candidate.write_text(text, encoding="utf-8")
-        if candidate.read_bytes() == text.encode():
-            return
-
-
 def write_record(folder: Path, args: Namespace, ranks: Ranks) -> dict[str, str]:
     """Rank 0: configuration, command, source and environment in the run's folder. Returns the texts that
     every checkpoint carries, too. --config takes config.yaml back."""
@@ -2708,7 +2588,7 @@ def write_record(folder: Path, args: Namespace, ranks: Ranks) -> dict[str, str]:
     more = {"command.txt": shlex.join([sys.executable, *sys.argv]) + "\n",
             "env.json": json.dumps(environment, indent=1)}
     for name, text in (texts | more).items():
-        write_once(folder / name, text)
+        (folder / name).write_text(text, encoding="utf-8")
     return texts
 # <<< shared: record
 
@@ -2735,9 +2615,8 @@ def append_lines(path: Path, *rows: dict) -> None:
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
     try:
         with path.open("ab", buffering=0) as file:  # a buffer would write its rest when the file is closed
-            size = file.tell()
-            if file.write(data) < len(data):
-                file.truncate(size)  # no half line
+            if (written := file.write(data)) < len(data):
+                file.truncate(file.tell() - written)  # no half line
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         print(f"\n{path} lacks {len(rows)} rows: {error.strerror}", file=sys.stderr, flush=True)
@@ -2977,65 +2856,29 @@ def open_sampler(args: Namespace, model: nn.Module, folder: Path, tokenizer, dty
 
 def load_tasks(args: Namespace) -> Tasks:
     """Questions and tokenizer, before any process group exists. Raises UserError."""
-    kind, _, path = args.rollouts.partition(":")
     tokenizer = load_tokenizer(args)
-    replayed = read_rollouts(Path(path)) if kind == "replay" else {}
-    missing = set(range(1, args.train_steps + 1)) - replayed.keys() if replayed else ()
-    if missing:
-        raise UserError(f"--rollouts {args.rollouts} holds no step {min(missing)}: set --train-steps "
-                        f"{min(missing) - 1}")
-    train = None if replayed else load_questions(args, tokenizer, args.dataset_split, args.limit)
-    wants_evaluation = args.eval_limit != 0 and (args.eval_every or args.eval_first or not replayed)
-    held_out = load_questions(args, tokenizer, args.eval_split, args.eval_limit) if wants_evaluation else None
-    return Tasks(train, held_out, tokenizer, replayed)
+    train = load_questions(args, tokenizer, args.dataset_split, args.limit)
+    held_out = (load_questions(args, tokenizer, args.eval_split, args.eval_limit)
+                if args.eval_limit != 0 else None)
+    return Tasks(train, held_out, tokenizer)
 
 
 def data_identity(tasks: Tasks) -> str:
     """The prompts and answers that are trained on: data set, tokenizer, template, system prompt, limits."""
-    asked = tasks.train and [[row["gold"] for row in tasks.train.rows], tasks.train.prompts]
+    asked = [[row["gold"] for row in tasks.train.rows], tasks.train.prompts]
     return f"{zlib.crc32(repr(asked).encode()):08x}"
 
 
-@dataclasses.dataclass
-class Pending:
-    """A batch that is being generated: this rank's groups, and what will have their completions."""
-    groups: list[tuple[Group, Callable]]
-    stop: int  # the position in the global order after the batch, over all ranks
-
-
-def start_batch(sampler: Sampler, tasks: Tasks, start: int, version: int, args: Namespace, ranks: Ranks
-                ) -> Pending:
-    """The batch that begins at `start` in the global order: ranks take turns of --batch-size questions."""
-    first = start + ranks.rank * args.batch_size
-    positions = range(first, first + args.batch_size)
-    return Pending(start_groups(sampler, tasks.train, positions, version, args),
-                   start + args.batch_size * ranks.world_size)
-
-
-def take_batch(pending: Pending, tasks: Tasks, format_weight: float, phase: Callable) -> list[Group]:
+def take_batch(pending: list[tuple[Group, Callable]], tasks: Tasks, format_weight: float, phase: Callable
+               ) -> list[Group]:
     """Wait for the completions, judge them; the groups of all ranks, in global order (all ranks)."""
     with phase("generate"):
-        for group, wait in pending.groups:
+        for group, wait in pending:
             group.completions = wait()
     with phase("reward"):
-        mine = [group for group, _ in pending.groups]
+        mine = [group for group, _ in pending]
         score(mine, tasks.train, tasks.tokenizer, format_weight)
         return list(itertools.chain(*gather_objects(mine)))
-
-
-def roll_out(pending: Pending, sampler: Sampler, tasks: Tasks, args: Namespace, ranks: Ranks, phase: Callable
-             ) -> list[Group]:
-    """The batch's groups, in global order; with `--zero-variance refill` those of further questions, too,
-    until enough of them differ in reward (all ranks)."""
-    groups = take_batch(pending, tasks, args.format_reward, phase)
-    for _ in range(NUM_REFILLS if args.zero_variance == "refill" else 0):
-        if sum(map(has_variance, groups)) >= args.batch_size * ranks.world_size:
-            break
-        version = sampler.server.version if sampler.server else groups[0].version
-        with phase("generate"):
-            pending = start_batch(sampler, tasks, pending.stop, version, args, ranks)
-        groups += take_batch(pending, tasks, args.format_reward, phase)
-    return groups
 
 
 def log_rollouts(groups: list[Group], step: int, args: Namespace, ranks: Ranks) -> None:
@@ -3054,8 +2897,6 @@ def describe_tasks(tasks: Tasks, args: Namespace, ranks: Ranks) -> list[str]:
             left_out = questions.num_left_out
             longer = f", {left_out:,} longer than --max-prompt-tokens left out" if left_out else ""
             lines.append(f"{name:10s} {len(questions.prompts):,}{longer}")
-    if tasks.replayed:
-        lines.append(f"replayed   {len(tasks.replayed):,} steps of {args.rollouts.partition(':')[2]}")
     return lines
 
 
@@ -3169,7 +3010,6 @@ def main() -> None:
     mesh = init_distributed(args, ranks)
     dtype = compute_dtype(args.mixed_precision, ranks.device)
     model = load_policy(args, folder, mesh, dtype, ranks)
-    check_vocabulary(tasks.replayed, model)
     lock = lock_run(run_dir) if ranks.is_main else None  # noqa: F841, held until this process ends
     checkpoints = gather_objects(checkpoints_to_resume(args) if ranks.is_main else None)[0]
     progress = read_progress(checkpoints, {  # all of it survives a resume
@@ -3185,7 +3025,6 @@ def main() -> None:
     link = open_link(args, sampler.server, dtype, ranks) if sampler.server else None
 
     texts = write_record(run_dir, args, ranks)
-    mark_resumed(run_dir, progress["step"], ranks)
     best = progress["best_step"] if args.keep_best else -1
     saver = Checkpointer(run_dir / "checkpoints", args.keep_checkpoints, best)
     trackers = open_trackers(args, ranks)
@@ -3209,7 +3048,7 @@ def main() -> None:
         is_due = is_last or (step and args.eval_every and step % args.eval_every == 0)
         if tasks.held_out and (is_due or (step == 0 and args.eval_first)):
             stall_after(None)
-            for _, wait in pending.groups if pending else ():
+            for _, wait in pending or ():
                 wait()  # or new weights would answer what was asked of the old
             update_server(link, model, step, probe, ranks)
             evaluation = evaluate(sampler, tasks, args, ranks)
@@ -3224,13 +3063,12 @@ def main() -> None:
 
         # Generate and judge (all ranks)
         probe_error = 0.0
-        if pending is None and not tasks.replayed:
+        if pending is None:
             with phase("sync"):
                 probe_error = update_server(link, model, step, probe, ranks)
             with phase("generate"):
-                pending = start_batch(sampler, tasks, progress["samples"], step, args, ranks)
-        groups = tasks.replayed[step + 1] if tasks.replayed else roll_out(
-            pending, sampler, tasks, args, ranks, phase)
+                pending = start_batch(sampler, tasks.train, progress["samples"], step, args, ranks)
+        groups = take_batch(pending, tasks, args.format_reward, phase)
         progress["samples"], pending = groups[-1].position + 1, None
         with phase("reward"):
             log_rollouts(groups, step + 1, args, ranks)
@@ -3240,10 +3078,10 @@ def main() -> None:
             with phase("sync"):
                 probe_error = update_server(link, model, step, probe, ranks)
             with phase("generate"):
-                pending = start_batch(sampler, tasks, progress["samples"], step, args, ranks)
+                pending = start_batch(sampler, tasks.train, progress["samples"], step, args, ranks)
 
         # Advantages, and micro-batches for each rank, as many on each
-        chosen = choose_groups(groups, args.zero_variance, args.batch_size * ranks.world_size)
+        chosen = choose_groups(groups, args.zero_variance)
         sequences = to_sequences(chosen, args.loss, args.mask_truncated)
         hands = deal(sequences, ranks.world_size, args.micro_batch_tokens)
         max_len = args.max_prompt_tokens + args.max_new_tokens

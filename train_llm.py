@@ -350,10 +350,8 @@ class Ranks:
 
 def relaunch_under_torchrun(args: Namespace) -> None:
     """Started plainly, with several GPUs or --nproc N: run this same command under torchrun, then exit."""
-    # Before CUDA starts, which reads the variable.
-    if args.gpu_ranks and os.environ.setdefault("CUDA_VISIBLE_DEVICES", args.gpu_ranks) != args.gpu_ranks:
-        usage_error(f"--gpu-ranks {args.gpu_ranks} and CUDA_VISIBLE_DEVICES="
-                    f"{os.environ['CUDA_VISIBLE_DEVICES']} disagree: unset one of them")
+    if args.gpu_ranks:
+        os.environ["CUDA_VISIBLE_DEVICES"] = args.gpu_ranks  # before CUDA starts, which reads it
     num_gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
     nproc = args.nproc or max(1, num_gpus)
     if args.gpu_ranks and num_gpus != len(args.gpu_ranks.split(",")):
@@ -392,22 +390,18 @@ def relaunch_under_torchrun(args: Namespace) -> None:
 # >>> shared: process-group
 def read_ranks(args: Namespace) -> Ranks:
     """From torchrun's variables, which accelerate and launch_slurm.sh set, too, or alone."""
-    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
-    try:
-        rank, local_rank, world_size, here = (int(os.environ.get(name, n)) for name, n in names.items())
-    except ValueError as error:
-        raise UserError(f"of {', '.join(names)} in the environment, one is no number ({error})") from None
-    if not 0 <= rank < world_size or here < 1:
-        raise UserError(f"RANK={rank} is outside WORLD_SIZE={world_size}, or LOCAL_WORLD_SIZE={here} is not "
-                        "positive: processes count from 0")
+    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    with naming(f"the environment's {', '.join(names)}"):
+        rank, local_rank, world_size = (int(os.environ.get(name, value)) for name, value in names.items())
+        if not 0 <= rank < world_size:
+            raise ValueError(f"no rank {rank} among {world_size} processes, which count from 0")
     if "TORCHELASTIC_RUN_ID" in os.environ:  # ranks would outlive a killed torchrun, and go on writing
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if args.device == "cuda" and not torch.cuda.is_available():
-        usage_error("--device cuda: torch sees no GPU here; "
-                    "use --device cpu, or install a CUDA build of torch")
+    use_cuda = args.device != "cpu" and torch.cuda.is_available()
+    if args.device == "cuda" and not use_cuda:
+        usage_error("--device cuda: torch sees no GPU here; use --device cpu, or a CUDA build of torch")
     if args.hsdp_shard_size and world_size % args.hsdp_shard_size:
         usage_error(f"--hsdp-shard-size {args.hsdp_shard_size} does not divide the {world_size} processes")
-    use_cuda = args.device != "cpu" and torch.cuda.is_available()
     # The modulo: srun --gpus-per-task shows every task its own device 0.
     device = torch.device("cuda", local_rank % torch.cuda.device_count()) if use_cuda else torch.device("cpu")
     return Ranks(rank, local_rank, world_size, device)
@@ -434,8 +428,6 @@ def init_distributed(args: Namespace, ranks: Ranks) -> torch.distributed.DeviceM
     try:
         if "RANK" in os.environ:
             socket.getaddrinfo(*address)  # torch would try again until the timeout
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's, if it is still there
-            socket.create_connection(address, timeout=30).close()
         torch.distributed.init_process_group(**options)
     except (OSError, ValueError, TypeError, torch.distributed.DistNetworkError) as error:
         raise UserError(f"no rendezvous at {address[0]}:{address[1]} ({first_line(error)}): tools/doctor.py, "
@@ -1561,20 +1553,13 @@ QUANTISED = re.compile(r"(weight_scale(_inv)?|scales|qweight|qzeros|g_idx|zero_p
                        r"weight_packed|_blocks)$")
 
 
-def refuse_quantised(folder: Path, config: object) -> None:
-    """Quantised weights have the names and shapes of others: without their scales they would be garbage."""
-    found = getattr(config, "quantization_config", None) and "config.json says so"
-    for path in folder.glob("*.safetensors") if not found else ():
-        with naming(f"{path} is no safetensors file"), path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")  # of the header, which is JSON
-            names = json.loads(file.read(min(size, 1 << 30)))
-            ends = [entry["data_offsets"][1] for name, entry in names.items() if name != "__metadata__"]
-            if 8 + size + max(ends, default=0) != path.stat().st_size:
-                raise ValueError("its download is not complete")
-        found = found or next((f"{path.name} holds {name}" for name in names if QUANTISED.search(name)), None)
-    if found:
-        raise UserError(f"{folder} holds quantised weights ({found}), which cannot be trained: use the "
-                        "model's bf16 release, or dequantise it first")
+def refuse_quantised(folder: Path, config: object, names: Iterable[str] = ()) -> None:
+    """Quantised weights have the names and shapes of others: without their scales they would be garbage.
+    `names` are of the tensors on disk that the model does not have."""
+    found = next(filter(QUANTISED.search, names), None)
+    if found or getattr(config, "quantization_config", None):
+        raise UserError(f"{folder} holds quantised weights ({found or 'config.json says so'}), which cannot "
+                        "be trained: use the model's bf16 release, or dequantise it first")
 
 
 def fill_buffers(model: nn.Module) -> None:
@@ -1597,27 +1582,30 @@ def load_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ran
     persistent, there = set(model.state_dict()), {}
     if any(folder.glob("*.safetensors")):
         reader = dcp.HuggingFaceStorageReader(str(folder))
-        on_disk = reader.read_metadata().state_dict_metadata
+        with naming(f"the safetensors files in {folder}"):  # a download that is not complete, for one
+            on_disk = reader.read_metadata().state_dict_metadata
         there = {name: tensor for name, tensor in named
                  if name in on_disk and on_disk[name].size == tensor.shape}
     # Tied parameters are one tensor under several names: a file may hold any of them, and mostly just one.
     if {id(tensor) for name, tensor in named if name in persistent} <= set(map(id, there.values())):
-        dcp.load({name: tensor.detach() for name, tensor in there.items()}, storage_reader=reader)
         unread = sorted(on_disk.keys() - there.keys())
-        if unread and ranks.is_main:
-            print(f"{folder}: {len(unread)} tensors on disk are not in the model, {unread[0]} for one")
-        return
-    if ranks.is_main:
-        print(f"{folder}: names on disk differ from names in memory; "
-              "rank 0 loads the model and broadcasts it")
-    broadcast_hf_weights(model, folder, trust_remote_code, ranks)
+        dcp.load({name: tensor.detach() for name, tensor in there.items()}, storage_reader=reader)
+    else:
+        if ranks.is_main:
+            print(f"{folder}: names on disk differ from names in memory; "
+                  "rank 0 loads the model and broadcasts it")
+        unread = broadcast_hf_weights(model, folder, trust_remote_code, ranks)
+    refuse_quantised(folder, None, unread)
+    if unread and ranks.is_main:
+        print(f"{folder}: {len(unread)} tensors on disk are not in the model, {unread[0]} for one")
 
 
 @torch.no_grad()
-def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ranks: Ranks) -> None:
+def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ranks: Ranks) -> list[str]:
     """For families that transformers renames or fuses while loading (Mixtral's experts), .bin files, remote
-    code: the whole model in rank 0's host memory, then one tensor at a time to everybody (all ranks)."""
-    source = {}
+    code: the whole model in rank 0's host memory, then one tensor at a time to everybody (all ranks).
+    Returns the names that it did not use."""
+    source, unread = {}, []
     if ranks.is_main:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -1630,12 +1618,14 @@ def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool
         lacking = sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]})
         if lacking:
             raise UserError(f"{folder} lacks {len(lacking)} tensors, or their shapes: {lacking[0]} for one")
+        unread = sorted(info["unexpected_keys"])
         source = dict(itertools.chain(full.named_parameters(), full.named_buffers()))
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         value = (source[name].to(ranks.device) if ranks.is_main
                  else torch.empty(tensor.shape, dtype=tensor.dtype, device=ranks.device))
         torch.distributed.broadcast(value, src=0)
         fill(tensor, value)
+    return unread
 # <<< shared: load
 
 
@@ -1681,7 +1671,7 @@ def check_memory(model: nn.Module, args: Namespace, mesh: torch.distributed.Devi
         free = torch.cuda.mem_get_info()[0]
     else:
         available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        free = 1024 * int(available[1]) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        free = 1024 * int(available[1]) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     if nbytes > free:
         raise UserError(f"{size / 1e9:.1f}B parameters, gradients and AdamW states take {nbytes >> 30} GiB a "
                         f"process, {free >> 30} are free: choose a smaller model, or use more devices")
@@ -2108,18 +2098,16 @@ def lock_run(folder: Path):
     if (folder / "STOP").exists():
         raise UserError(f"{folder / 'STOP'} exists: remove it to train")
     lock = (folder / "lock").open("w")
-    for attempt in range(20):
+    for _ in range(20):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return lock
         except BlockingIOError:
-            if attempt == 0:
-                print(f"{folder} is in use by another run: waiting 20 s for its end", file=sys.stderr)
             time.sleep(1)
         except OSError as error:  # a network file system without locks
             print(f"{folder} cannot be locked ({error.strerror}): take care that no second run uses it")
             return lock
-    raise UserError(f"{folder} is in use: give this run another --checkpoint-dir, or end that")
+    raise UserError(f"{folder} is in use by another run: give this one another --checkpoint-dir, or end that")
 
 
 def checkpoints_to_resume(args: Namespace) -> list[Path]:
@@ -2392,16 +2380,6 @@ def timed(times: dict[str, float], key: str) -> Iterator[None]:
     times[key] = times.get(key, 0.0) + time.perf_counter() - start
 
 
-def write_once(path: Path, text: str) -> None:
-    """Never over an older file: config.yaml, then config.1.yaml, …; the same text is not written again."""
-    for number in itertools.count():
-        candidate = path.with_suffix(f".{number}{path.suffix}") if number else path
-        if not candidate.exists():
-            candidate.write_text(text, encoding="utf-8")
-        if candidate.read_bytes() == text.encode():
-            return
-
-
 def write_record(folder: Path, args: Namespace, ranks: Ranks) -> dict[str, str]:
     """Rank 0: configuration, command, source and environment in the run's folder. Returns the texts that
     every checkpoint carries, too. --config takes config.yaml back."""
@@ -2422,7 +2400,7 @@ def write_record(folder: Path, args: Namespace, ranks: Ranks) -> dict[str, str]:
     more = {"command.txt": shlex.join([sys.executable, *sys.argv]) + "\n",
             "env.json": json.dumps(environment, indent=1)}
     for name, text in (texts | more).items():
-        write_once(folder / name, text)
+        (folder / name).write_text(text, encoding="utf-8")
     return texts
 # <<< shared: record
 
@@ -2449,9 +2427,8 @@ def append_lines(path: Path, *rows: dict) -> None:
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
     try:
         with path.open("ab", buffering=0) as file:  # a buffer would write its rest when the file is closed
-            size = file.tell()
-            if file.write(data) < len(data):
-                file.truncate(size)  # no half line
+            if (written := file.write(data)) < len(data):
+                file.truncate(file.tell() - written)  # no half line
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         print(f"\n{path} lacks {len(rows)} rows: {error.strerror}", file=sys.stderr, flush=True)

@@ -63,11 +63,10 @@ import sys
 import train_gsm8k_fsdp2
 args = train_gsm8k_fsdp2.parse_args(sys.argv[1:])
 print(args.model, args.checkpoint_dir, args.vllm_port, args.max_prompt_tokens + args.max_new_tokens,
-      int(args.trust_remote_code), args.device, args.gpu_ranks or "", args.rollouts, sep="\n")
+      int(args.trust_remote_code), args.device, args.gpu_ranks or "", sep="\n")
 ' --rollouts vllm "$@") || exit
 { read -r model; read -r run_dir; read -r port; read -r max_model_len; read -r remote_code; read -r device
-  read -r gpu_ranks; read -r rollouts; } <<<"$settings"
-[[ $rollouts != replay:* ]] || usage_error "--rollouts $rollouts needs no server: start $script itself"
+  read -r gpu_ranks; } <<<"$settings"
 port=${VLLM_PORT:-$port}
 [[ $port =~ ^[1-9][0-9]*$ ]] || usage_error "VLLM_PORT is a port, not '$port'"
 

@@ -207,27 +207,4 @@ def environment(rng, place, folder):
                 before=before)
 
 
-def replay(rng, place, folder):
-    """The log of a run's rollouts, with one value of it changed."""
-    lines = (place / "run" / GRPO.ROLLOUT_LOG.format(rank=0)).read_text().splitlines()
-    number, path = rng.randint(1, len(lines)), folder / "log.jsonl"
-    row = json.loads(lines[number - 1])
-    key, must_fail = rng.choice(list(row)), None
-    odd = [*ODD, -1, 10**6, -1.5, "abort", math.inf, [5, "x"], "7"]
-    if isinstance(row[key], list) and rng.random() < 0.5:
-        value = row[key][rng.randrange(len(row[key]))] = rng.choice(odd)
-        must_fail = key != "logprobs" or type(value) not in (int, float) or not abs(value) < math.inf or None
-    elif rng.random() < 0.8:
-        row[key] = rng.choice(odd)
-        is_wrong = type(row[key]) is not GRPO.ROLLOUT_ROW[key] or row[key] in ([], [5], [5, "x"], "abort")
-        must_fail = is_wrong or None
-    else:
-        del row[key]
-    lines[number - 1] = rng.choice([json.dumps(row)] * 9 + ["{", "[]", "null"])
-    path.write_text("\n".join(lines) + "\n")
-    args = [*flags_for(GRPO, place, folder), "--rollouts", f"replay:{path}"]
-    return Case(f"row {number} {key} {lines[number - 1]}"[:300], args, (str(path), "--rollouts"), GRPO,
-                must_fail)
-
-
-DRAWS = [flags, config, rows, files, model, checkpoint, environment, replay]
+DRAWS = [flags, config, rows, files, model, checkpoint, environment]

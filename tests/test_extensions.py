@@ -1,10 +1,11 @@
-"""Changes that people make to their copy: each is one or two replacements at an `EDIT:` mark, and is run.
+"""The changes of docs/changing.md: each is one or two diffs, most at an `EDIT:` mark, and is run.
 
 The copies are compared with a formula, or with what the script as it is does.
 """
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ from helpers import ENGLISH, REPO, make_tokenizer, read_checkpoint, read_metrics
 from quick_runs import quick_ranks
 
 STEPS = 6
+DOCS = (REPO / "docs/changing.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +28,16 @@ def place(tmp_path_factory):
     return folder
 
 
-def edited(folder, name, *changes):
-    """A copy of train_llm.py with these replacements, each of a text that stands there once."""
-    source = (REPO / "train_llm.py").read_text()
+def diffs_of(words):
+    """The diffs of docs/changing.md behind these words, as (text before, text after)."""
+    blocks = re.search(r"\n\n((?:```diff\n(?:[ +-].*\n|\n)+```\n)+)", DOCS[DOCS.index(words):])[1]
+    return [tuple("".join(line[1:] for line in diff.splitlines(True) if line[0] in kept)
+                  for kept in (" -", " +")) for diff in re.findall(r"```diff\n(.*?)```", blocks, re.DOTALL)]
+
+
+def edited(folder, name, *changes, script="train_llm.py"):
+    """A copy of the script with these replacements, each of a text that stands there once."""
+    source = (REPO / script).read_text()
     for before, after in changes:
         assert source.count(before) == 1, before
         source = source.replace(before, after)
@@ -63,18 +72,8 @@ def values(rows, key):
     return {row["step"]: row[key] for row in rows if key in row}
 
 
-CROSS_ENTROPY = 'F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")'
-OBJECTIVE = f"    return torch.stack([{CROSS_ENTROPY}])\n"
-LOSS = ('    "loss": (1.0, "cross-entropy in nats per trained token of this step, over all ranks and '
-        'micro-batches"),\n')
-
-
 def test_z_loss_with_a_metric_of_its_own(place):
-    script = edited(
-        place, "z_loss",
-        (LOSS, LOSS + '    "z_loss": (0.1, "squared logarithm of the softmax\'s denominator, a token"),\n'),
-        (OBJECTIVE, "    z = torch.logsumexp(logits.float(), dim=-1)[labels != IGNORE].square().sum()\n"
-         + OBJECTIVE.replace("])", ", z])")))
+    script = edited(place, "z_loss", *diffs_of("A z-loss:"))
     rows, plain = train(place, script, "z_loss"), read_metrics(place / "plain")
     assert values(rows, "train/loss")[1] == values(plain, "train/loss")[1]
     z, loss = values(rows, "train/z_loss"), values(rows, "train/loss")
@@ -86,10 +85,7 @@ def test_z_loss_with_a_metric_of_its_own(place):
 
 
 def test_label_smoothing_leaves_the_held_out_loss_as_it_is(place):
-    more = CROSS_ENTROPY.replace("labels, ", "labels, label_smoothing=0.5, ")
-    smoothed = OBJECTIVE.replace("])", f",\n                        {more}])")
-    script = edited(place, "smoothing", (OBJECTIVE, smoothed), (
-        LOSS, LOSS.replace("1.0", "0.0") + '    "smoothed": (1.0, "half of the weight on all tokens"),\n'))
+    script = edited(place, "smoothing", *diffs_of("Label smoothing;"))
     rows, plain = train(place, script, "smoothing", steps=3), read_metrics(place / "plain")
     assert values(rows, "train/loss")[1] == values(plain, "train/loss")[1]
     assert values(rows, "train/smoothed")[1] == pytest.approx(values(rows, "train/loss")[1], rel=0.05)
@@ -123,9 +119,7 @@ def test_terms_and_their_gradients_are_the_formulas(monkeypatch):
 
 def test_another_optimizer_keeps_its_own_states(place):
     """SGD with momentum, not fused: updates by its formula, resumed bitwise, with its states alone."""
-    adam = "torch.optim.AdamW(groups, lr=args.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)"
-    sgd = "torch.optim.SGD(groups, lr=args.max_lr, momentum=0.9)"
-    script = edited(place, "sgd", (adam, sgd))
+    script = edited(place, "sgd", *diffs_of("SGD with momentum:"))
     straight = train(place, script, "sgd")
     resumed = train_again(place, script, "sgd_resumed", "sgd")
     assert values(resumed, "train/loss") == {
@@ -135,28 +129,6 @@ def test_another_optimizer_keeps_its_own_states(place):
     assert {name.rpartition(".")[2] for name in one if name.startswith("optim.")} == {"momentum_buffer"}
 
 
-MUON = """class MuonAndAdamW(torch.optim.Optimizer):
-    \"\"\"torch.optim.Muon for the blocks' matrices, each made whole for its step; AdamW for the rest.\"\"\"
-
-    def __init__(self, matrices, others, lr):
-        super().__init__([{"params": matrices, "lr": lr}, {"params": others, "lr": lr}], {})
-        self.adamw = torch.optim.AdamW(self.param_groups[1:], betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        self.adamw.state = self.state
-
-    @torch.no_grad()
-    def step(self):
-        lr = self.param_groups[0]["lr"]
-        for param in self.param_groups[0]["params"]:
-            momentum = self.state[param].setdefault("momentum", torch.zeros_like(param))
-            momentum.lerp_(param.grad, 0.05)
-            whole = nn.Parameter(torch.zeros(param.shape, device=param.device))
-            whole.grad = param.grad.lerp(momentum, 0.95).full_tensor()
-            torch.optim.Muon([whole], lr=lr, weight_decay=0.0, momentum=0.0, nesterov=False).step()
-            fill(param, whole + param.full_tensor() * (1 - lr * 0.1))
-        self.adamw.step()
-
-
-"""
 # The same by the library alone, whose products on DTensors exchange data: right, and slow.
 PLAIN_MUON = """class MuonAndAdamW(torch.optim.Optimizer):
     def __init__(self, matrices, others, lr):
@@ -174,12 +146,9 @@ PLAIN_MUON = """class MuonAndAdamW(torch.optim.Optimizer):
 
 def test_muon_for_matrices(place):
     """As torch.optim.Muon; on two ranks within its bf16; resumed bitwise; bad steps skipped."""
-    adam = "torch.optim.AdamW(groups, lr=args.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)"
-    build = "def build_optimizer("
-    chosen = ("MuonAndAdamW([p for p in decayed if p is not model.lm_head.weight], "
-              "[*others, model.lm_head.weight], args.max_lr)")
-    script = edited(place, "muon", (build, MUON + build), (adam, chosen))
-    plain = edited(place, "plain_muon", (build, PLAIN_MUON + build), (adam, chosen))
+    muon, chosen = diffs_of("Muon for the blocks' matrices")
+    script, build = edited(place, "muon", muon, chosen), muon[0]
+    plain = edited(place, "plain_muon", (build, PLAIN_MUON + build), chosen)
     straight = train(place, script, "muon")
     runs = {1e-5: train(place, plain, "plain_muon"), 1e-2: train(place, script, "two", nproc=2)}
     for bound, rows in runs.items():
@@ -190,7 +159,7 @@ def test_muon_for_matrices(place):
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     kept = {name.rpartition(".")[2] for name in one if name.startswith("optim.")}
     assert kept == {"momentum", "exp_avg", "exp_avg_sq", "step"}
-    bad = edited(place, "bad_muon", (build, MUON + build), (adam, chosen), (
+    bad = edited(place, "bad_muon", muon, chosen, (
         "    found_inf = (~torch.isfinite(grad_norm)).float()\n", "    found_inf = torch.ones(())\n"))
     rows = train(place, bad, "bad_muon", steps=3)
     assert values(rows, "train/skipped_steps")[3] == 3
@@ -200,10 +169,7 @@ def test_muon_for_matrices(place):
 
 def test_an_average_of_the_weights_survives_a_checkpoint(place):
     """Kept among the optimizer's states, it is saved and restored as these are."""
-    script = edited(place, "average", ("    return found_inf\n", (
-        '    for p in (p for group in optimizer.param_groups for p in group["params"]):\n'
-        '        optimizer.state[p].setdefault("average", p.detach().clone()).lerp_(p.detach(), 0.1)\n'
-        "    return found_inf\n")))
+    script = edited(place, "average", *diffs_of("An exponential average"))
     train(place, script, "average")
     train(place, script, "average_two", nproc=2)
     train_again(place, script, "average_resumed", "average_two", nproc=2)
@@ -217,8 +183,7 @@ def test_an_average_of_the_weights_survives_a_checkpoint(place):
 
 
 def test_two_held_out_sets(place):
-    script = edited(place, "held_out", (
-        '{"eval": make("eval")}', '{"eval": make("eval"), "short": make("eval", seq_len=16)}'))
+    script = edited(place, "held_out", *diffs_of("## Held-out sets"))
     rows, plain = train(place, script, "held_out"), read_metrics(place / "plain")
     assert values(rows, "eval/loss") == values(plain, "eval/loss")
     assert values(rows, "short/loss").keys() == {3, 6}
@@ -257,3 +222,23 @@ def test_schedules(schedule, expected):
     import train_llm
     rates = [train_llm.learning_rate(step, 10, 0, 1e-2, 1e-3, schedule) for step in range(10)]
     assert rates == pytest.approx(expected, rel=0.1) and rates[-1] == pytest.approx(expected[-1])
+
+
+def test_a_schedule_of_ones_own(place):
+    script = edited(place, "linear", *diffs_of("## Schedule"))
+    rates = values(train(place, script, "linear", "--schedule", "linear"), "train/lr")
+    assert list(rates.values()) == pytest.approx([1e-2 - 9e-3 * step / 5 for step in range(6)])
+
+
+def test_a_reward_of_ones_own(place, monkeypatch):
+    monkeypatch.syspath_prepend(place)
+    edited(place, "other_reward", *diffs_of("## Prompt and reward"), script="train_gsm8k_fsdp2.py")
+    from other_reward import reward
+    assert reward("#### 18", 18, True, 0.0) == (1.0, True)
+    assert reward("so " * 200 + "#### 18", 18, True, 0.0) == (pytest.approx(1 - 0.107), True)
+
+
+def test_no_diff_is_left_untried():
+    source = (REPO / "tests/test_extensions.py").read_text()
+    tried = [diff for words in re.findall(r'diffs_of\("([^"]+)"\)', source) for diff in diffs_of(words)]
+    assert len(tried) == DOCS.count("```diff")

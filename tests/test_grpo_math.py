@@ -6,13 +6,11 @@ papers' formulas, transformers' own logits and `generate`, published values.
 
 import copy
 import itertools
-import json
 import math
 import os
 import random
 import zlib
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 import torch
@@ -242,7 +240,7 @@ def with_sampler_logprobs(groups, model, temperature):
 
 def micro_batches(groups, args, world_size=2):
     """Of all ranks, one after another: gradients add up over them as they do over processes."""
-    sequences = script.to_sequences(script.choose_groups(groups, args.zero_variance, len(groups)), args.loss,
+    sequences = script.to_sequences(script.choose_groups(groups, args.zero_variance), args.loss,
                                     args.mask_truncated)
     hands = script.deal(sequences, world_size, args.micro_batch_tokens)
     return [script.collate(hand, CPU) for hand in itertools.chain(*hands)]
@@ -899,12 +897,9 @@ def test_wilson_interval():
 def test_choose_groups():
     groups = random_groups(num_groups=8)
     differing = [group for group in groups if len(set(group.rewards)) > 1]
-    assert script.choose_groups(groups, "keep", 2) == groups
-    assert script.choose_groups(groups, "drop", 3) == differing and len(differing) > 3
-    # Several rounds of questions may bring more than were lacking.
-    assert script.choose_groups(groups, "refill", 100) == differing
-    assert script.choose_groups(groups, "refill", 3) == differing[:3]
-    assert script.choose_groups([], "drop", 3) == [] and script.to_sequences([], "grpo", False) == []
+    assert script.choose_groups(groups, "keep") == groups
+    assert script.choose_groups(groups, "drop") == differing and len(differing) > 3
+    assert script.choose_groups([], "drop") == [] and script.to_sequences([], "grpo", False) == []
 
 
 def test_truncated_answers_are_left_out_of_the_loss_and_stay_in_the_baseline():
@@ -936,108 +931,3 @@ def test_the_most_frequent_answer(tmp_path):
     # Cut off: 18 may have been going to be 180. The reward does not count it, either.
     assert not is_right("#### 18", "#### 18", finish="length")
     assert is_right(r"\boxed{18} is", r"\boxed{18} whi", finish="length")
-
-
-def logged_groups(seed, start, num_groups, group_size=2):
-    rng, groups = random.Random(seed), []
-    for position in range(start, start + num_groups):
-        completions = []
-        for _ in range(group_size):
-            ids = [rng.randrange(V) for _ in range(rng.randint(1, 5))]
-            logprobs = [rng.uniform(-9, 0) / 3 for _ in ids]
-            completions.append(Completion(ids, logprobs, rng.choice(["stop", "length"])))
-        completions[0].logprobs[0] = rng.choice([-0.0, -1e-45, -1.1754943508222875e-38, -745.1332191019411])
-        prompt = [rng.randrange(V) for _ in range(3)]
-        rewards = [rng.choice([0.0, 0.1, 1.1]) for _ in completions]
-        correct = [value >= 1 for value in rewards]
-        groups.append(Group(position, rng.randrange(100), start, prompt, completions, rewards, correct))
-    return groups
-
-
-def log_path(folder, rank):
-    return folder / script.ROLLOUT_LOG.format(rank=rank)
-
-
-def write_log(folder, step, groups, world_size):
-    for group in groups:
-        rows = script.rollout_rows([group], step)
-        script.append_lines(log_path(folder, group.position % world_size), *rows)
-
-
-def test_rollouts_are_read_as_they_were_written(tmp_path):
-    steps = {step: logged_groups(step, 12 * step, 12) for step in (1, 2, 3)}
-    for step, groups in steps.items():
-        write_log(tmp_path, step, groups, 12)  # rank10 stands in front of rank2 in a folder
-    for rank in (0, 5, 11):
-        found = script.read_rollouts(log_path(tmp_path, rank))
-        assert found == steps
-        # Bitwise: -0.0 and numbers below the smallest normal one, too.
-        assert repr(found) == repr(steps)
-
-
-def test_a_step_that_was_done_again_counts_once(tmp_path):
-    """Killed and resumed on as many processes: later rows win, and what was behind them has never been."""
-    lost = {step: logged_groups(100 + step, 4 * step, 4) for step in (2, 3, 4)}
-    steps = {step: logged_groups(step, 4 * step, 4) for step in (1, 2, 3)}
-    for step, groups in [(1, steps[1]), *lost.items(), (2, steps[2]), (3, steps[3])]:
-        if (step, groups) == (2, steps[2]):
-            resume(tmp_path, 1, 2)
-        write_log(tmp_path, step, groups, 2)
-    assert script.read_rollouts(log_path(tmp_path, 0)) == steps
-
-
-@pytest.mark.parametrize("before, after", [(2, 1), (3, 2), (1, 3)])
-def test_a_step_that_was_done_again_on_another_number_of_processes(tmp_path, before, after):
-    steps = {1: logged_groups(1, 0, before), 2: logged_groups(2, before, after),
-             3: logged_groups(3, before + after, after)}
-    write_log(tmp_path, 1, steps[1], before)
-    for step in (2, 3, 4):  # lost: killed behind step 4, the checkpoint is of step 1
-        write_log(tmp_path, step, logged_groups(100 + step, before * (step - 1), before), before)
-    resume(tmp_path, 1, after)
-    write_log(tmp_path, 2, steps[2], after)
-    write_log(tmp_path, 3, steps[3], after)
-    assert script.read_rollouts(log_path(tmp_path, 0)) == steps
-
-
-def resume(folder, step, world_size):
-    """What each process does to the logs when it goes on behind `step`."""
-    for rank in range(world_size):
-        script.mark_resumed(folder, step, script.Ranks(rank, rank, world_size, CPU))
-
-
-ROW = next(script.rollout_rows(logged_groups(0, 0, 1), 1))
-HOSTILE = {
-    "empty": b"", "no rows": b"\n", "text": b"step 1\n", "number": b"5\n", "null": b"null\n",
-    "list": b"[1]\n", "half": json.dumps(ROW).encode()[:-9], "not utf-8": b"\xff\xfe\n",
-    "metrics": b'{"step": 1, "samples": 2}\n',
-    "place only": b'{"step": 1, "position": 0, "sample": 0}\n',
-    "step as text": json.dumps(ROW).encode() + b"\n" + json.dumps(ROW | {"step": "2"}).encode(),
-    "ids as text": json.dumps(ROW | {"completion_ids": "abc"}).encode(),
-    "fewer logprobs": json.dumps(ROW | {"logprobs": ROW["logprobs"][1:]}).encode(),
-    "no tokens": json.dumps(ROW | {"completion_ids": [], "logprobs": []}).encode(),
-    "a sample is missing": "\n".join(json.dumps(ROW | place) for place in (
-        {"position": 0, "sample": 0}, {"position": 0, "sample": 1}, {"position": 1, "sample": 1})).encode(),
-}
-
-
-@pytest.mark.parametrize("what", HOSTILE)
-def test_what_is_no_log_is_said_in_one_line(tmp_path, what):
-    path = log_path(tmp_path, 0)
-    path.write_bytes(HOSTILE[what])
-    with pytest.raises(UserError) as caught:
-        script.read_rollouts(path)
-    assert str(path.parent) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_only_the_logs_of_the_same_run_are_read(tmp_path):
-    folder = tmp_path / "[run] 1*"
-    folder.mkdir()
-    groups = logged_groups(0, 0, 4)
-    write_log(folder, 1, groups, 2)
-    log = log_path(folder, 0)
-    Path(str(log).replace("rank0", "rank0.old")).write_text("a copy that somebody kept")
-    (folder / "metrics.jsonl").write_text("{}\n")
-    assert script.read_rollouts(log) == {1: groups}
-    single = folder / "some [log].jsonl"
-    single.write_bytes(log.read_bytes())
-    assert script.read_rollouts(single) == {1: groups[::2]}

@@ -1,4 +1,4 @@
-"""Runs of train_gsm8k_fsdp2.py: local and replayed rollouts on 1, 2 and 3 processes, with the real command.
+"""Runs of train_gsm8k_fsdp2.py: local rollouts on 1, 2 and 3 processes, with the real command.
 
 The policy answers with any digit (grpo_models.py), so that groups of answers earn different rewards.
 """
@@ -91,17 +91,29 @@ def is_measured(key):
     return key.startswith(("time/", "perf/")) or key == "eval/time_s"
 
 
+def log_rows(run_dir, rank):
+    log = run_dir / script.ROLLOUT_LOG.format(rank=rank)
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
 def rollouts_of(run_dir):
-    """{step: groups}, as --rollouts replay: reads them."""
-    return script.read_rollouts(run_dir / script.ROLLOUT_LOG.format(rank=0))
+    """{step: groups}; of a step that was done again the later one."""
+    found = {}
+    for path in run_dir.glob(script.ROLLOUT_LOG.format(rank="*")):
+        for row in log_rows(run_dir, re.search(r"rank(\d+)", path.name)[1]):
+            found.setdefault(row["step"], {}).setdefault(row["position"], {})[row["sample"]] = row
+    return {step: [group_of([samples[i] for i in sorted(samples)]) for _, samples in sorted(groups.items())]
+            for step, groups in found.items()}
+
+
+def group_of(rows):
+    completions = [script.Completion(row["completion_ids"], row["logprobs"], row["finish"]) for row in rows]
+    same = [rows[0][key] for key in ("position", "question", "version", "prompt_ids")]
+    return script.Group(*same, completions, [row["reward"] for row in rows], [row["correct"] for row in rows])
 
 
 def groups_of(run_dir):
     return [group for _, groups in sorted(rollouts_of(run_dir).items()) for group in groups]
-
-
-def log_rows(run_dir, rank):
-    return script.rollout_log(run_dir / script.ROLLOUT_LOG.format(rank=rank))
 
 
 def saved(run_dir, step=STEPS):
@@ -281,41 +293,7 @@ def test_tied_embeddings_and_a_chat_template(place):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 3. Replayed
-
-
-def test_replay_trains_the_same(place, straight):
-    log = straight / script.ROLLOUT_LOG.format(rank=0)
-    train(place, "replayed", 2, "--rollouts", f"replay:{log}", "--no-export")
-    assert_same_rows(steps_of(place / "replayed"), steps_of(straight))
-    assert_same_tensors(saved(place / "replayed"), saved(straight))
-    assert rollouts_of(place / "replayed") == rollouts_of(straight)
-
-
-@slow
-def test_replay_on_one_process(place, straight):
-    """Also with evaluations, which are generated."""
-    log = straight / script.ROLLOUT_LOG.format(rank=1)  # any rank's names them all
-    train(place, "replayed-alone", 1, "--rollouts", f"replay:{log}", "--no-export", *EVALUATED)
-    assert_close_run(place / "replayed-alone", straight)
-    for step, row in evaluations_of(straight).items():
-        assert evaluations_of(place / "replayed-alone")[step]["eval/accuracy"] == row["eval/accuracy"]
-
-
-def test_what_cannot_be_replayed(place, straight, tmp_path):
-    log = straight / script.ROLLOUT_LOG.format(rank=0)
-    longer = ["--rollouts", f"replay:{log}", "--train-steps", 7]
-    message = error_line(train(place, "no-replay", 1, *longer, code=1))
-    assert message == f"--rollouts replay:{log} holds no step 7: set --train-steps 6"
-    texts = {"no.jsonl": "a line of text\n", "other.jsonl": '{"question": "1+1?", "answer": "#### 2"}\n',
-             "number.jsonl": "3\n", "binary.jsonl": "\xff\xfe\n", "empty.jsonl": ""}
-    for name, text in texts.items():
-        (tmp_path / name).write_text(text, encoding="latin-1")
-        assert str(tmp_path / name) in refused(place, "--rollouts", f"replay:{tmp_path / name}")
-
-
-# ----------------------------------------------------------------------------------------------------
-# 4. Stopped and resumed
+# 3. Stopped and resumed
 
 
 def test_resumed_is_the_same_run(place, straight):
@@ -424,7 +402,7 @@ def test_other_ways_of_sharding(place, alone, more):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 5. The global order
+# 4. The global order
 
 
 @slow
@@ -451,30 +429,14 @@ def test_every_question_once_an_epoch(place):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 6. What is trained on
+# 5. What is trained on
 
 
 @slow
 def test_groups_without_variance(place):
-    """Kept, dropped, or replaced by further questions until there are enough, the same on 1 and 2 processes.
-    """
-    few = ["--group-size", 4, "--no-export", "--zero-variance"]
-    for nproc in (1, 2):
-        train(place, f"refill_{nproc}", nproc, *few, "refill")
-    train(place, "drop", 1, *few, "drop", "--train-steps", 3)
-    train(place, "keep", 1, *few, "keep", "--train-steps", 3)
-    assert_close_run(place / "refill_2", place / "refill_1")
-    rollouts = rollouts_of(place / "refill_1")
-    for step, row in steps_of(place / "refill_1").items():
-        varied = sum(len(set(group.rewards)) > 1 for group in rollouts[step])
-        assert row["rollout/groups"] == min(varied, 8) and len(rollouts[step]) % 8 == 0
-        assert varied >= 8 or len(rollouts[step]) == 8 * (1 + script.NUM_REFILLS)
-        # It asks no further than it must.
-        assert sum(len(set(group.rewards)) > 1 for group in rollouts[step][:-8]) < 8
-        assert row["samples"] == rollouts[step][-1].position + 1
-    assert any(len(groups) > 8 for groups in rollouts.values())
-    assert [group.position for group in groups_of(place / "refill_2")] == list(
-        range(len(groups_of(place / "refill_1"))))
+    few = ["--group-size", 4, "--no-export", "--train-steps", 3, "--zero-variance"]
+    train(place, "drop", 1, *few, "drop")
+    train(place, "keep", 1, *few, "keep")
     drop, keep = steps_of(place / "drop"), steps_of(place / "keep")
     assert [row["rollout/groups"] for row in keep.values()] == [8, 8, 8]
     for step, groups in rollouts_of(place / "drop").items():
@@ -568,7 +530,7 @@ def test_reward_for_the_form(place):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 7. It learns
+# 6. It learns
 
 
 @slow
@@ -584,7 +546,7 @@ def test_it_learns(place, loss):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 8. Evaluation
+# 7. Evaluation
 
 
 @slow
@@ -622,7 +584,7 @@ def test_evaluation_can_be_left_out_or_cut(place):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 9. Bad input
+# 8. Bad input
 
 BAD_FLAGS = {
     "--batch-size 0": "--batch-size must be at least 1, not 0",
@@ -637,12 +599,6 @@ BAD_FLAGS = {
     "--group-size 1": "--group-size must be at least 2, not 1: a group is compared with itself",
     "--temperature 0": "--temperature must be above 0, not 0.0: what does not differ teaches nothing",
     "--temperature nan": "--temperature must be above 0, not nan: what does not differ teaches nothing",
-    "--rollouts remote": "--rollouts remote: expected local, vllm or replay:FILE",
-    "--rollouts local:x": "--rollouts local:x: expected local, vllm or replay:FILE",
-    "--rollouts replay:": "--rollouts replay:: expected local, vllm or replay:FILE",
-    "--rollouts replay": "--rollouts replay: expected local, vllm or replay:FILE",
-    "--rollouts replay:no.jsonl": "--rollouts replay:no.jsonl: no such file; a run writes "
-                                  "fsdp2_gsm8k_rollouts.rank0.jsonl",
     "--async-depth 1": "--async-depth 1 needs --rollouts vllm: these processes cannot generate and train at "
                        "once",
     "--warmup-steps 51": "--warmup-steps 51 is more than --train-steps 50",
@@ -673,7 +629,7 @@ def test_bad_flags(capsys, tmp_path, monkeypatch, line):
 
 def test_several_problems_are_reported_together(capsys):
     with pytest.raises(SystemExit):
-        script.parse_args("--group-size 1 --temperature -1 --rollouts x --batch-size 0".split())
+        script.parse_args("--group-size 1 --temperature -1 --async-depth 1 --batch-size 0".split())
     assert len(capsys.readouterr().err.splitlines()) == 5
 
 
@@ -745,7 +701,7 @@ def test_errors_of_real_runs(place, alone, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 10. The console
+# 9. The console
 
 
 @slow

@@ -1,5 +1,6 @@
-"""The small programs in tools/, and the README's tables that they print."""
+"""The small programs in tools/, and the tables of docs/ that they print."""
 
+import dataclasses
 import json
 import os
 import re
@@ -8,9 +9,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers import REPO
 
 sys.path.insert(0, str(REPO / "tools"))
+
+MODELS = REPO / "docs/models.md"
 
 
 def run_tool(name, *args):
@@ -18,26 +22,71 @@ def run_tool(name, *args):
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-def test_readme_has_the_real_parameter_counts():
+def test_docs_have_the_real_parameter_counts():
     import train_llm
-    from plan_memory import count_parameters
-    rows = re.findall(r"^\| (\w+) \| ([\d,]+) \| \d+ \| ", (REPO / "README.md").read_text(), re.MULTILINE)
+    from plan_memory import sizes_of
+    rows = re.findall(r"^\| (\w+) \| ([\d,]+) \| \d+ \| ", MODELS.read_text(), re.MULTILINE)
     assert [size for size, _ in rows] == ["125M", "350M", "1B", "3B", "7B", "13B", "30B", "70B"]
-    assert rows == [(size, f"{count_parameters(train_llm, size)[0]:,}") for size, _ in rows]
+    assert rows == [(size, f"{sizes_of(train_llm, size).total:,}") for size, _ in rows]
 
 
-def test_readme_has_the_memory_table_of_plan_memory():
+def test_docs_have_the_memory_table_of_plan_memory():
     table = run_tool("plan_memory.py").stdout
-    assert table.count("\n") == 10 and table in (REPO / "README.md").read_text()
+    assert table.count("\n") == 10 and table in MODELS.read_text()
 
 
 def test_states_shrink_with_the_number_of_gpus():
     import train_llm
-    from plan_memory import count_parameters, memory_gib
+    from plan_memory import memory_gib, sizes_of
+    sizes = sizes_of(train_llm, "7B")
     for num_gpus in (1, 8, 64):
-        parts = memory_gib(train_llm, "7B", num_gpus, tokens=2048, vocab_size=32000, chunk=2048)
-        assert parts["states"] == 16 * count_parameters(train_llm, "7B")[0] / num_gpus / 2**30
+        parts = memory_gib(sizes, num_gpus, tokens=2048, chunk=2048, recompute="full")
+        assert parts["states"] == 16 * sizes.total / num_gpus / 2**30
     assert run_tool("plan_memory.py", "--detail", "8B").returncode == 2
+
+
+def test_activations_are_what_autograd_keeps():
+    """A block's, without the fp32 copies inside of a norm, which its fused kernels do not keep."""
+    import train_llm
+    from plan_memory import memory_gib, sizes_of
+    config, T, kept = dataclasses.replace(train_llm.MODEL_SIZES["125M"], num_layers=1), 64, {}
+    model = train_llm.CausalLM(config).bfloat16()
+    x = torch.randn(1, T, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    cos, sin = train_llm.rotary_table(torch.arange(T)[None], config.head_size, 1e4, torch.bfloat16)
+    no_activation = {t.untyped_storage().data_ptr() for t in (*model.parameters(), cos, sin)}
+
+    def keep(tensor):
+        if tensor.dtype == torch.bfloat16:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.model.layers[0](x, cos, sin, None, None)
+    inputs_of_norms = 2 * 2 * T * config.hidden_size
+    nbytes = sum(kept[p].untyped_storage().nbytes() for p in kept.keys() - no_activation) + inputs_of_norms
+    sizes = dataclasses.replace(sizes_of(train_llm, "125M"), num_layers=1)
+    assert memory_gib(sizes, 1, T, None, "none")["activations"] * 2**30 == nbytes
+
+
+def test_memory_of_a_hugging_face_model_and_of_a_mixture(tmp_path):
+    """Of four experts of which a token takes two: as of a dense MLP of twice the width."""
+    import train_llm
+    from plan_memory import memory_gib, sizes_of_hf
+    from transformers import LlamaConfig, MixtralConfig
+    sizes, shape = {}, dict(hidden_size=64, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2,
+                            vocab_size=320)
+    for name, config in (("dense", LlamaConfig(intermediate_size=256, **shape)),
+                         ("mixture", MixtralConfig(intermediate_size=128, num_local_experts=4,
+                                                   num_experts_per_tok=2, **shape))):
+        config.save_pretrained(tmp_path / name)
+        sizes[name] = sizes_of_hf(train_llm, str(tmp_path / name), False)
+    dense, mixture = sizes["dense"], sizes["mixture"]
+    assert (dense.num_layers, dense.keys, dense.mlp) == (8, 32, 256) == (8, mixture.keys, mixture.mlp)
+    assert dense.total == 8 * dense.block + dense.root < mixture.total
+    peaks = [memory_gib(dense, 8, 2048, None, kind)["activations"] for kind in ("full", "selective", "none")]
+    assert peaks == sorted(peaks) and peaks[2] == memory_gib(mixture, 8, 2048, None, "none")["activations"]
+    done = run_tool("plan_memory.py", "--hf-model", tmp_path / "mixture", "--gpus", "2")
+    assert f"{mixture.total:,} parameters" in done.stdout and "| together |" in done.stdout
 
 
 def test_memory_of_a_copy(tmp_path):
@@ -46,11 +95,12 @@ def test_memory_of_a_copy(tmp_path):
     copy = tmp_path / "my_copy.py"
     copy.write_text(source.replace(entry, '    "9M": '))
     sizes = re.findall(r"^\| (\S+) \|", run_tool("plan_memory.py", copy).stdout, re.MULTILINE)
-    assert sizes[:3] == ["model", "9M", "350M"]
+    assert sizes[:2] == ["9M", "350M"]
     copy.write_text("x = 1\n")
     done = run_tool("plan_memory.py", copy)
     assert done.returncode == 1 and done.stderr == (
-        f"plan_memory.py: error: {copy} has no MODEL_SIZES, CausalLM: name train_llm.py or a copy of it\n")
+        f"plan_memory.py: error: {copy} has no MODEL_SIZES, CausalLM, find_blocks: name train_llm.py or a "
+        "copy of it\n")
     done = run_tool("show_batch.py", tmp_path / "none.py")
     assert done.returncode == 1 and done.stderr == (
         f"show_batch.py: error: there is no script {tmp_path / 'none.py'}\n")

@@ -1,20 +1,23 @@
-"""How much GPU memory a model that is trained from scratch needs, by size and number of GPUs.
+"""How much GPU memory a training needs, by number of GPUs.
 
-    python tools/plan_memory.py
-    python tools/plan_memory.py my_copy.py --detail 7B       # the sizes of another script
+    python tools/plan_memory.py                                          # every --model-size of train_llm.py
+    python tools/plan_memory.py --hf-model FOLDER --gpus 8 16            # fine-tuning this model
+    python tools/plan_memory.py my_copy.py --detail 7B                   # a size of another script, in parts
 
 Counted for each GPU, in GiB, from the shapes of the real model on the meta device:
   states       fp32 master, gradient and two Adam moments: 16 bytes a parameter, sharded over the GPUs
   gathered     bf16 weights of two blocks (one computes, one is prefetched) and of the root
   reduced      one block's gradient in bf16 and as the fp32 input of its reduce-scatter
   head         gradient of the output head in fp32 and bf16, logits of a chunk in fp32 (three copies)
-  activations  --activation-checkpointing full: each block's bf16 input, and one block's inner activations
+  activations  in bf16: inputs of norms and matmuls, attention, products of the MLP. Of one block, and the
+               inputs of all (--activation-checkpointing full); what matmuls and attention give, too
+               (selective); all of it for every block (none)
 Not counted: CUDA's context, NCCL's buffers and fragmentation: leave 10 % and 2 GiB.
 """
 
 import argparse
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 from user_script import take_script
@@ -22,30 +25,69 @@ from user_script import take_script
 GIB = 2**30
 
 
-def count_parameters(script: ModuleType, size: str, vocab_size: int = 32000) -> tuple[int, int, int]:
-    """(all, in one block, in the root: embeddings and the last norm)."""
+@dataclass
+class Sizes:
+    """Of a model: parameters in all, in its largest block and in the root (embeddings, head, last norm);
+    widths of hidden states, queries, keys, and of that part of the MLP which a token passes through."""
+    total: int
+    block: int
+    root: int
+    num_layers: int
+    hidden: int
+    queries: int
+    keys: int
+    mlp: int
+    vocab: int
+
+
+def sizes_of(script: ModuleType, name: str, vocab_size: int = 32000) -> Sizes:
+    """Of a --model-size of the script."""
     import torch
+    c = replace(script.MODEL_SIZES[name], vocab_size=vocab_size)
     with torch.device("meta"):
-        model = script.CausalLM(replace(script.MODEL_SIZES[size], vocab_size=vocab_size))
+        model = script.CausalLM(c)
+    widths = c.hidden_size, c.hidden_size, c.num_kv_heads * c.head_size, c.ffn_size, c.vocab_size
+    return Sizes(*count_parameters(script, model), *widths)
+
+
+def sizes_of_hf(script: ModuleType, name: str, trust_remote_code: bool) -> Sizes:
+    """Of a Hugging Face model; of a mixture's experts a token passes through a few only."""
+    import torch
+    import transformers
+    with torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    c = config.get_text_config()
+    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    keys = (getattr(c, "num_key_value_heads", None) or c.num_attention_heads) * head
+    mlp = getattr(c, "intermediate_size", None) or getattr(c, "ffn_dim", None) or 4 * c.hidden_size
+    if chosen := getattr(c, "num_experts_per_tok", None):
+        mlp = chosen * (getattr(c, "moe_intermediate_size", None) or mlp)
+    return Sizes(*count_parameters(script, model), c.hidden_size, c.num_attention_heads * head, keys, mlp,
+                 c.vocab_size)
+
+
+def count_parameters(script: ModuleType, model) -> tuple[int, int, int, int]:
+    """(all, in the largest block, in the root, number of blocks)."""
+    blocks = [sum(p.numel() for p in block.parameters()) for block in script.find_blocks(model)]
     total = sum(p.numel() for p in model.parameters())
-    block = sum(p.numel() for p in model.model.layers[0].parameters())
-    return total, block, total - block * len(model.model.layers)
+    return total, max(blocks), total - sum(blocks), len(blocks)
 
 
-def memory_gib(script: ModuleType, size: str, num_gpus: int, tokens: int, vocab_size: int, chunk: int
-               ) -> dict[str, float]:
+def memory_gib(s: Sizes, num_gpus: int, tokens: int, chunk: int | None, recompute: str) -> dict[str, float]:
     """GiB a GPU with `tokens` in a micro-batch, by the parts that this file's docstring names."""
-    c = script.MODEL_SIZES[size]
-    total, block, root = count_parameters(script, size, vocab_size)
-    # bf16 values a token inside a block: norms, queries, keys, values, attention output, the MLP's products.
-    inner = 6 * c.hidden_size + 2 * c.num_kv_heads * c.head_size + 4 * c.ffn_size
+    rows = min(tokens, chunk or max(512, 2**28 // s.vocab // 512 * 512))  # of logits, see `rows_at_once`
+    inner = 4 * s.hidden + 2 * s.queries + 2 * s.keys + 4 * s.mlp  # bf16 values a token inside a block
+    results = 3 * s.hidden + 2 * s.queries + 2 * s.keys + 2 * s.mlp  # of matmuls and attention, and the input
+    kept = {"full": s.num_layers * s.hidden + inner, "selective": s.num_layers * results + inner,
+            "none": s.num_layers * inner}
     parts = {
-        "states": 16 * total / num_gpus,
+        "states": 16 * s.total / num_gpus,
         # One GPU frees nothing, because it would have nothing to gather.
-        "gathered": 2 * (total if num_gpus == 1 else 2 * block + root),
-        "reduced": 6 * block,
-        "head": 6 * vocab_size * c.hidden_size + 12 * min(chunk, tokens) * vocab_size,
-        "activations": 2 * tokens * (c.num_layers * c.hidden_size + inner),
+        "gathered": 2 * (s.total if num_gpus == 1 else 2 * s.block + s.root),
+        "reduced": 6 * s.block,
+        "head": 6 * s.vocab * s.hidden + 12 * rows * s.vocab,
+        "activations": 2 * tokens * kept[recompute],
     }
     return {name: nbytes / GIB for name, nbytes in parts.items()}
 
@@ -53,27 +95,40 @@ def memory_gib(script: ModuleType, size: str, num_gpus: int, tokens: int, vocab_
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [SCRIPT.py] [flags]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 16, 32, 64])
-    parser.add_argument("--batch-size", type=int, default=1, help="sequences per GPU and micro-batch")
-    parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--vocab-size", type=int, default=32000)
-    parser.add_argument("--loss-chunk-tokens", type=int, default=8192)
-    parser.add_argument("--detail", metavar="SIZE", help="the parts of one size, in place of the table")
+    add = parser.add_argument
+    add("--gpus", type=int, nargs="+", default=[1, 8, 16, 32, 64])
+    add("--hf-model", metavar="NAME_OR_FOLDER", help="this model, in place of the script's sizes; "
+        "config.json is enough")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add("--batch-size", type=int, default=1, help="sequences per GPU and micro-batch")
+    add("--seq-len", type=int, default=2048)
+    add("--activation-checkpointing", choices=["full", "selective", "none"], default="full")
+    add("--vocab-size", type=int, default=32000, help="of the script's sizes")
+    add("--loss-chunk-tokens", type=int, help="if not given: as the script chooses on a GPU")
+    add("--detail", metavar="SIZE", help="the parts of one size, in place of the table")
     if {"-h", "--help"} & set(sys.argv):
         parser.parse_args(["--help"])
-    script, rest = take_script(sys.argv[1:], ("MODEL_SIZES", "CausalLM"))
+    script, rest = take_script(sys.argv[1:], ("MODEL_SIZES", "CausalLM", "find_blocks"))
     args = parser.parse_args(rest)
-    shape = (args.batch_size * args.seq_len, args.vocab_size, args.loss_chunk_tokens)
     if args.detail and args.detail not in script.MODEL_SIZES:
         parser.error(f"--detail {args.detail}: one of {', '.join(script.MODEL_SIZES)}")
-    rows = ["states", "gathered", "reduced", "head", "activations"] if args.detail else [
-        size for size in script.MODEL_SIZES if size[0].isdigit()]
-    print(f"| {args.detail or 'model'} | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in args.gpus) + " |")
+    names = [args.detail] if args.detail else [name for name in script.MODEL_SIZES if name[0].isdigit()]
+    if args.hf_model:
+        models = {args.hf_model: sizes_of_hf(script, args.hf_model, args.trust_remote_code)}
+    else:
+        models = {name: sizes_of(script, name, args.vocab_size) for name in names}
+    shape = args.batch_size * args.seq_len, args.loss_chunk_tokens, args.activation_checkpointing
+    rows = {name: [sum(memory_gib(sizes, n, *shape).values()) for n in args.gpus]
+            for name, sizes in models.items()}
+    if len(models) == 1:  # its parts, and their sum
+        [(name, sizes)] = models.items()
+        print(f"{sizes.total:,} parameters, {args.batch_size} x {args.seq_len} tokens a GPU\n")
+        parts = [memory_gib(sizes, n, *shape) for n in args.gpus]
+        rows = {part: [found[part] for found in parts] for part in parts[0]} | {"together": rows[name]}
+    print("| GiB a GPU | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in args.gpus) + " |")
     print("|---|" + "---:|" * len(args.gpus))
-    for row in rows:
-        parts = [memory_gib(script, args.detail or row, n, *shape) for n in args.gpus]
-        values = [p[row] if args.detail else sum(p.values()) for p in parts]
-        print(f"| {row} | " + " | ".join(f"{v:,.1f}" for v in values) + " |")
+    for row, values in rows.items():
+        print(f"| {row} | " + " | ".join(f"{value:,.1f}" for value in values) + " |")
 
 
 if __name__ == "__main__":
