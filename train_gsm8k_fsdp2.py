@@ -1142,26 +1142,25 @@ def load_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ran
             on_disk = reader.read_metadata().state_dict_metadata
         there = {name: tensor for name, tensor in named
                  if name in on_disk and on_disk[name].size == tensor.shape}
+        refuse_quantised(folder, None, on_disk.keys() - there.keys())
     # Tied parameters are one tensor under several names: a file may hold any of them, and mostly just one.
     if {id(tensor) for name, tensor in named if name in persistent} <= set(map(id, there.values())):
         unread = sorted(on_disk.keys() - there.keys())
         dcp.load({name: tensor.detach() for name, tensor in there.items()}, storage_reader=reader)
-    else:
-        if ranks.is_main:
-            print(f"{folder}: names on disk differ from names in memory; "
-                  "rank 0 loads the model and broadcasts it")
-        unread = broadcast_hf_weights(model, folder, trust_remote_code, ranks)
-    refuse_quantised(folder, None, unread)
-    if unread and ranks.is_main:
-        print(f"{folder}: {len(unread)} tensors on disk are not in the model, {unread[0]} for one")
+        if unread and ranks.is_main:
+            print(f"{folder}: {len(unread)} tensors on disk are not in the model, {unread[0]} for one")
+        return
+    if ranks.is_main:
+        print(f"{folder}: names on disk differ from names in memory; "
+              "rank 0 loads the model and broadcasts it")
+    broadcast_hf_weights(model, folder, trust_remote_code, ranks)
 
 
 @torch.no_grad()
-def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ranks: Ranks) -> list[str]:
+def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ranks: Ranks) -> None:
     """For families that transformers renames or fuses while loading (Mixtral's experts), .bin files, remote
-    code: the whole model in rank 0's host memory, then one tensor at a time to everybody (all ranks).
-    Returns the names that it did not use."""
-    source, unread = {}, []
+    code: the whole model in rank 0's host memory, then one tensor at a time to everybody (all ranks)."""
+    source = {}
     if ranks.is_main:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -1174,14 +1173,12 @@ def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool
         lacking = sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]})
         if lacking:
             raise UserError(f"{folder} lacks {len(lacking)} tensors, or their shapes: {lacking[0]} for one")
-        unread = sorted(info["unexpected_keys"])
         source = dict(itertools.chain(full.named_parameters(), full.named_buffers()))
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         value = (source[name].to(ranks.device) if ranks.is_main
                  else torch.empty(tensor.shape, dtype=tensor.dtype, device=ranks.device))
         torch.distributed.broadcast(value, src=0)
         fill(tensor, value)
-    return unread
 # <<< shared: load
 
 
@@ -3175,6 +3172,7 @@ def main() -> None:
         say(f"record     {run_dir / 'metrics.jsonl'}, {run_dir / ROLLOUT_LOG.format(rank=0)}")
         if args.export:
             say(f"model      {run_dir / 'hf'} (Hugging Face format)")
+        say("next       the same command with a larger --train-steps goes on from here")
 
 
 if __name__ == "__main__":

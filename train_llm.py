@@ -1586,26 +1586,25 @@ def load_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ran
             on_disk = reader.read_metadata().state_dict_metadata
         there = {name: tensor for name, tensor in named
                  if name in on_disk and on_disk[name].size == tensor.shape}
+        refuse_quantised(folder, None, on_disk.keys() - there.keys())
     # Tied parameters are one tensor under several names: a file may hold any of them, and mostly just one.
     if {id(tensor) for name, tensor in named if name in persistent} <= set(map(id, there.values())):
         unread = sorted(on_disk.keys() - there.keys())
         dcp.load({name: tensor.detach() for name, tensor in there.items()}, storage_reader=reader)
-    else:
-        if ranks.is_main:
-            print(f"{folder}: names on disk differ from names in memory; "
-                  "rank 0 loads the model and broadcasts it")
-        unread = broadcast_hf_weights(model, folder, trust_remote_code, ranks)
-    refuse_quantised(folder, None, unread)
-    if unread and ranks.is_main:
-        print(f"{folder}: {len(unread)} tensors on disk are not in the model, {unread[0]} for one")
+        if unread and ranks.is_main:
+            print(f"{folder}: {len(unread)} tensors on disk are not in the model, {unread[0]} for one")
+        return
+    if ranks.is_main:
+        print(f"{folder}: names on disk differ from names in memory; "
+              "rank 0 loads the model and broadcasts it")
+    broadcast_hf_weights(model, folder, trust_remote_code, ranks)
 
 
 @torch.no_grad()
-def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ranks: Ranks) -> list[str]:
+def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ranks: Ranks) -> None:
     """For families that transformers renames or fuses while loading (Mixtral's experts), .bin files, remote
-    code: the whole model in rank 0's host memory, then one tensor at a time to everybody (all ranks).
-    Returns the names that it did not use."""
-    source, unread = {}, []
+    code: the whole model in rank 0's host memory, then one tensor at a time to everybody (all ranks)."""
+    source = {}
     if ranks.is_main:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -1618,14 +1617,12 @@ def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool
         lacking = sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]})
         if lacking:
             raise UserError(f"{folder} lacks {len(lacking)} tensors, or their shapes: {lacking[0]} for one")
-        unread = sorted(info["unexpected_keys"])
         source = dict(itertools.chain(full.named_parameters(), full.named_buffers()))
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         value = (source[name].to(ranks.device) if ranks.is_main
                  else torch.empty(tensor.shape, dtype=tensor.dtype, device=ranks.device))
         torch.distributed.broadcast(value, src=0)
         fill(tensor, value)
-    return unread
 # <<< shared: load
 
 
@@ -1691,7 +1688,7 @@ def describe_model(model: nn.Module, dtype: torch.dtype) -> str:
 def prove_loss(model: nn.Module, ranks: Ranks) -> None:
     """Compare the chunked loss, token by token, with that of the model's own logits. A family that transforms
     its logits in a way that `attach_chunked_loss` does not know keeps whole logits (all ranks)."""
-    ids, each, loss_fn = plain_tokens(model, 2, 32, ranks.device), [], model.head_loss
+    ids, each, loss_fn = plain_tokens(model, 2, 16, ranks.device), [], model.head_loss
 
     def noted(*args: object, **options: object) -> Tensor:
         each.append(loss_fn(*args, **options))
@@ -1722,8 +1719,8 @@ def prove_packing(model: nn.Module, ranks: Ranks, can_use_varlen: bool = False) 
     """Choose how documents in a pack are told apart: by variable-length attention (CUDA), by positions that
     start again, which most families understand, or by a whole mask (Falcon). The second document of a pack
     must have the logits that it has alone, up to a fraction of what a leak changes (all ranks)."""
-    ids = plain_tokens(model, 2, 64, ranks.device)
-    positions = torch.arange(64, device=ranks.device).expand(2, 64) % 32
+    ids = plain_tokens(model, 2, 32, ranks.device)
+    positions = torch.arange(32, device=ranks.device).expand(2, 32) % 16
     own, ways = model.config._attn_implementation, []
     if can_use_varlen and model._supports_flash_attn and model._supports_attention_backend:
         from transformers import AttentionInterface
@@ -1733,13 +1730,13 @@ def prove_packing(model: nn.Module, ranks: Ranks, can_use_varlen: bool = False) 
     ways += [(own, False)] if has_window else [(own, False), (own, True)]
     model.eval()
     with torch.compiler.set_stance("force_eager"):
-        alone = model(ids.view(4, 32)).view(2, 64, -1)[:, 32:].float()
-        leak = (model(ids)[:, 32:] - alone).abs().mean()
+        alone = model(ids.view(4, 16)).view(2, 32, -1)[:, 16:].float()
+        leak = (model(ids)[:, 16:] - alone).abs().mean()
         for implementation, model.needs_mask in ways:
             for config in (model.config, model.config.get_text_config()):
                 config._attn_implementation = implementation
             try:
-                packed = model(ids, position_ids=positions, cu_seqlens=document_bounds(positions))[:, 32:]
+                packed = model(ids, position_ids=positions, cu_seqlens=document_bounds(positions))[:, 16:]
             except (TypeError, ValueError, RuntimeError):  # a mask or a kernel that this family cannot take
                 continue
             bound = 0.01 if packed.dtype == torch.float32 else 0.2

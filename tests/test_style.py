@@ -1,4 +1,4 @@
-"""The budgets and rules of the scripts, and whether configs and README speak of what exists.
+"""The budgets and rules of the scripts, and whether configs fit their scripts.
 
 A budget is raised only in the commit that needs it, with the reason in its message.
 """
@@ -261,101 +261,7 @@ def test_config_form(config):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 4. README: every path and every flag that it names exists
-
-SCRIPT_SUFFIXES = (".py", ".sh", ".sbatch")
-# What runs write; a README may say what is in there.
-WRITTEN = ("runs", "checkpoints", "data_cache", "outputs", "wandb", ".venv", ".venv-test")
-
-
-@functools.cache
-def option_lines(program):
-    """The lines of a Python program's --help that introduce an option, in front of what is said about it."""
-    shown = subprocess.run([sys.executable, str(program), "--help"], cwd=REPO, capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr[-3000:]
-    lines = re.findall(r"^ {1,4}(-.*?)(?:  .*)?$", shown.stdout, re.MULTILINE)
-    return [line for line in lines if not line.startswith("-h")]
-
-
-@functools.cache
-def flags_of(program):
-    """The flags that a program of this repository takes; of a shell script those that its text names."""
-    text = "\n".join(option_lines(program)) + " --help" if program.suffix == ".py" else program.read_text()
-    return set(re.findall(r"--[a-z][\w-]*", text))
-
-
-def readme_lines():
-    """What the README sets as code: command lines (continued ones joined) and spans between backticks."""
-    text = (REPO / "README.md").read_text().replace("\\\n", " ")
-    blocks = re.findall(r"^```.*?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
-    return [line for block in blocks for line in block.splitlines()] + spans
-
-
-def words_of(line):
-    return [word.strip("\"'(),;:") for word in line.split()]
-
-
-def should_exist(word):
-    """Whether a word of the README looks like a file or folder of this repository."""
-    path = word.removeprefix("./")
-    if not re.fullmatch(r"[\w.*-]+(/[\w.*-]+)*/?", path) or path.startswith(WRITTEN):
-        return False
-    if "/" in path:
-        return (REPO / path.split("/")[0]).is_dir() or path.endswith(SCRIPT_SUFFIXES)
-    # A single name that ends in .yaml or .jsonl is mostly one of a run's own files.
-    return path.endswith((*SCRIPT_SUFFIXES, ".md")) or path in ("requirements.txt", "LICENSE")
-
-
-def test_readme_paths_exist():
-    words = [word for line in readme_lines() for word in words_of(line)]
-    # A single name may also be said next to the folder that it stands in.
-    names = {path.name for path in repo_files()}
-    exists = {word: word in names or any(REPO.glob(word.removeprefix("./"))) for word in words
-              if should_exist(word)}
-    assert exists, "no path was recognised in the README"
-    assert not [word for word in exists if not exists[word]]
-    links = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", (REPO / "README.md").read_text())
-    assert not [link for link in links if not (REPO / link).exists()]
-
-
-def unknown_flags(line, everyones):
-    """The flags of one command line or span that no program of this repository has.
-
-    In front of the first script they belong to torchrun, sbatch or whatever runs it; behind it they are that
-    script's. A line with no script is another program's command unless it begins with the flag.
-    """
-    owner, unknown = everyones if line.lstrip().startswith("-") else None, []
-    for word in words_of(line):
-        flag = word.split("=")[0]
-        program = REPO / word.removeprefix("./")
-        if word.endswith(SCRIPT_SUFFIXES) and program.is_file() and not program.name.startswith("test_"):
-            # A launcher passes on what it does not know itself, and so do these tools.
-            passes_on = program.suffix != ".py" or program.name in (
-                "show_batch.py", "deploy.py", "verify_resume.py")
-            owner = everyones if passes_on else flags_of(program)
-        elif re.fullmatch(r"--[a-z][\w-]*", flag) and owner is not None and flag not in owner:
-            unknown.append(f"{flag} in: {line.strip()}")
-    return unknown
-
-
-def test_readme_flags_exist():
-    programs = [path for path in repo_files() if path.suffix in SCRIPT_SUFFIXES and path.parts[-2] != "tests"]
-    programs += [REPO / "tests/run.sh"]
-    everyones = set().union(*map(flags_of, programs))
-    assert not [flag for line in readme_lines() for flag in unknown_flags(line, everyones)]
-
-
-def test_unknown_flags_are_found_where_they_should_be():
-    known = {"--config", "--all"}
-    assert unknown_flags("--confg x", known) and not unknown_flags("--config x --all", known)
-    assert not unknown_flags("pip install --upgrade torch", known)
-    assert not unknown_flags("sbatch --nodes 2 tests/run.sh --config x", known)
-    assert unknown_flags("FOO=1 ./launch_single_node.sh --config x --nope=3", known)
-
-
-# ----------------------------------------------------------------------------------------------------
-# 5. Every file
+# 4. Every file
 
 def test_no_file_names_a_machine_or_a_registry():
     # In pieces, or this file would be the first one found.
