@@ -5,10 +5,12 @@ style start in a moment, and a test process that only starts others stays small.
 """
 
 import contextlib
+import functools
 import inspect
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -329,3 +331,12 @@ def gsm8k_folder():
     """The folder with GSM8K's train.jsonl and test.jsonl, or None: no test downloads anything."""
     folder = Path(os.environ.get("GSM8K_DIR") or REPO.parent / "shared" / "data" / "gsm8k")
     return folder if folder.is_dir() else None
+
+
+@functools.cache
+def option_lines(program):
+    """The lines of a Python program's --help that introduce an option, in front of what is said about it."""
+    shown = subprocess.run([sys.executable, str(program), "--help"], cwd=REPO, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr[-3000:]
+    lines = re.findall(r"^ {1,4}(-.*?)(?:  .*)?$", shown.stdout, re.MULTILINE)
+    return [line for line in lines if not line.startswith("-h")]

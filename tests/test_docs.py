@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import REPO
+from helpers import REPO, option_lines
 
 sys.path.insert(0, str(REPO / "tools"))
 from copy_twins import scripts_beside  # noqa: E402  (the path comes first)
@@ -21,7 +21,8 @@ PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md")), *sorted(REPO
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
 SCRIPT_SUFFIXES = (".py", ".sh", ".sbatch")
 # What runs write; a page may say what is in there.
-WRITTEN = ("runs", "checkpoints", "data_cache", "outputs", "wandb", "logs", ".venv", ".venv-test", "vllm-env")
+WRITTEN = ("runs", "checkpoints", "data_cache", "outputs", "wandb", "logs", ".venv", ".venv-test",
+           "vllm-env")
 # What the reader of a page has.
 READERS = {"my_chats.jsonl": "{}", "my_texts.jsonl": "{}", "my_texts/a.txt": "", "my_questions/train.jsonl": "",
            "my_tokenizer/tokenizer.json": "{}", "my_pairs.jsonl": "{}"}
@@ -31,15 +32,6 @@ MAX_README_LINES = 160
 def repo_files():
     listed = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True).stdout
     return [path for path in map(REPO.joinpath, listed.splitlines()) if path.is_file()]
-
-
-@functools.cache
-def option_lines(program):
-    """The lines of a Python program's --help that introduce an option, in front of what is said about it."""
-    shown = subprocess.run([sys.executable, str(program), "--help"], cwd=REPO, capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr[-3000:]
-    lines = re.findall(r"^ {1,4}(-.*?)(?:  .*)?$", shown.stdout, re.MULTILINE)
-    return [line for line in lines if not line.startswith("-h")]
 
 
 @functools.cache
@@ -57,7 +49,8 @@ def parts_of(page):
     text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     lines += re.findall(r"(?:^|\n)    (\S.*)", text)  # a block by its indentation
     spans = re.findall(r"`([^`]+)`", text)
-    lines += [span for span in spans if re.match(r"(python|bash|\./launch|sbatch|torchrun|[A-Z_]+=\S+) ", span)]
+    starts = r"(python|bash|\./launch|sbatch|torchrun|[A-Z_]+=\S+) "
+    lines += [span for span in spans if re.match(starts, span)]
     lines = [line.split("  #")[0].strip() for line in lines if not line.startswith("#")]
     return [" ".join(line.split()) for line in lines if line], [" ".join(span.split()) for span in spans]
 

@@ -14,7 +14,7 @@ import tokenize
 
 import pytest
 import yaml
-from helpers import REPO
+from helpers import REPO, option_lines
 
 sys.path.insert(0, str(REPO / "tools"))
 from copy_twins import scripts_beside  # noqa: E402  (the path comes first)
