@@ -24,8 +24,8 @@ SCRIPT_SUFFIXES = (".py", ".sh", ".sbatch")
 WRITTEN = ("runs", "checkpoints", "data_cache", "outputs", "wandb", "logs", ".venv", ".venv-test",
            "vllm-env")
 # What the reader of a page has.
-READERS = {"my_chats.jsonl": "{}", "my_texts.jsonl": "{}", "my_texts/a.txt": "", "my_questions/train.jsonl": "",
-           "my_tokenizer/tokenizer.json": "{}", "my_pairs.jsonl": "{}"}
+READERS = {"my_chats.jsonl": "{}", "my_texts.jsonl": "{}", "my_texts/a.txt": "", "my_pairs.jsonl": "{}",
+           "my_questions/train.jsonl": "", "my_tokenizer/tokenizer.json": "{}"}
 MAX_README_LINES = 160
 
 
