@@ -329,3 +329,11 @@ def gsm8k_folder():
     """The folder with GSM8K's train.jsonl and test.jsonl, or None: no test downloads anything."""
     folder = Path(os.environ.get("GSM8K_DIR") or REPO.parent / "shared" / "data" / "gsm8k")
     return folder if folder.is_dir() else None
+
+
+def documents_in(data, split="train"):
+    """[(token ids, 1 where trained; [] of plain text)] of the documents that `prepare_data` found."""
+    found = []
+    for tokens, _ in data[split]:
+        found += [(row["ids"], row["trained"]) for row in tokens]
+    return found
