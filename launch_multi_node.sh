@@ -83,6 +83,11 @@ command -v "$python" >/dev/null || die "no $python here; name an interpreter wit
 num_cores=$("$python" -c 'import os
 print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 
+# The quickstart's data is made here, of the sources of that Python's library.
+if [[ " $* " == *"/configs/train_llm/quickstart.yaml "* && $dry_run != 1 ]]; then
+    "$python" "$here/tools/make_stdlib_data.py" >&2 || die "could not make the quickstart's data"
+fi
+
 # ----------------------------------------------------------------------------------------------------
 # 3. Processes: how many, on what
 

@@ -127,6 +127,11 @@ fi
 
 [[ $help == 0 ]] || exec "$python" "$script" --help
 
+# The quickstart's data is made here, of the sources of that Python's library.
+if [[ " $* " == *"/configs/train_llm/quickstart.yaml "* && $dry_run != 1 ]]; then
+    "$python" "$here/tools/make_stdlib_data.py" >&2 || die "could not make the quickstart's data"
+fi
+
 # ----------------------------------------------------------------------------------------------------
 # 3. Processes: how many, on what
 

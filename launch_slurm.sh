@@ -130,6 +130,11 @@ command -v "$python" >/dev/null || die "no $python here; name an interpreter wit
     die "$python has no torch; './launch_single_node.sh --nproc 1 --help' installs it into .venv," \
         "or name another interpreter with PYTHON=/path/to/python3"
 
+# The quickstart's data is made here, of the sources of that Python's library.
+if [[ " $* " == *"/configs/train_llm/quickstart.yaml "* && $dry_run != 1 ]]; then
+    "$python" "$here/tools/make_stdlib_data.py" >&2 || die "could not make the quickstart's data"
+fi
+
 # ----------------------------------------------------------------------------------------------------
 # 3. Processes: how many, on what
 

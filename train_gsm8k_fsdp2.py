@@ -2498,54 +2498,6 @@ def export_model(model: nn.Module, folder: Path, parts: tuple, dtype: torch.dtyp
 # ------------------------------------------------------------------------------------------------
 # 10. Run record: metrics, console, timing
 
-# Rows of metrics.jsonl, one per step or evaluation; a step that was repeated after a resume stands there
-# twice, and the later row counts. Rollout metrics are over all completions of the step, trained on or not.
-METRICS = {
-    "step": "batches trained on; with --updates-per-batch 1 the same as optimizer updates",
-    "samples": "questions asked, the position in the global order",
-    "rollout/reward_mean": "mean reward of a completion",
-    "rollout/accuracy": "share of completions with the right answer",
-    "rollout/zero_variance_frac": "share of groups whose rewards are all equal",
-    "rollout/truncated_frac": "share of completions cut at --max-new-tokens",
-    "rollout/length_mean": "tokens of a completion",
-    "rollout/length_right": "tokens of a right one",
-    "rollout/length_wrong": "tokens of a wrong one",
-    "rollout/version_lag": "steps that the trainer was ahead of the sampler's weights",
-    "rollout/groups": "groups trained on",
-    "train/loss": "the --loss of the step's last update, over all ranks and micro-batches",
-    "train/lr": "learning rate of this step",
-    "train/grad_norm": "global L2 norm of the last update's gradient before clipping; 0 without an update",
-    "train/skipped_updates": "updates since the start that were left out: nothing to train on, or a gradient "
-                             "that is not finite",
-    "train/tokens": "completion tokens trained on since the start, each once",
-    "train/entropy": "mean entropy of the policy's next-token distribution, in nats",
-    "train/clip_frac": "share of tokens whose ratio to the policy before this batch was clipped",
-    "train/mismatch_kl": "mean of exp(d) - d - 1, d = log p of trainer - log p of sampler before the update",
-    "train/tis_capped_frac": "share of tokens whose importance weight was cut at --tis-cap",
-    "train/ref_kl": "mean of the same with d = log p of the first model - log p now; 0 without --kl-coef",
-    "train/ratio_p01": "1st percentile of the ratio of policy now to sampler, a token each, to 0.1 %",
-    "train/ratio_p50": "its median",
-    "train/ratio_p99": "its 99th percentile",
-    "sync/probe_error": "mean difference of the server's logprobs to the trainer's after the last push",
-    "perf/completion_tokens_per_s": "completion tokens over all ranks, over the whole step's time",
-    "perf/peak_mem_gib": "rank 0's largest allocated GPU memory (on CPU: largest resident memory)",
-    "time/step_s": "seconds since the last row",
-    "time/generate_s": "of which generating, or waiting for the server",
-    "time/reward_s": "of which judging, and exchanging what the ranks generated",
-    "time/sync_s": "of which sending weights to the server and proving that it has them",
-    "time/logprob_s": "of which logprobs before the update (several updates a batch, or --kl-coef)",
-    "time/train_s": "of which forward, backward and update",
-    "time/checkpoint_s": "of which standing still for checkpoints",
-    "eval/accuracy": "pass@1, greedy, over the held-out questions",
-    "eval/accuracy_low": "lower end of its 95 % confidence interval (Wilson 1927)",
-    "eval/accuracy_high": "its upper end",
-    "eval/maj_at_k": "share of questions where the most frequent of --eval-samples answers is right",
-    "eval/pass_at_k": "share where at least one of them is",
-    "eval/length_mean": "tokens of a greedy completion",
-    "eval/truncated_frac": "share of greedy completions cut at --max-new-tokens",
-    "eval/questions": "how many were asked",
-    "eval/time_s": "seconds that the evaluation took",
-}
 PHASES = ("generate", "reward", "sync", "logprob", "train", "checkpoint")
 
 

@@ -23,6 +23,7 @@ in a copy they are yours.
 """
 
 import argparse
+import bisect
 import contextlib
 import ctypes
 import dataclasses
@@ -32,6 +33,8 @@ import fcntl
 import functools
 import hashlib
 import importlib.util
+import inspect
+import io
 import itertools
 import json
 import math
@@ -44,7 +47,6 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import time
 import traceback
 import types
@@ -109,21 +111,25 @@ def add_model_and_data_flags(model: argparse._ArgumentGroup, data: argparse._Arg
     add("--from-scratch", action=onoff, default=False, help="train the model of this file")
     add("--model-size", choices=list(MODEL_SIZES), default="7B", help="for --from-scratch")
     add("--vocab-size", type=int, help="for --from-scratch; if not given: the length of --tokenizer "
-        "rounded up to a multiple of 64, or 32000 where the tokenizer is trained here")
+        "rounded up to a multiple of 64")
     add("--seq-len", type=int, default=2048, help="tokens in a training sequence")
-    add("--tokenizer", metavar="NAME_OR_FOLDER", help="if not given: the model's, or one trained on the data")
+    add("--tokenizer", metavar="NAME_OR_FOLDER", help="if not given: the model's; needed from scratch")
     add("--chat-template", metavar="FILE", help="Jinja chat template in place of the tokenizer's")
     add("--trust-remote-code", action=onoff, default=False, help="run code that comes with the model")
     add = data.add_argument
-    add("--dataset", default="stdlib", help="hub name, folder, or .jsonl .parquet .txt .csv file; 'stdlib': "
-        "the source of Python's standard library")
+    add("--dataset", nargs="+", metavar="NAME[:WEIGHT]", help="hub names, folders, or files "
+        "(.jsonl .json .txt .csv .parquet .arrow, .gz or .zst behind it); weights are shares of the samples")
     add("--dataset-config", metavar="NAME", help="configuration of a hub data set")
     add("--dataset-split", default="train", help="split to train on")
     add("--text-column", metavar="NAME", help="train on this column as plain text; if not given: messages, "
-        "prompt+completion and question+answer are SFT, 'text' is plain text")
+        "prompt+completion, question+answer, instruction+output are SFT, 'text' is plain text")
     add("--eval-split", metavar="SPLIT_OR_FILE", help="split, or file, that is held out")
     add("--eval-fraction", type=float, default=0.0, help="share of the documents that is held out")
-    add("--data-cache", metavar="DIR", default="data_cache", help="tokenised data, kept by content")
+    add("--data-cache", metavar="DIR", default="data_cache", help="rows and tokens, which later runs find; "
+        "may be deleted")
+    add("--bad-rows", choices=["stop", "skip"], default="stop", help="skip: list them in a file in "
+        "--data-cache, and stop where more than one in a hundred is bad")
+    add("--long-chats", choices=["cut", "drop"], default="cut", help="chats of more than --seq-len tokens")
     add("--packing", action=onoff, default=True, help="fill each sequence with several documents")
     add("--mask-documents", action=onoff, help="documents in a pack do not see each other; if not given: on, "
         "except for plain text from scratch")
@@ -201,7 +207,13 @@ def add_run_flags(group: argparse._ArgumentGroup, folder: str, save_every: int) 
 # <<< shared: flags
 
 
-def fill_defaults(args: Namespace) -> None:  # that depend on other flags
+def fill_defaults(args: Namespace) -> None:
+    """Of flags that depend on others. --dataset becomes one text, as in a config file: 'a.jsonl:0.7 b/:0.3'."""
+    if args.dataset:
+        is_list = len(args.dataset) == 1 and not Path(args.dataset[0]).exists()
+        with contextlib.suppress(ValueError):  # a quote in a name
+            args.dataset = shlex.split(args.dataset[0]) if is_list else args.dataset
+        args.dataset = shlex.join(args.dataset)
     if args.max_lr is None:
         args.max_lr = 2e-5 if args.hf_model else 3e-4
     if args.min_lr is None:
@@ -308,25 +320,38 @@ def find_problems(args: Namespace) -> Iterator[str]:
                 "max_steps steps_per_epoch nproc hsdp_shard_size vocab_size stall_timeout")
     not_negative = ("warmup_steps weight_decay grad_clip keep_checkpoints eval_interval max_lr min_lr "
                     "checkpoint_interval seed")
-    yield from find_common_problems(args, positive, not_negative, "dataset hf_model tokenizer")
+    yield from find_common_problems(args, positive, not_negative, "hf_model tokenizer")
+    yield from find_data_problems(args)
     if args.from_scratch == bool(args.hf_model):
         yield "choose one: --hf-model NAME_OR_FOLDER or --from-scratch"
-    if not 0 <= args.eval_fraction < 1:
-        yield "--eval-fraction must be at least 0 and below 1"
     if args.warmup_steps and args.max_steps and args.warmup_steps > args.max_steps:
         yield f"--warmup-steps {args.warmup_steps} is more than the run's {args.max_steps} steps"
-    if args.eval_fraction and (args.eval_split or args.streaming):
-        yield "--eval-fraction goes with neither --eval-split nor --streaming: use --eval-split alone"
     if (args.eval_interval or args.keep_best) and not (args.eval_fraction or args.eval_split):
         yield "--eval-interval and --keep-best need something held out: --eval-fraction or --eval-split"
-    if args.streaming and not args.packing:
-        yield "--streaming always packs: leave --no-packing out"
-    if args.streaming and args.from_scratch and not args.tokenizer:
-        yield "--streaming from scratch needs --tokenizer: none can be trained on text that is not read yet"
-    if args.dataset_split != "train" and (args.dataset == "stdlib" or Path(args.dataset).is_file()):
+
+
+def find_data_problems(args: Namespace) -> Iterator[str]:
+    if args.from_scratch and not args.tokenizer:
+        yield "--from-scratch needs --tokenizer (tools/make_stdlib_data.py trains a small one)"
+    if not args.dataset:
+        yield "--dataset is missing: a file, a folder or a hub name"
+        return
+    names = dataset_names(args)
+    for name, _ in names:
+        is_path = looks_like_path(name) or data_suffix(Path(name)) or name.endswith("/")
+        if is_path and not Path(name).exists():
+            yield f"--dataset {name}: no such file or folder"
+    if len({weight is None for _, weight in names}) > 1 or not all(weight != 0 for _, weight in names):
+        yield f"--dataset {args.dataset}: give all of them a weight above 0, or none"
+    if not 0 <= args.eval_fraction < 1:
+        yield "--eval-fraction must be at least 0 and below 1"
+    if args.eval_fraction and (args.eval_split or args.streaming):
+        yield "--eval-fraction goes with neither --eval-split nor --streaming: use --eval-split alone"
+    only_files = all(Path(name).is_file() for name, _ in names)
+    if args.dataset_split != "train" and only_files:
         yield f"--dataset-split {args.dataset_split}: {args.dataset} has no splits; leave it out"
     if args.eval_split and not Path(args.eval_split).is_file() and (
-            looks_like_path(args.eval_split) or args.dataset == "stdlib" or Path(args.dataset).is_file()):
+            looks_like_path(args.eval_split) or only_files):
         yield (f"--eval-split {args.eval_split}: no such file, and {args.dataset} has no splits; "
                "--eval-fraction cuts one")
 
@@ -517,10 +542,14 @@ def end_now(message: str, show: bool, code: int = 1) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 3. Data: rows, tokens on disk, packed samples, one global order
+# 3. Data: rows by the datasets library, tokens in its cache, packed samples, one global order
 
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".csv")
-END = "<|endoftext|>"  # the special token of a tokenizer that is trained here
+READERS = {".jsonl": "lines", ".ndjson": "lines", ".json": "lines", ".txt": "lines", ".csv": "csv",
+           ".parquet": "parquet", ".arrow": "arrow"}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+DATA_SUFFIXES = (*READERS, *COMPRESSIONS)
+LONE = re.compile("[\ud800-\udfff]")  # a half of a surrogate pair: no text that a tokenizer takes
+ROLES = {"human": "user", "gpt": "assistant", "function_response": "tool", "observation": "tool"}  # in ShareGPT
 # For tokenizers without a chat template (base models): contents and newlines, an end token after each answer.
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}"
@@ -528,188 +557,316 @@ PLAIN_TEMPLATE = (
 )
 
 
-def read_rows(args: Namespace, split: str) -> Iterator[tuple[str, dict]]:
-    """(where it stands, row) of each document, in file order. Raises UserError for a malformed row."""
-    paths = data_files(args, split)
-    if not paths:
-        for number, row in enumerate(open_with_datasets(args, split)):
-            yield f"{args.dataset} ({split}) row {number}", row
-    for path in paths:
-        if path.suffix == ".py":
-            yield str(path), {"text": path.read_text(encoding="utf-8", errors="replace")}
-        elif path.suffix == ".txt":
-            yield from read_txt(path)
-        elif path.suffix in (".jsonl", ".json"):
-            yield from read_jsonl(path)
-        else:
-            with naming(str(path)):
-                for number, row in enumerate(open_with_datasets(args, split, path), 1):
-                    yield f"{path}:{number}", row
+def data_suffix(path: Path) -> str:
+    """'.jsonl' of rows.JSONL.gz; '' of a file of another kind."""
+    suffixes = ["", *(suffix.lower() for suffix in path.suffixes)]
+    suffix = suffixes[-2] if suffixes[-1] in COMPRESSIONS else suffixes[-1]
+    return suffix if suffix in READERS else ""
 
 
-def data_files(args: Namespace, split: str) -> list[Path]:
-    """The local files of a split; [] for what the datasets library opens: hub names, `save_to_disk` folders.
+def split_words(path: Path) -> set[str]:
+    """Where a split is named: a folder, the stem, its first or last part. Numbers of shards do not count."""
+    stem = path.name.lower().rpartition(data_suffix(path))[0]
+    stem = re.sub(r"([-_.]\d+)?([-_.]of[-_.]\d+)?$", "", stem)
+    parts = re.split("[-_.]", stem)
+    return {stem, parts[0], parts[-1], *(folder.lower() for folder in path.parts[:-1])}
 
-    Of a folder, those whose path holds the split's name as a word ('train-00001.parquet'); where nothing is
-    called train, all files without another split's name are."""
-    if args.dataset == "stdlib" and not Path(split).is_file():
-        return stdlib_files()
-    source = Path(split) if Path(split).is_file() else Path(args.dataset)
-    if source.is_file():
-        return [source]
-    saved_by_datasets = ("dataset_dict.json", "dataset_info.json")
-    if not source.exists() or any((source / name).exists() for name in saved_by_datasets):
-        return []
-    files = sorted(path for path in source.rglob("*") if path.suffix in DATA_SUFFIXES
-                   and not (path.is_dir() or path.is_fifo()))  # Spark's folders are called x.parquet, too
-    words = {path: set(re.split(r"[^a-z0-9]+", str(path.relative_to(source)).lower())) for path in files}
-    named = [path for path in files if split.lower() in words[path]]
+
+def data_files(source: Path, split: str) -> tuple[list[Path], str]:
+    """The files of a split, in the order of their names, and a word on the others. Where nothing in a folder
+    is called train, all files without another split's name are."""
+    every = [Path()] if source.is_file() else sorted(
+        path.relative_to(source) for path in source.rglob("*") if path.is_file())
+    seen = [path for path in every if not any(part.startswith(".") for part in path.parts)]
+    known = [path for path in seen if data_suffix(source / path)]
+    named = [path for path in known if source.is_file() or split.lower() in split_words(path)]
     if not named and split == "train":
         others = {"test", "validation", "valid", "val", "dev", "eval"}
-        named = [path for path in files if not words[path] & others]
+        named = [path for path in known if not split_words(path) & others]
     if not named:
-        raise UserError(f"{source}: no file of split '{split}' among its {len(files)} data files")
-    return named
+        raise UserError(f"{source}: no file of split '{split}' among its {len(known)} data files (they end in "
+                        f"{' '.join(READERS)}, with .gz or .zst behind it or not)")
+    left_out = {"hidden": len(every) - len(seen), "of another kind": len(seen) - len(known),
+                "of another split": len(known) - len(named)}
+    told = "".join(f", {count:,} {why}" for why, count in left_out.items() if count)
+    return [source / path for path in named], f"{len(named):,} of {len(every):,} files{told}"
 
 
-def stdlib_files() -> list[Path]:
-    """Sources of Python's standard library without tests and code tables: 10 MB of real code, everywhere."""
-    skip, found = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}, []
-    for folder, subfolders, names in os.walk(sysconfig.get_paths()["stdlib"]):
-        subfolders[:] = [name for name in subfolders if name not in skip]  # not walked at all
-        found += [Path(folder, name) for name in names if name.endswith(".py")]
-    return sorted(found)
+def read_lines(files: list[tuple]) -> Iterator[dict]:
+    """Lines of JSON, elements of a JSON array, or texts in pieces of some 16 KB of whole lines. A text is one
+    document: `_part` is 1 where it goes on, 2 where it went on from the piece before, 3 for both."""
+    import pyarrow
+    for name, *_ in files:
+        compression = COMPRESSIONS.get(Path(name).suffix.lower())
+        with naming(name), io.BufferedReader(pyarrow.input_stream(name, compression=compression)) as file:
+            if data_suffix(Path(name)) == ".txt":
+                piece, part = file.readlines(1 << 14), 0
+                while piece:
+                    following, text = file.readlines(1 << 14), b"".join(piece).decode("utf-8", "replace")
+                    yield {"_where": name, "text": text, "_part": part + bool(following)}
+                    piece, part = following, 2
+            elif data_suffix(Path(name)) == ".json" and file.peek(1 << 12).lstrip()[:1] == b"[":
+                for number, row in enumerate(json.load(file)):
+                    yield {"_where": f"{name} row {number}", "_line": json.dumps(row).encode()}
+            else:
+                for number, line in enumerate(file, 1):
+                    yield {"_where": f"{name}:{number}", "_line": line}
 
 
-def open_with_datasets(args: Namespace, split: str, path: Path | None = None):
-    """A .csv or .parquet file, a split of a hub data set, or of a folder that `save_to_disk` wrote."""
+def open_rows(args: Namespace, name: str, split: str, streaming: bool = False) -> tuple[list, str]:
+    """(data sets of the datasets library, a word on files) of a file, a folder or a hub name."""
     import datasets
-    streaming = args.streaming and split == args.dataset_split
+    source, cache, parts = Path(name), str(Path(args.data_cache) / "rows"), []
     try:
-        if path:
-            return datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train",
-                                         streaming=streaming)
-        if Path(args.dataset).exists():
-            found = datasets.load_from_disk(args.dataset)
-            return found[split] if isinstance(found, dict) else found
-        return datasets.load_dataset(args.dataset, args.dataset_config, split=split, streaming=streaming)
-    except Exception as error:  # the library raises dozens of types; its first line says what is wrong
-        hint = " (is the name right, the hub reachable, --dataset-config or --dataset-split needed?)"
-        raise UserError(f"--dataset {path or args.dataset} ({split}): "
-                        f"{first_line(error.__cause__ or error)}{'' if path else hint}") from error
+        if not source.exists():
+            return [datasets.load_dataset(name, args.dataset_config, split=split, streaming=streaming)], ""
+        if any((source / mark).exists() for mark in ("dataset_dict.json", "dataset_info.json")):
+            found = datasets.load_from_disk(name)
+            found = found[split] if isinstance(found, dict) else found
+            return [found.to_iterable_dataset() if streaming else found], ""
+        files, note = data_files(source, split)
+        for reader in dict.fromkeys(READERS.values()):
+            mine = [str(path) for path in files if READERS[data_suffix(path)] == reader]
+            if mine and reader != "lines":
+                parts.append(datasets.load_dataset(reader, data_files=mine, split="train", cache_dir=cache,
+                                                   streaming=streaming))
+            elif mine:  # the library's own reader of JSON names no line, and ends at the first bad one
+                stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in mine]
+                make = datasets.IterableDataset if streaming else datasets.Dataset
+                more = {} if streaming else {"cache_dir": cache, "fingerprint": digest(
+                    stats, inspect.getsource(read_lines))}
+                types = {"_where": "string", "_line": "large_binary", "text": "large_string", "_part": "int8"}
+                features = datasets.Features({key: datasets.Value(kind) for key, kind in types.items()})
+                parts.append(make.from_generator(read_lines, features, gen_kwargs={"files": stats}, **more))
+        return parts, note
+    except Exception as error:  # the library raises dozens of types; the first cause says what is wrong
+        while error.__cause__ and not isinstance(error, UserError):
+            error = error.__cause__
+        if "corresponds to no data" in str(error):
+            return [], ""
+        where = "" if source.exists() else "no such file or folder, and the hub says: "
+        raise error if isinstance(error, UserError) else UserError(
+            f"--dataset {name} ({split}): {where}{first_line(error)}") from error
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line) if line.strip() else None
-            except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-                raise UserError(f"{path}:{number}: not JSON ({error}); expected one object a line") from None
-            if isinstance(row, dict):
-                yield f"{path}:{number}", row
-            elif line.strip():
-                raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+def to_messages(row: dict) -> list[dict] | None:  # EDIT: what one of your rows becomes
+    """[{'role', 'content'}, …] of a conversation, None for plain text. A ValueError says that a row is bad."""
+    for name in ("messages", "conversations"):
+        if name in row:
+            return row[name] or []
+    for first, last in (("prompt", "completion"), ("question", "answer"), ("instruction", "output")):
+        if first in row and last in row:
+            asked, said = row[first], row[last]
+            if first == "instruction" and row.get("input"):
+                asked = f"{asked}\n\n{row['input']}"
+            return [*(asked if isinstance(asked, list) else [{"role": "user", "content": asked}]),
+                    *(said if isinstance(said, list) else [{"role": "assistant", "content": said}])]
+    return None
 
 
-def read_txt(path: Path) -> Iterator[tuple[str, dict]]:
-    """One document a file, in pieces of whole lines, some 16 KB each; only the last piece ends it."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        piece, continued = file.readlines(1 << 14), False
-        while piece:
-            following = file.readlines(1 << 14)
-            yield str(path), {"text": "".join(piece), "_continued": continued, "_continues": bool(following)}
-            piece, continued = following, True
+def read_row(raw: dict) -> dict | None:
+    """A row as a dictionary; None for an empty line. Raises ValueError for what is no JSON object."""
+    if raw.get("_line") is None:
+        return without_nulls(raw)
+    try:
+        row = json.loads(raw["_line"]) if raw["_line"].strip() else None
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+        raise ValueError(f"not JSON ({error}); expected one object a line") from None
+    if row is not None and not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+    return row
 
 
-def row_kind(row: dict, where: str, text_column: str | None) -> str:
-    """'chat' for rows that go through the chat template, else the name of the text column."""
-    pairs = ({"messages"}, {"prompt", "completion"}, {"question", "answer"})
-    if text_column is None and any(keys <= row.keys() for keys in pairs):
-        return "chat"
-    column = text_column or "text"
-    if column not in row:
-        shown = ", ".join(key for key in row if not key.startswith("_"))
-        raise UserError(f"{where}: no column '{column}'; the row has: {shown}. Name one with --text-column, "
-                        "or use messages, prompt+completion or question+answer")
-    if not isinstance(row[column], str):
-        raise UserError(f"{where}: column '{column}' holds {type(row[column]).__name__}, expected text")
-    return column
+def without_nulls(value: object) -> object:
+    """Arrow fills the keys that a row has not, also inside of messages and tools, with nulls."""
+    if isinstance(value, dict):
+        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
-def to_messages(row: dict, where: str) -> list[dict]:  # EDIT: what one of your rows becomes
-    """[{'role', 'content'}, …] of a messages, prompt+completion or question+answer row."""
-    messages = row.get("messages")
-    if "messages" not in row:
-        is_prompt = {"prompt", "completion"} <= row.keys()
-        messages, keys = [], ("prompt", "completion") if is_prompt else ("question", "answer")
-        for key, role in zip(keys, ("user", "assistant")):
-            messages += row[key] if isinstance(row[key], list) else [{"role": role, "content": row[key]}]
-    if not isinstance(messages, list) or not messages or not all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages):
-        raise UserError(f"{where}: expected messages as a list of objects with 'role' and 'content' texts")
+def read_json(value: object) -> object:
+    """What a text holds that is JSON; anything else as it is."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(value) if isinstance(value, str) else value
+    return value
+
+
+def check_messages(found: object, spelt: re.Pattern) -> list[dict]:
+    """Messages with texts as contents, roles as templates know them, arguments of tools as objects. A special
+    token that others than the assistant spell out is broken by a zero-width space. Raises ValueError."""
+    messages, found = [], read_json(found)
+    for message in found if isinstance(found, list) and found else [None]:
+        message = dict(message) if isinstance(message, dict) else {}
+        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if isinstance(content, list):
+            content = "".join(part["text"] if isinstance(part, dict) else part for part in content)
+        if isinstance(content, (int, float)) and not isinstance(content, bool) and abs(content) < math.inf:
+            content = str(content)
+        for call in message.get("tool_calls") or ():
+            function, content = call.get("function", call), content or ""
+            function["arguments"] = read_json(function.get("arguments"))
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise ValueError("expected messages as a list of objects with 'role' and 'content' texts")
+        role = ROLES.get(role, role)
+        if role != "assistant":
+            content = spelt.sub(lambda found: f"{found[0][0]}\u200b{found[0][1:]}", content)
+        messages.append(message | {"role": role, "content": content})
     if not any(message["role"] == "assistant" for message in messages):
-        raise UserError(f"{where}: no message of role 'assistant': nothing to train on")
+        raise ValueError("no message of role 'assistant': nothing to train on")
     return messages
 
 
-def encode_texts(tokenizer, rows: list[dict], column: str) -> list[tuple[list[int], list[int]]]:
-    """(token ids, 1 for each) a row: beginning token where the tokenizer adds one, text, end token."""
-    bos = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id][:1]
-    batch, encoded = tokenizer([row[column] for row in rows], add_special_tokens=False)["input_ids"], []
-    for row, ids in zip(rows, batch):
-        ids = ids if row.get("_continued") else bos + ids
-        ids = ids if row.get("_continues") else [*ids, tokenizer.eos_token_id]
-        encoded.append((ids, [1] * len(ids)))
-    return encoded
-
-
-def encode_chat(tokenizer, messages: list[dict], where: str) -> tuple[list[int], list[int]]:
-    """(token ids, 1 where trained): the assistant's tokens, with the token that ends each turn, nothing else.
+def render_chat(tokenizer, messages: list[dict], tools: list | None) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a conversation, and the character spans in it that are trained: what the assistant writes,
+    with the token that ends each turn; not of a message with `weight` 0 or `train` false. Raises ValueError.
 
     A template with {% generation %} tags says itself what the assistant writes. For any other, turn i is what
-    the rendering of messages[:i+1] adds to that of messages[:i] with the generation prompt."""
-    try:
-        if re.search(r"{%-?\s*generation\b", tokenizer.chat_template):
-            out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-            return list(out["input_ids"]), list(out["assistant_masks"])
-        text, spans = assistant_spans(tokenizer, messages)
-    except Exception as error:  # jinja's raise_exception, for example on a role unknown to the template
-        raise UserError(f"{where}: the chat template refuses this row: {first_line(error)}") from error
-    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    trained = [int(start < stop and any(begin <= start and stop <= end for begin, end in spans))
-               for start, stop in out["offset_mapping"]]
-    return out["input_ids"], trained
+    the rendering of messages[:i+1] adds to that of messages[:i] with the generation prompt. Where the whole
+    text shows it differently (Qwen3 drops the thoughts of earlier turns), the answer is trained if it stands
+    there as it was given, else nothing of this turn."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+    template = tokenizer.get_chat_template(tools=tools)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    wanted = [bool(messages[i].get("weight", 1) and messages[i].get("train", True)) for i in turns]
 
-
-def assistant_spans(tokenizer, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
-    """The whole rendered text and the character spans in it that the assistant writes. Raises ValueError."""
-    render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
-    text, spans = render(messages), []
-    for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
-        after = render(messages[:i + 1])
+    show = functools.partial(render_jinja_template, tools=tools, chat_template=template,
+                             **tokenizer.special_tokens_map)
+    if re.search(r"{%-?\s*generation\b", template):
+        [text], [spans] = show([messages], return_assistant_tokens_mask=True)
+        if not all(wanted) and len(spans) != len(turns):
+            raise ValueError("'weight' or 'train', but not one generation tag for each assistant message")
+        return text, spans if all(wanted) else list(itertools.compress(spans, wanted))
+    text, spans = show([messages])[0][0], []
+    for i in itertools.compress(turns, wanted):
+        after, content = show([messages[:i + 1]])[0][0], messages[i]["content"].strip()
         # A conversation that opens with the assistant: what stands before its first words is the template's.
-        before = (render(messages[:i], add_generation_prompt=True) if i
-                  else after.partition(messages[0]["content"].strip())[0])
-        if not (after.startswith(before) and text.startswith(after)):
-            raise ValueError(f"turn {i + 1} renders differently within the whole conversation; give the "
-                             "template {% generation %} tags, or pass another with --chat-template")
-        # The white space after the token that ends the turn is the template's.
-        spans.append((len(before), max(len(before), len(after.rstrip()))))
+        bare = show([messages[:i]])[0][0] if i else after.partition(content or after)[0]
+        prompt = show([messages[:i]], add_generation_prompt=True)[0][0] if i else bare
+        start = len(os.path.commonprefix([prompt, after, text]))
+        shown = after[start:].rstrip()  # the white space after the token that ends the turn is the template's
+        if content and not text.startswith(shown, start):
+            shown = content + shown.rpartition(content)[2]
+        if start >= len(bare) and text.startswith(shown, start):
+            spans.append((start, start + len(shown)))
+    if any(wanted) and not spans:
+        raise ValueError("the chat template shows no answer as it was given: give it {% generation %} tags, "
+                         "or pass another with --chat-template")
     return text, spans
 
 
+def render_row(tokenizer, raw: dict, how: dict) -> tuple[str, list | None, int] | None:
+    """(text, spans that are trained or None for a plain text, `_part`); None for an empty line."""
+    row = read_row(raw)
+    if row is None:
+        return None
+    messages, column = None if how["text_column"] else to_messages(row), how["text_column"] or "text"
+    if (messages is not None) != how["chat"]:
+        raise ValueError("chats and plain texts in one data set; split them, or give --text-column")
+    if messages is not None:
+        messages = check_messages(messages, how["spelt"])
+        try:
+            return *render_chat(tokenizer, messages, read_json(row.get("tools")) or None), 0
+        except Exception as error:  # jinja's raise_exception, for example on a role unknown to the template
+            raise ValueError(f"the chat template refuses this row: {first_line(error)}") from error
+    if column not in row:
+        shown = ", ".join(key for key in row if not key.startswith("_"))
+        raise ValueError(f"no column '{column}'; the row has: {shown}. Name one with --text-column, or use "
+                         "messages, prompt+completion, question+answer or instruction+output")
+    if not isinstance(row[column], str):
+        raise ValueError(f"column '{column}' holds {type(row[column]).__name__}, expected text")
+    return row[column], None, row.get("_part") or 0
+
+
+def encode(rows: dict[str, list], numbers: list[int], tokenizer, how: dict) -> dict[str, list]:
+    """A batch of rows as `token_columns`: what `map` calls. A bad row raises ValueError; with --bad-rows skip
+    it has no tokens, but a `problem`. Chats are cut to the seq_len + 1 tokens that a sample needs."""
+    columns, items = {name: [] for name in token_columns(0)}, []
+    for number, values in zip(numbers, zip(*rows.values())):
+        raw = dict(zip(rows, values))
+        where, rendered, problem = raw.get("_where") or f"{how['name']} row {number}", None, ""
+        try:
+            rendered = render_row(tokenizer, raw, how)
+        except Exception as error:  # a row may hold anything
+            kind = "" if isinstance(error, ValueError) else f"malformed, {type(error).__name__}: "
+            problem = f"{where}: {kind}{first_line(error)}"
+        if rendered or problem:
+            items.append((where, problem, *(rendered or ("", None, 0))))
+    texts = [LONE.sub("\ufffd", text) for *_, text, _, _ in items]
+    out = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=how["chat"]) if items else {}
+    for i, (where, problem, text, spans, part) in enumerate(items):
+        ids, trained = out["input_ids"][i], []
+        if spans is None and not problem:
+            ids = how["bos"] * (part < 2) + ids + [tokenizer.eos_token_id] * (part % 2 == 0)
+        elif not problem:
+            trained = flags_inside(out["offset_mapping"][i], spans)
+        if ids[:2] == [tokenizer.bos_token_id] * 2:
+            ids, trained = [], []
+            problem = f"{where}: two beginning-of-text tokens: the template or the text repeats bos_token"
+        if problem and how["stop"]:
+            raise ValueError(problem)
+        whole, is_long = bool(trained) and all(trained), how["chat"] and len(ids) > how["seq_len"]
+        ids, trained = (part[:how["seq_len"] + 1 if is_long else None] for part in (ids, trained))
+        record = {
+            "ids": ids, "trained": trained, "problem": problem, "length": len(ids), "whole": whole,
+            "crc": zlib.crc32(bytes(trained), zlib.crc32(array("q", ids))), "largest": max(ids, default=0),
+            "num_trained": sum(trained[1:]),
+            "ends": any(flag and token in how["ends"] for token, flag in zip(ids[1:], trained[1:])),
+            "long": is_long, "replaced": text != texts[i]}
+        for name, column in columns.items():
+            column.append(record[name])
+    return columns
+
+
+def flags_inside(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
+    """1 for each token, (start, stop) in the text, that lies in a span; both in order."""
+    flags, number = [], 0
+    for start, stop in offsets:
+        while number < len(spans) and spans[number][1] <= start:
+            number += 1
+        flags.append(int(number < len(spans) and spans[number][0] <= start < stop <= spans[number][1]))
+    return flags
+
+
+def token_columns(vocab_size: int):
+    """Of a document: token ids, for chats a flag for each (trained or not), and what checks need."""
+    from datasets import Features, Sequence, Value
+    ids = Value("uint16" if vocab_size <= 1 << 16 else "int32")
+    return Features(
+        {"ids": Sequence(ids), "trained": Sequence(Value("uint8")), "problem": Value("string")}
+        | {name: Value("int64") for name in ("crc", "length", "largest", "num_trained")}
+        | {name: Value("bool") for name in ("whole", "ends", "long", "replaced")})
+
+
+def sample_columns(ids):
+    """Of a sample, see `pack`."""
+    from datasets import Features, Sequence, Value
+    return Features({"ids": ids, "labelled": Sequence(Value("uint8")), "starts": Sequence(Value("int32"))})
+
+
+def how_to_encode(args: Namespace, tokenizer, parts: list, label: str) -> dict:
+    """What `encode` must know of all rows. The first one that can be read says whether they are chats."""
+    chat = False
+    for raw in itertools.islice(itertools.chain(*parts), 1000):
+        with contextlib.suppress(ValueError):
+            if row := read_row(raw):
+                chat = not args.text_column and to_messages(row) is not None
+                break
+    if chat and not tokenizer.is_fast:
+        raise UserError(f"{label}: chats need a tokenizer with a fast version, which tells where its tokens "
+                        "stand in the text: pass another --tokenizer")
+    special = {token: str(added) for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    longest_first = "|".join(re.escape(text) for text in sorted(special.values(), key=len, reverse=True))
+    # What can end a turn: the end-of-text token and every special token that the vocabulary adds.
+    ends = {tokenizer.eos_token_id} | {*special} - {tokenizer.bos_token_id}
+    bos = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id][:1]
+    return {"name": label, "chat": chat, "text_column": args.text_column, "seq_len": args.seq_len if chat else 0,
+            "stop": args.bad_rows == "stop", "ends": ends, "bos": bos, "spelt": re.compile(longest_first or "$^")}
+
+
 def load_tokenizer(args: Namespace):
-    """--tokenizer, the model's own, or a byte-level BPE trained on the data set (cached by its content)."""
+    """--tokenizer, or the model's own, with a chat template and an end-of-text token."""
     from transformers import AutoTokenizer
-    name = args.tokenizer or args.hf_model
-    if name:
-        folder = fetch(name)
-    else:
-        size = args.vocab_size or 32000
-        folder = Path(args.data_cache) / f"tokenizer-{digest(data_identity(args, args.dataset_split), size)}"
-        build_once(folder, lambda target: train_tokenizer(args, size, target))
+    folder = fetch(args.tokenizer or args.hf_model)
     with naming(f"no usable tokenizer in {folder}, pass --tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
     if tokenizer.eos_token_id is None:
@@ -721,28 +878,6 @@ def load_tokenizer(args: Namespace):
         tokenizer.chat_template = PLAIN_TEMPLATE
     tokenizer.model_max_length = int(1e30)  # long documents are cut here, not by the tokenizer
     return tokenizer
-
-
-def train_tokenizer(args: Namespace, vocab_size: int, folder: Path) -> None:
-    """Byte-level BPE on some 20 MB of the data set's text, saved as a Hugging Face tokenizer folder."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-    def texts(budget: int = 20_000_000) -> Iterator[str]:
-        for where, row in read_rows(args, args.dataset_split):
-            kind = row_kind(row, where, args.text_column)
-            text = "\n".join(m["content"] for m in to_messages(row, where)) if kind == "chat" else row[kind]
-            yield text
-            budget -= len(text)
-            if budget < 0:
-                return
-
-    print(f"training a byte-level BPE tokenizer of {vocab_size} tokens on {args.dataset}", flush=True)
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.train_from_iterator(texts(), trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty()))
-    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END).save_pretrained(folder)
 
 
 # >>> shared: hub
@@ -765,260 +900,260 @@ def fetch(name: str) -> Path:
 # <<< shared: hub
 
 
-def build_once(target: Path, build: Callable[[Path], object]) -> None:
-    """The first process to get the lock builds the folder and renames it into place; the others wait there.
-
-    No process group exists yet: hours of tokenising meet no timeout. A builder that dies frees the lock."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_name(target.name + ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            partial = target.with_name(target.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            build(partial)
-            partial.rename(target)
-
-
 def digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def file_identity(path: Path) -> object:
-    """A file's content; above 256 MB its size and time."""
-    stat = path.stat()
-    if stat.st_size > 256 << 20:
-        return str(path), stat.st_size, stat.st_mtime_ns
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def section_text() -> list[str]:
+    """This section: a part of the cache's keys, so that no edit of it meets tokens of before."""
+    return re.findall(r"^# 3\. .*?(?=^# 4\. )", Path(__file__).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
-def data_identity(args: Namespace, split: str) -> object:
-    """What decides the rows of a split: its files, or the fingerprint that the datasets library keeps."""
-    paths = data_files(args, split)
-    return [file_identity(path) for path in paths] if paths else open_with_datasets(args, split)._fingerprint
+def tokenizer_identity(tokenizer) -> str:
+    inner = (tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else
+             (sorted(tokenizer.get_vocab().items()), inspect.getsource(type(tokenizer))))
+    return digest(inner, tokenizer.chat_template, tokenizer.special_tokens_map)
 
 
-def prepare_data(args: Namespace) -> Path:
-    """The folder of the tokenised data set; made if --data-cache has none for these rows and tokenizer."""
-    splits = [split for split in (None if args.streaming else args.dataset_split, args.eval_split) if split]
-    name = args.tokenizer or args.hf_model
-    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
-             "chat_template.jinja")
-    tokenizer = [file_identity(fetch(name) / f) for f in files if (fetch(name) / f).is_file()] if name else (
-        args.vocab_size or 32000, PLAIN_TEMPLATE)
-    template = args.chat_template and file_identity(Path(args.chat_template))
-    held_out = (args.eval_fraction, args.seed) if args.eval_fraction else None
-    rows = [data_identity(args, split) for split in splits]
-    key = digest(rows, tokenizer, template, splits, args.text_column, held_out)
-    folder = Path(args.data_cache) / f"tokens-{key}"
-    build_once(folder, lambda target: tokenize(args, target))
-    return folder
+@contextlib.contextmanager
+def one_at_a_time(args: Namespace) -> Iterator[None]:
+    """One process of a machine works, the others wait at the lock and find its files. No process group exists
+    yet: hours of tokenising meet no timeout. A process that dies frees the lock."""
+    import datasets
+    datasets.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    Path(args.data_cache).mkdir(parents=True, exist_ok=True)
+    with (Path(args.data_cache) / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
-def tokenize(args: Namespace, folder: Path) -> None:
-    """Write train/ and eval/ and meta.json. Raises UserError where training would be silently wrong."""
-    from tqdm import tqdm
-    tokenizer = load_tokenizer(args)
-    typecode = "H" if len(tokenizer) <= 1 << 16 else "I"
-    ends = end_tokens(tokenizer)
-    writers = {name: TokenWriter(folder / name, typecode, ends) for name in ("train", "eval")}
-    with tqdm(desc="tokenising", unit=" documents", disable=not sys.stderr.isatty()) as bar:
-        if not args.streaming:
-            for _, ids, *flags in encoded_rows(args, args.dataset_split, tokenizer):
-                # Drawn by content, so that a document that stands in the data twice is never on both sides.
-                held_out = zlib.crc32(array("q", ids).tobytes(), args.seed) < args.eval_fraction * 2**32
-                writers["eval" if held_out else "train"].add(ids, *flags)
-                bar.update()
-        if args.eval_split:
-            for _, *document in encoded_rows(args, args.eval_split, tokenizer):
-                writers["eval"].add(*document)
-                bar.update()
-    meta = {"typecode": typecode, "vocab_size": len(tokenizer)}
-    held_out = f"split {args.eval_split}" if args.eval_split else f"fraction {args.eval_fraction}"
-    labels = {"train": f"--dataset {args.dataset} ({args.dataset_split})", "eval": f"--eval-{held_out}"}
-    for name, label in labels.items():
-        meta[name] = writers[name].close()
-        if not args.streaming if name == "train" else args.eval_split or args.eval_fraction:
-            check_tokens(meta[name], label, tokenizer)
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+def cached_map(args: Namespace, rows, function: Callable, key: str, **options: object):
+    """`rows` mapped in batches, from --data-cache or made now. Columns of before are gone."""
+    path = Path(args.data_cache).absolute() / f"{function.__name__}-{key}.arrow"
+    return rows.map(function, batched=True, remove_columns=rows.column_names, cache_file_name=str(path),
+                    new_fingerprint=key, **options)
 
 
-def encoded_rows(args: Namespace, split: str, tokenizer,
-                 select: Callable[[int], bool] = lambda n: True) -> Iterator[tuple[int, list, list, bool]]:
-    """(number, token ids, trained flags, chat or not) of the selected rows, tokenised on all cores."""
-    numbered = ((n, where, row) for n, (where, row) in enumerate(read_rows(args, split)) if select(n))
-    is_chat = None
-    while group := list(itertools.islice(numbered, 128)):
-        kinds = [row_kind(row, where, args.text_column) for _, where, row in group]
-        is_chat = kinds[0] == "chat" if is_chat is None else is_chat
-        for kind, (_, where, _) in zip(kinds, group):
-            if (kind == "chat") != is_chat:
-                raise UserError(f"{where}: chats and plain texts in one data set; "
-                                "split them, or give --text-column")
-        if is_chat:
-            encoded = [encode_chat(tokenizer, to_messages(row, where), where) for _, where, row in group]
-        else:
-            encoded = encode_texts(tokenizer, [row for _, _, row in group], kinds[0])
-        for (number, where, _), (ids, trained) in zip(group, encoded):
-            if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
-                raise UserError(f"{where}: two beginning-of-text tokens: "
-                                "the template or the text repeats bos_token")
-            yield number, ids, trained, is_chat
-
-
-@dataclasses.dataclass
-class TokenWriter:
-    """A split on disk: tokens.bin (uint16 or uint32), trained.bin (uint8; chats), documents.bin (int64)."""
-    folder: Path
-    typecode: str
-    end_tokens: set[int]
-
-    def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True)
-        self.tokens, self.flags = (open(self.folder / name, "wb") for name in ("tokens.bin", "trained.bin"))
-        self.ends = array("q", [0])
-        self.counts = {"chat": False, "trained": 0, "ends_trained": 0}
-
-    def add(self, ids: list[int], trained: list[int], chat: bool) -> None:
-        array(self.typecode, ids).tofile(self.tokens)
-        self.ends.append(self.ends[-1] + len(ids))
-        if chat:
-            array("B", trained).tofile(self.flags)
-            self.counts["chat"] = True
-            self.counts["trained"] += sum(trained)
-            self.counts["ends_trained"] += any(flag and i in self.end_tokens for i, flag in zip(ids, trained))
-
-    def close(self) -> dict:
-        self.tokens.close()
-        self.flags.close()
-        with (self.folder / "documents.bin").open("wb") as file:
-            self.ends.tofile(file)
-        return {"documents": len(self.ends) - 1, "tokens": self.ends[-1], **self.counts}
-
-
-def end_tokens(tokenizer) -> set[int]:
-    """Tokens that can end a turn: the end-of-text token and every special token that the vocabulary adds."""
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    return {tokenizer.eos_token_id} | special - {tokenizer.bos_token_id}
-
-
-def check_tokens(found: dict, label: str, tokenizer) -> None:
-    if not found["tokens"]:
+def open_tokens(args: Namespace, tokenizer, name: str, split: str) -> tuple[object, bool, str]:
+    """(data set of `token_columns`, chats or not, a word on files and rows)."""
+    import datasets
+    label, tokens = f"{name} ({split})", []
+    parts, note = open_rows(args, name, split)
+    how = how_to_encode(args, tokenizer, parts, label)
+    for part in filter(len, parts):
+        key = digest(part._fingerprint, section_text(), tokenizer_identity(tokenizer), args.text_column,
+                     how["chat"], how["seq_len"])
+        workers = min(len(os.sched_getaffinity(0)), len(part) // 20_000)  # each keeps what it has at a kill
+        try:
+            tokens.append(cached_map(
+                args, part, encode, key, batch_size=256, with_indices=True, desc=f"tokenising {label}",
+                features=token_columns(len(tokenizer)), fn_kwargs={"tokenizer": tokenizer, "how": how},
+                num_proc=workers if workers > 1 else None))
+        except ValueError as error:  # of `encode`, perhaps in another process
+            raise UserError(first_line(error)) from error
+    if not sum(map(len, tokens)):
         raise UserError(f"{label}: no document at all")
-    if not found["chat"]:
-        return
-    if not found["trained"]:
-        raise UserError(f"{label}: no token is trained: the chat template marks no assistant tokens "
-                        "(tools/show_batch.py shows them)")
-    if found["trained"] == found["tokens"]:
-        raise UserError(f"{label}: every token is trained, prompts too: "
-                        "the template's generation tags enclose all")
-    if not found["ends_trained"]:
-        raise UserError(
-            f"{label}: no end token is ever trained, so the model would never stop: the chat template must "
-            f"end an assistant turn with {tokenizer.eos_token} or another special token")
+    note = f"{note + ', ' if note else ''}{sum(map(len, parts)):,} rows"
+    return datasets.concatenate_datasets(tokens), how["chat"], note
 
 
-class TokenDataset(torch.utils.data.Dataset):
-    """Samples of a tokenised split: input_ids, labels (next token or -100) and position_ids, each (T,) int64.
+def check_tokens(args: Namespace, tokens, chat: bool, label: str) -> str:
+    """A word on what is left out, cut or changed. Raises UserError where training would be silently wrong."""
+    table = tokens.data.table
+    trained, length, whole, ends, long, replaced = (torch.tensor(table.column(name).to_numpy()) for name in (
+        "num_trained", "length", "whole", "ends", "long", "replaced"))
+    problems = [text for text in table.column("problem").unique().to_pylist() if text]
+    if problems and (args.bad_rows == "stop" or len(problems) * 100 > len(tokens)):
+        raise UserError(f"{problems[0]} ({len(problems):,} of {len(tokens):,} rows are bad)")
+    untrained = trained == 0 if chat else length == 0
+    keep = ~(untrained | long) if args.long_chats == "drop" else ~untrained
+    cut = f"--seq-len {args.seq_len} cuts {int(long.sum()):,} chats: raise it"
+    wrong = ""
+    if not keep.any():
+        wrong = "no document at all" if not chat else f"nothing is trained: {cut}" if long.any() else (
+            "no token is trained: the chat template marks no assistant tokens (tools/show_batch.py shows them)")
+    elif chat and whole[keep].all():
+        wrong = "every token is trained, prompts too: the template's generation tags enclose all"
+    elif chat and not ends[keep].any():
+        wrong = "no end token is ever trained, so the model would never stop: " + (cut if long.any() else (
+            "the chat template must end an assistant turn with eos_token or another special token"))
+    if wrong:
+        raise UserError(f"{label}: {wrong}")
+    listed = Path(args.data_cache) / f"bad_rows-{tokens._fingerprint}.txt"
+    if problems:
+        listed.write_text("\n".join(problems) + "\n", encoding="utf-8", errors="backslashreplace")
+    told = {f"bad rows left out, see {listed}": len(problems), "cut to --seq-len": int((long & keep).sum()),
+            "left out with nothing to train": int(untrained.sum()) - len(problems),
+            "left out as longer than --seq-len": int((long & ~untrained & ~keep).sum()),
+            "with lone surrogates, replaced": int(replaced.sum())}
+    return "".join(f"; {count:,} {why}" for why, count in told.items() if count)
+
+
+def dataset_names(args: Namespace) -> list[tuple[str, float | None]]:
+    """(name, weight or None) of each --dataset."""
+    found = []
+    for entry in shlex.split(args.dataset):
+        match = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", entry)
+        found.append((match[1], float(match[2])) if match and not Path(entry).exists() else (entry, None))
+    return found
+
+
+def prepare_data(args: Namespace) -> dict:
+    """Tokens of all rows: {"train", "eval": [(data set of `token_columns`, weight)], "chat": whether there
+    are chats, "notes": lines to print, "rows" that an embedding needs, "identity" of the documents}."""
+    tokenizer, found, chats, notes = load_tokenizer(args), {"train": [], "eval": []}, [], []
+    names = dataset_names(args)
+    wanted = [] if args.streaming else [
+        ("train", name, args.dataset_split, weight, f"--dataset {name} ({args.dataset_split})")
+        for name, weight in names]
+    if args.eval_split:
+        sources = [(args.eval_split, None)] if Path(args.eval_split).is_file() else names
+        wanted += [("eval", name, args.eval_split, None, f"--eval-split {args.eval_split}") for name, _ in sources]
+    with one_at_a_time(args):
+        for target, name, split, weight, label in wanted:
+            tokens, chat, read = open_tokens(args, tokenizer, name, split)
+            notes.append(f"read       {name} ({split}): {read}{check_tokens(args, tokens, chat, label)}")
+            if args.eval_fraction:  # drawn by content: what stands in the data twice is never on both sides
+                crc = torch.tensor(tokens.data.table.column("crc").to_numpy())
+                is_held = (crc ^ args.seed) * 2654435761 % 2**32 < args.eval_fraction * 2**32
+                found["eval"].append((tokens.select(is_held.nonzero().flatten().tolist()), None))
+                tokens = tokens.select((~is_held).nonzero().flatten().tolist())
+            found[target].append((tokens, weight))
+            chats.append(chat)
+        if args.streaming:
+            parts, _ = open_rows(args, names[0][0], args.dataset_split, streaming=True)
+            chats = [how_to_encode(args, tokenizer, parts, args.dataset)["chat"]]
+    every = [tokens for split in found.values() for tokens, _ in split]
+    if not all(map(len, every)):
+        raise UserError(f"--eval-fraction {args.eval_fraction} leaves no document on one side")
+    largest = max((tokens.data.table.column("largest").to_numpy().max() for tokens in every), default=0)
+    identity = digest([content_of(tokens) for tokens in every], [weight for _, weight in names],
+                      tokenizer_identity(tokenizer) if args.streaming else "")
+    return found | {
+        "chat": any(chats), "notes": notes, "identity": identity,
+        "rows": len(tokenizer) if args.from_scratch or args.streaming else int(largest) + 1}
+
+
+def content_of(tokens) -> str:
+    """Of documents, whatever their files are called and whoever tokenised them."""
+    return digest(len(tokens), zlib.crc32(tokens.with_format("numpy")["crc"][:].tobytes()))
+
+
+def pack(rows: dict[str, list], args: Namespace) -> dict[str, list]:
+    """The samples of a batch of documents, as `map` calls it: ids (of T inputs and of the last one's label),
+    labelled (1 where the next token is a label) and starts (where a document begins).
 
     Plain text with packing is one stream cut every seq_len tokens. Chats, and --no-packing, are pieces:
-    documents of at most seq_len tokens, several to a sample (best fit) or one. Positions start again at each
-    document of a sample; with mask_documents attention tells them apart by that. No label crosses pieces."""
-
-    def __init__(self, folder: Path, split: str, seq_len: int, packing: bool, mask_documents: bool) -> None:
-        meta = json.loads((folder / "meta.json").read_text())
-        found = meta[split]
-        self.chat, self.num_tokens = found["chat"], found["tokens"]
-        self.seq_len, self.packing, self.mask_documents = seq_len, packing, mask_documents
-        folder, mapped = folder / split, functools.partial(torch.from_file, shared=False)
-        dtype = torch.uint16 if meta["typecode"] == "H" else torch.int32
-        self.tokens = mapped(str(folder / "tokens.bin"), size=self.num_tokens, dtype=dtype)
-        self.ends = mapped(str(folder / "documents.bin"), size=found["documents"] + 1, dtype=torch.int64)
-        self.trained = (mapped(str(folder / "trained.bin"), size=self.num_tokens, dtype=torch.uint8)
-                        if self.chat else None)
-        self.stream = packing and not self.chat
-        self.pieces, self.num_cut = ([], 0) if self.stream else self.cut_pieces()
-        sizes = [length for _, length in self.pieces]
-        self.packs = pack_best_fit(sizes, seq_len) if packing else [[i] for i in range(len(sizes))]
-        if not len(self):
-            raise UserError(f"--seq-len {seq_len} cuts every {split} chat before its answer: raise it"
-                            if self.chat else f"the {split} data hold no two tokens: nothing to learn")
-
-    def __len__(self) -> int:
-        return math.ceil((self.num_tokens - 1) / self.seq_len) if self.stream else len(self.packs)
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        if not self.stream:
-            pieces = [self.piece(*self.pieces[p]) for p in self.packs[i]]
-            return join_pieces(pieces, self.seq_len if self.packing else 0)
-        start = i * self.seq_len
-        stop = min(start + self.seq_len, self.num_tokens - 1)
-        if not self.mask_documents:
-            return join_pieces([self.piece(start, stop - start, bounded=False)], self.seq_len)
-        first, last = torch.searchsorted(self.ends, torch.tensor([start, stop]), right=True).tolist()
-        cuts = [start, *self.ends[first:last].tolist(), stop]
-        return join_pieces([self.piece(a, b - a) for a, b in zip(cuts, cuts[1:]) if b > a], self.seq_len)
-
-    def cut_pieces(self) -> tuple[list[tuple[int, int]], int]:
-        """(start, length) of each piece (chats lose their tail, texts go on in a new one), and how many
-        documents were cut."""
-        ends, pieces, num_cut = self.ends.tolist(), [], 0
-        for start, end in zip(ends, ends[1:]):
-            is_cut = end - start > self.seq_len
-            num_cut += is_cut
-            starts = [start] if self.chat else range(start, end, self.seq_len)
-            if self.chat and is_cut and not self.trained[start + 1:start + self.seq_len + 1].any():
-                continue  # the prompt alone fills the sample
-            pieces += [(s, min(self.seq_len, end - s)) for s in starts if end - s > 1]
-        return pieces, num_cut
-
-    def piece(self, start: int, length: int, bounded: bool = True) -> tuple[Tensor, Tensor]:
-        """(input_ids, labels) of tokens[start:start + length]; bounded: no label beyond the document."""
-        ids = self.tokens[start:start + length + 1].long()
-        labels = ids[1:].clone()
-        if self.trained is not None:
-            labels[self.trained[start + 1:start + length + 1] == 0] = IGNORE
-        if len(labels) < length:  # the very last token of the split
-            labels = F.pad(labels, (0, 1), value=IGNORE)
-        elif bounded and self.ends[torch.searchsorted(self.ends, start + length)] == start + length:
-            labels[-1] = IGNORE
-        return ids[:length], labels
-
-
-def join_pieces(pieces: list[tuple[Tensor, Tensor]], length: int) -> dict[str, Tensor]:
-    """Pieces side by side, padded on the right to `length` with untrained tokens (0: as long as they are)."""
-    lengths = [len(ids) for ids, _ in pieces]
-    short = max(0, length - sum(lengths))
-    return {
-        "input_ids": F.pad(torch.cat([ids for ids, _ in pieces]), (0, short)),
-        "labels": F.pad(torch.cat([labels for _, labels in pieces]), (0, short), value=IGNORE),
-        # Padding is no position: rotary factors that depend on the largest one (Phi-4) must not see it.
-        "position_ids": F.pad(torch.cat([torch.arange(n) for n in lengths]), (0, short)),
-    }
+    documents of at most seq_len inputs, several to a sample (best fit) or one. No label crosses pieces."""
+    T, samples, pieces = args.seq_len, [], []
+    chat = any(rows["trained"])
+    keep = [not problem and not (chat and not trained) and not (is_long and args.long_chats == "drop")
+            for problem, trained, is_long in zip(rows["problem"], rows["num_trained"], rows["long"])]
+    documents = list(itertools.compress(zip(rows["ids"], rows["trained"]), keep))
+    if args.packing and not chat:
+        flat = list(itertools.chain.from_iterable(ids for ids, _ in documents))
+        begins = list(itertools.accumulate((len(ids) for ids, _ in documents), initial=0))
+        for first in range(0, len(flat) - 1, T):
+            ids = flat[first:first + T + 1]
+            inside = begins[bisect.bisect(begins, first):bisect.bisect(begins, first + len(ids) - 1)]
+            samples.append((ids, [1] * (len(ids) - 1), [0, *(begin - first for begin in inside)]))
+    for ids, trained in documents if chat or not args.packing else ():
+        flags = trained or [1] * len(ids)
+        for first in range(0, len(ids) - 1, T):  # a last token alone would predict nothing
+            tokens = ids[first:first + T + 1]
+            labelled = [*flags[first + 1:first + T + 1], 0][:min(len(tokens), T)]  # 0: the document's last
+            pieces.append((tokens, labelled))
+    sizes = [len(labelled) for _, labelled in pieces]
+    for chosen in pack_best_fit(sizes, T) if args.packing else [[i] for i in range(len(pieces))]:
+        parts = zip(*(pieces[i] for i in chosen))
+        ids, labelled = (list(itertools.chain.from_iterable(part)) for part in parts)
+        starts = itertools.accumulate((sizes[i] for i in chosen[:-1]), initial=0)
+        samples.append(((ids + [0])[:len(labelled) + 1], labelled, list(starts)))
+    return dict(zip(("ids", "labelled", "starts"), map(list, zip(*samples)) if samples else ([], [], [])))
 
 
 def pack_best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing bin packing: bins of indices whose sizes sum to at most `capacity`.
-
-    `free` is a bit set of the room left in open bins: the tightest bin that fits is one shift away."""
-    bins_by_room: dict[int, list[list[int]]] = {}
-    bins, free = [], 0
+    """Best-fit decreasing bin packing: bins of indices whose sizes sum to at most `capacity`."""
+    rooms, bins = [], []  # (room left, number) of each bin that is not full, in order
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        fitting = free >> sizes[i]
-        if fitting:
-            room = sizes[i] + (fitting & -fitting).bit_length() - 1
-            tightest = bins_by_room[room].pop()
-            free ^= 0 if bins_by_room[room] else 1 << room
-        else:
-            room, tightest = capacity, []
-            bins.append(tightest)
-        tightest.append(i)
-        room -= sizes[i]
-        if room:
-            bins_by_room.setdefault(room, []).append(tightest)
-            free |= 1 << room
+        tightest = bisect.bisect_left(rooms, (sizes[i], 0))
+        room, number = rooms.pop(tightest) if tightest < len(rooms) else (capacity, len(bins))
+        if number == len(bins):
+            bins.append([])
+        bins[number].append(i)
+        if room > sizes[i]:
+            bisect.insort(rooms, (room - sizes[i], number))
     return bins
+
+
+class TokenDataset(torch.utils.data.Dataset):
+    """Samples of `pack`, of one data set or of several: input_ids, labels (next token or -100), position_ids.
+
+    Without weights a pass takes each sample once. Weights are shares of a pass's samples; each part goes on
+    where the pass before left it, and takes every sample before any twice. Positions start again at each
+    document of a sample; with mask_documents attention tells them apart by that."""
+
+    def __init__(self, parts: list[tuple], args: Namespace) -> None:
+        self.tables, weights = [table for table, *_ in parts], [weight for _, weight, _ in parts]
+        self.sizes = [len(table) for table in self.tables]
+        self.counts = [size if weight is None else round(sum(self.sizes) * weight / sum(weights))
+                       for size, weight in zip(self.sizes, weights)]
+        self.length, self.mask_documents = args.seq_len if args.packing else 0, args.mask_documents
+        self.seq_len = args.seq_len
+        self.num_tokens = sum(num_tokens for *_, num_tokens in parts)
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return self.sample(i, 0)
+
+    def sample(self, i: int, epoch: int) -> dict[str, Tensor]:
+        for table, size, count in zip(self.tables, self.sizes, self.counts):
+            if i < count == size:
+                return self.read(table, i)
+            if i < count:  # in steps of some 0.6 of its size that have no divisor in common with it
+                step = next(n for n in itertools.count(int(0.618 * size) + 1) if math.gcd(n, size) == 1)
+                return self.read(table, (epoch * count + i) * step % size)
+            i -= count
+        raise IndexError(i)
+
+    def read(self, table, i: int) -> dict[str, Tensor]:
+        """Sample i from the memory-mapped Arrow table."""
+        row = {name: torch.from_numpy(table.column(name)[i].values.to_numpy().astype("int64"))
+               for name in table.column_names}
+        return unpack(row, self.length, self.mask_documents)
+
+
+def unpack(row: dict[str, Tensor], length: int, mask_documents: bool) -> dict[str, Tensor]:
+    """A sample of `pack`, each (T,) int64, padded on the right to `length` with untrained tokens."""
+    ids, labelled, starts = row["ids"], row["labelled"], row["starts"]
+    labels = torch.where(labelled == 1, ids[1:], IGNORE)
+    positions = torch.arange(len(labels))
+    if mask_documents:
+        labels[starts[1:] - 1] = IGNORE
+        positions -= starts[torch.searchsorted(starts, positions, right=True) - 1]
+    short = max(0, length - len(labels))
+    # Padding is no position: rotary factors that depend on the largest one (Phi-4) must not see it.
+    return {"input_ids": F.pad(ids[:-1], (0, short)), "labels": F.pad(labels, (0, short), value=IGNORE),
+            "position_ids": F.pad(positions, (0, short))}
+
+
+def pack_datasets(parts: list[tuple], args: Namespace, split: str) -> TokenDataset:
+    """The samples of (data set of `token_columns`, weight) parts."""
+    tables = []
+    with one_at_a_time(args):
+        for tokens, weight in parts:
+            key = digest(content_of(tokens), section_text(), args.seq_len, args.packing, args.long_chats)
+            mean = max(1, int(sum(tokens["length"][:1000]) / min(len(tokens), 1000)))
+            packed = cached_map(args, tokens, pack, key, batch_size=max(100, 4_000_000 // mean),
+                                desc="packing", features=sample_columns(tokens.features["ids"]), fn_kwargs={"args": args})
+            tables.append((packed.data.table, weight, sum(tokens["length"])))
+    if not all(len(table) for table, *_ in tables):
+        raise UserError(f"the {split} data hold no two tokens: nothing to learn")
+    return TokenDataset(tables, args)
 
 
 def collate(samples: list[dict[str, Tensor]], device: torch.device, mask_documents: bool, seq_len: int
@@ -1058,52 +1193,56 @@ def sample_at(position: int, num_samples: int, seed: int) -> int:
 
 def ordered_batches(dataset: TokenDataset, args: Namespace, ranks: Ranks, start: int) -> Iterator[dict]:
     """This rank's micro-batches from global position `start` on: ranks take turns of --batch-size samples."""
-    B, position = args.batch_size, start + ranks.rank * args.batch_size
+    B, position, size = args.batch_size, start + ranks.rank * args.batch_size, len(dataset)
     while True:
-        ids = [sample_at(p, len(dataset), args.seed) for p in range(position, position + B)]
-        yield collate([dataset[i] for i in ids], ranks.device, dataset.mask_documents, args.seq_len)
+        positions = range(position, position + B)
+        samples = [dataset.sample(sample_at(p, size, args.seed), p // size) for p in positions]
+        yield collate(samples, ranks.device, dataset.mask_documents, args.seq_len)
         position += B * ranks.world_size
 
 
-def streamed_batches(args: Namespace, ranks: Ranks, state: dict) -> Iterator[dict]:
-    """This rank's micro-batches of --streaming: every world_size-th row, in file order, epoch after epoch.
+def open_stream_rows(args: Namespace, ranks: Ranks):
+    """One epoch of this rank's samples of --streaming: every world_size-th file or row, in order."""
+    import datasets
+    tokenizer, [(name, _)] = load_tokenizer(args), dataset_names(args)
+    parts, _ = open_rows(args, name, args.dataset_split, streaming=True)
+    how = how_to_encode(args, tokenizer, parts, f"{name} ({args.dataset_split})")
+    features, documents = token_columns(len(tokenizer)), []
+    for part in parts:
+        columns = list(next(iter(part), {}))
+        # The library's split_dataset_by_node would tokenise all rows on each rank.
+        by_files = part.num_shards % ranks.world_size == 0
+        mine = part.shard(ranks.world_size, ranks.rank) if by_files else part.filter(
+            lambda _, number: number % ranks.world_size == ranks.rank, with_indices=True)
+        documents.append(mine.map(
+            encode, batched=True, batch_size=64, with_indices=True, remove_columns=columns, features=features,
+            fn_kwargs={"tokenizer": tokenizer, "how": how}))
+    return datasets.concatenate_datasets(documents).map(
+        pack, batched=True, batch_size=256, remove_columns=list(features), fn_kwargs={"args": args},
+        features=sample_columns(features["ids"]))
 
-    `state` (rows read, documents waiting) is kept up to date, so that a checkpoint of it resumes exactly."""
-    tokenizer, samples = load_tokenizer(args), []
-    waiting = [tuple(map(torch.tensor, piece)) for piece in state.setdefault("waiting", [])]
-    state.setdefault("rows", 0)
+
+def streamed_batches(args: Namespace, ranks: Ranks, state: dict) -> Iterator[dict]:
+    """This rank's micro-batches of --streaming, epoch after epoch. `state`, the library's, is kept up to
+    date, so that a checkpoint of it resumes exactly."""
+    samples, length = [], args.seq_len if args.packing else 0
     while True:
-        found, first_row = False, state["rows"]
-        mine = lambda number: number >= first_row and number % ranks.world_size == ranks.rank  # noqa: E731
-        for number, ids, trained, chat in encoded_rows(args, args.dataset_split, tokenizer, mine):
-            found, state["rows"] = True, number + 1
-            if chat and not any(trained[1:args.seq_len + 1]):
-                continue  # the prompt alone fills the sample
-            labels = [token if flag else IGNORE for token, flag in zip(ids[1:], trained[1:])] + [IGNORE]
-            waiting.append((torch.tensor(ids), torch.tensor(labels)))
-            while sum(len(ids) for ids, _ in waiting) >= args.seq_len:
-                pieces, waiting = take_pieces(waiting, args.seq_len, whole=chat)
-                samples.append(join_pieces(pieces, args.seq_len))
+        stream, found = open_stream_rows(args, ranks), "library" in state
+        if found:
+            stream.load_state_dict(state["library"])
+        try:
+            for row in stream:
+                found, row = True, {name: torch.tensor(row[name]) for name in ("ids", "labelled", "starts")}
+                samples.append(unpack(row, length, args.mask_documents))
                 if len(samples) == args.batch_size:
-                    state["waiting"] = [(ids.tolist(), labels.tolist()) for ids, labels in waiting]
+                    state["library"] = stream.state_dict()
                     yield collate(samples, ranks.device, args.mask_documents, args.seq_len)
                     samples = []
-        if not found and not first_row:
+        except ValueError as error:  # of `encode`
+            raise UserError(first_line(error)) from error
+        if not found:
             raise UserError(f"--dataset {args.dataset}: no row for rank {ranks.rank} of {ranks.world_size}")
-        state["rows"] = 0
-
-
-def take_pieces(waiting: list, room: int, whole: bool) -> tuple[list, list]:
-    """The pieces of one sample, and those left; whole: only a document longer than a sample is cut."""
-    taken = []
-    for i, (ids, labels) in enumerate(waiting):
-        if not room or (whole and taken and len(ids) > room):
-            return taken, waiting[i:]
-        taken.append((ids[:room], labels[:room]))
-        if len(ids) > room:
-            return taken, ([] if whole else [(ids[room:], labels[room:])]) + waiting[i + 1:]
-        room -= len(ids)
-    return taken, []
+        state.pop("library", None)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1307,7 +1446,7 @@ def build_model(args: Namespace, folder: Path | None, vocab_size: int) -> nn.Mod
     if folder is None:
         if args.vocab_size and args.vocab_size < vocab_size:
             raise UserError(f"--vocab-size {args.vocab_size}: the tokenizer has {vocab_size} tokens")
-        size = args.vocab_size or (math.ceil(vocab_size / 64) * 64 if args.tokenizer else 32000)
+        size = args.vocab_size or math.ceil(vocab_size / 64) * 64
         sizes = MODEL_SIZES[args.model_size]
         config = dataclasses.replace(sizes, vocab_size=size, max_positions=args.seq_len)
         with torch.device("meta"):
@@ -1326,7 +1465,7 @@ def build_model(args: Namespace, folder: Path | None, vocab_size: int) -> nn.Mod
             config, dtype=torch.bfloat16, trust_remote_code=args.trust_remote_code))
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < vocab_size:
-        raise UserError(f"{args.hf_model} embeds {rows} tokens, the tokenizer has {vocab_size}: "
+        raise UserError(f"{args.hf_model} embeds {rows} tokens, the data hold token {vocab_size - 1}: "
                         "use its own tokenizer")
     attach_chunked_loss(model)
     return model
@@ -1340,7 +1479,6 @@ def attach_chunked_loss(model: nn.Module) -> None:
     base = base_of(model)
     model.whole_logits, model.loss_chunk = head is None or base is model, 512
     model.head_loss = functools.partial(head_loss, scale=scale, cap=cap)
-    model.needs_mask = False  # see `prove_packing`
     balance = auxiliary_loss(model, config)
 
     # As an attribute, not as a wrapping module: parameter names stay those of the files on disk.
@@ -1349,10 +1487,6 @@ def attach_chunked_loss(model: nn.Module) -> None:
         call = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
         if config._attn_implementation == "varlen":
             call["cu_seqlens"] = cu_seqlens
-        elif position_ids is not None and model.needs_mask:
-            seen = document_mask(position_ids)
-            call["attention_mask"] = torch.zeros_like(seen, dtype=head.weight.dtype).masked_fill(
-                ~seen, torch.finfo(head.weight.dtype).min)
         if labels is None:
             return full_forward(**call).logits
         with_balance = balance is not None and model.training
@@ -1716,28 +1850,26 @@ def prove_loss(model: nn.Module, ranks: Ranks) -> None:
 
 @torch.no_grad()
 def prove_packing(model: nn.Module, ranks: Ranks, can_use_varlen: bool = False) -> None:
-    """Choose how documents in a pack are told apart: by variable-length attention (CUDA), by positions that
-    start again, which most families understand, or by a whole mask (Falcon). The second document of a pack
-    must have the logits that it has alone, up to a fraction of what a leak changes (all ranks)."""
+    """Choose how documents in a pack are told apart: by variable-length attention (CUDA), or by positions that
+    start again, from which transformers makes masks. The second document of a pack must have the logits that
+    it has alone, up to a fraction of what a leak changes (all ranks)."""
     ids = plain_tokens(model, 2, 32, ranks.device)
     positions = torch.arange(32, device=ranks.device).expand(2, 32) % 16
     own, ways = model.config._attn_implementation, []
     if can_use_varlen and model._supports_flash_attn and model._supports_attention_backend:
         from transformers import AttentionInterface
         AttentionInterface.register("varlen", varlen_attention)
-        ways = [("varlen", False)]
-    has_window = getattr(model.config.get_text_config(), "sliding_window", None)  # a whole mask would undo it
-    ways += [(own, False)] if has_window else [(own, False), (own, True)]
+        ways = ["varlen"]
     model.eval()
     with torch.compiler.set_stance("force_eager"):
         alone = model(ids.view(4, 16)).view(2, 32, -1)[:, 16:].float()
         leak = (model(ids)[:, 16:] - alone).abs().mean()
-        for implementation, model.needs_mask in ways:
+        for implementation in (*ways, own):
             for config in (model.config, model.config.get_text_config()):
                 config._attn_implementation = implementation
             try:
                 packed = model(ids, position_ids=positions, cu_seqlens=document_bounds(positions))[:, 16:]
-            except (TypeError, ValueError, RuntimeError):  # a mask or a kernel that this family cannot take
+            except (TypeError, ValueError, RuntimeError):  # a kernel that this family cannot take
                 continue
             bound = 0.01 if packed.dtype == torch.float32 else 0.2
             if (packed - alone).abs().mean() <= bound * leak:
@@ -1846,10 +1978,8 @@ def resolve_steps(args: Namespace, dataset: TokenDataset | None, ranks: Ranks, p
 # ------------------------------------------------------------------------------------------------
 # 6. Loss: summed cross-entropy, in chunks, so that whole logits never exist
 
-# EDIT: the objective, {name: (weight, meaning)}; formulas in `loss_terms`. The first is eval/loss, too.
-LOSSES = {
-    "loss": (1.0, "cross-entropy in nats per trained token of this step, over all ranks and micro-batches"),
-}
+# EDIT: the objective, {name: weight}; formulas in `loss_terms`. The first is eval/loss, too.
+LOSSES = {"loss": 1.0}
 
 
 def loss_terms(logits: Tensor, labels: Tensor) -> Tensor:
@@ -1858,7 +1988,7 @@ def loss_terms(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def weigh(sums: Tensor) -> Tensor:
-    return sum(weight * term for (weight, _), term in zip(LOSSES.values(), sums.unbind(), strict=True))
+    return sum(weight * term for weight, term in zip(LOSSES.values(), sums.unbind(), strict=True))
 
 
 def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float = 1.0,
@@ -2308,34 +2438,7 @@ def hf_parts(model: nn.Module, tokenizer, source: Path | None) -> tuple:
 
 # ------------------------------------------------------------------------------------------------
 # 8. Run record: metrics, console, timing
-#
-# Rows of metrics.jsonl, one per --log-interval, evaluation or checkpoint; a step that was repeated after a
-# resume stands there twice, and the later row counts.
-METRICS = {
-    "step": "optimizer steps completed",
-    "samples": "sequences seen, the position in the global order",
-    **{f"train/{name}": meaning for name, (_, meaning) in LOSSES.items()},
-    "train/perplexity": "exp of the first of LOSSES",
-    "train/lr": "learning rate of this step",
-    "train/grad_norm": "global L2 norm of the gradient before clipping",
-    "train/skipped_steps": "steps since the start without an update, because the gradient was not finite",
-    "train/tokens": "trained tokens (tokens with a label) since the start",
-    "perf/tokens_per_s": "input tokens a second over all ranks since the last row, evaluation and waits too",
-    "perf/tokens_per_s_per_gpu": "the same for one rank",
-    "perf/mfu": "model FLOPs utilisation: FLOPs a token times tokens/s over the GPU's dense bf16 peak, "
-                "recomputation left out; a token's FLOPs = 6 x matmul parameters + 6 x layers x hidden size "
-                "x sequence length",
-    "perf/peak_mem_gib": "rank 0's largest allocated GPU memory (on CPU: largest resident memory)",
-    "time/step_s": "seconds a step since the row before",
-    "time/data_s": "of which waiting for batches (host time, as the following)",
-    "time/forward_backward_s": "of which forward and backward; on GPUs the host only queues work here",
-    "time/optimizer_s": "of which reducing statistics, clipping and the update",
-    "time/checkpoint_s": "of which standing still for checkpoints",
-    "eval/loss": "cross-entropy in nats per trained token over the whole held-out split",
-    "eval/perplexity": "exp(eval/loss)",
-    "eval/tokens": "tokens that eval/loss is the mean of",
-    "eval/time_s": "seconds that the evaluation took",
-}
+
 PEAK_TFLOPS = {  # dense bf16, the vendors' data sheets; the first that is in a device's name counts
     "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "B200": 2250, "B100": 1750,
     "A100": 312, "A800": 312, "L40S": 362, "L4": 121, "A40": 150, "A10": 125, "RTX 4090": 165, "RTX 3090": 71,
@@ -2492,24 +2595,22 @@ def evaluate_all(model: nn.Module, eval_sets: dict[str, TokenDataset], batch_siz
 IDENTITY = "hf_model model_size data seed seq_len packing mask_documents"  # another one is another run
 
 
-def masks_documents(args: Namespace, folder: Path) -> bool:
+def masks_documents(args: Namespace, data: dict) -> bool:
     """--mask-documents; if not given: yes, except for plain text from scratch."""
     if args.mask_documents is not None or args.hf_model:
         return args.mask_documents is not False
-    if args.streaming:
-        where, row = next(read_rows(args, args.dataset_split))
-        return row_kind(row, where, args.text_column) == "chat"
-    return json.loads((folder / "meta.json").read_text())["train"]["chat"]
+    return data["chat"]
 
 
-def open_datasets(args: Namespace, folder: Path) -> tuple[TokenDataset | None, dict[str, TokenDataset], int]:
-    """(train or None with --streaming, held-out sets by name, tokenizer's length)."""
-    make = functools.partial(TokenDataset, folder, seq_len=args.seq_len, packing=args.packing,
-                             mask_documents=args.mask_documents)
+def open_datasets(args: Namespace, data: dict) -> tuple[TokenDataset | None, dict[str, TokenDataset], int]:
+    """(train or None with --streaming, held-out sets by name, rows that an embedding needs)."""
+    def make(split: str, **changes: object) -> TokenDataset:
+        return pack_datasets(data[split], Namespace(**vars(args) | changes), split)
+
     train_set = None if args.streaming else make("train")
     # EDIT: held-out sets; NAME/loss is the metric of each
     eval_sets = {"eval": make("eval")} if args.eval_split or args.eval_fraction else {}
-    return train_set, eval_sets, json.loads((folder / "meta.json").read_text())["vocab_size"]
+    return train_set, eval_sets, data["rows"]
 
 
 def open_stream(args: Namespace, ranks: Ranks, resume_from: Path | None) -> tuple[Iterator[dict], dict]:
@@ -2601,10 +2702,11 @@ def describe_data(train_set: TokenDataset | None, eval_sets: dict[str, TokenData
     for name, dataset in (("data", train_set), *eval_sets.items()):
         if dataset is None:
             continue
-        filled = dataset.num_tokens / (len(dataset) * dataset.seq_len)
-        cut = f", {dataset.num_cut:,} documents cut to --seq-len" if dataset.chat and dataset.num_cut else ""
-        lines.append(f"{name:10s} {dataset.num_tokens:,} tokens of {'chats' if dataset.chat else 'text'} in "
-                     f"{len(dataset):,} sequences, {min(1.0, filled):.0%} full{cut}; documents "
+        passes = [f"{count / size:.2f}" for count, size in zip(dataset.counts, dataset.sizes)]
+        mixed = f" ({', '.join(passes)} passes over its parts)" if set(passes) != {"1.00"} else ""
+        filled = min(1.0, dataset.num_tokens / (sum(dataset.sizes) * dataset.seq_len))
+        lines.append(f"{name:10s} {dataset.num_tokens:,} tokens in {len(dataset):,} sequences{mixed}, "
+                     f"{filled:.0%} full; documents "
                      f"{'do not see each other' if dataset.mask_documents else 'follow one another'}")
     return lines
 
@@ -2702,9 +2804,9 @@ def main() -> None:
     relaunch_under_torchrun(args)
     ranks = read_ranks(args)
     run_dir, say = Path(args.checkpoint_dir), print if ranks.is_main else (lambda *line: None)
-    data_folder = prepare_data(args)  # takes as long as it needs: no process group exists yet
-    args.mask_documents = masks_documents(args, data_folder)
-    train_set, eval_sets, vocab_size = open_datasets(args, data_folder)
+    data = prepare_data(args)  # takes as long as it needs: no process group exists yet
+    args.mask_documents = masks_documents(args, data)
+    train_set, eval_sets, vocab_size = open_datasets(args, data)
 
     mesh = init_distributed(args, ranks)
     dtype = compute_dtype(args.mixed_precision, ranks.device)
@@ -2719,7 +2821,7 @@ def main() -> None:
         "best_step": -1})
     total_steps, warmup_steps, ahead, notes = resolve_steps(args, train_set, ranks, progress)
     notes += compare_runs(args, progress, checkpoints, IDENTITY + " dataset" * args.streaming,
-                          processes=ranks.world_size, data=data_folder.name, total_steps=total_steps)
+                          processes=ranks.world_size, data=data["identity"], total_steps=total_steps)
     if report_finished(args, ranks, checkpoints, progress["step"], total_steps, "--max-steps"):
         return
     optimizer = ready_model(args, model, checkpoints, dtype, mesh, ranks)
@@ -2730,7 +2832,7 @@ def main() -> None:
     best = progress["best_step"] if args.keep_best else -1
     saver = Checkpointer(run_dir / "checkpoints", args.keep_checkpoints, best)
     trackers = open_trackers(args, ranks)
-    for line in [describe_model(model, dtype), *describe_data(train_set, eval_sets), *notes]:
+    for line in [describe_model(model, dtype), *data["notes"], *describe_data(train_set, eval_sets), *notes]:
         say(line)
     samples_per_step = args.batch_size * args.grad_accum_steps * ranks.world_size
     num_replicas = ranks.world_size // mesh.size(-1)  # 1 without HSDP

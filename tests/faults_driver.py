@@ -35,10 +35,8 @@ def attempt(script, model, proof, *args):
             proof(model, *args)
         except script.UserError as error:
             found["error"] = str(error)
-    for name in ("whole_logits", "needs_mask"):
-        if hasattr(model, name):
-            found[name] = getattr(model, name)
-            setattr(model, name, False)
+    if hasattr(model, "whole_logits"):
+        found["whole_logits"], model.whole_logits = model.whole_logits, False
     model.config._attn_implementation = own
     script.reshard(model)
     return found | {"said": said.getvalue()}
@@ -101,18 +99,8 @@ def leak_in_second_row(kwargs):
     return {"position_ids": positions, "attention_mask": None}
 
 
-def causal_mask(kwargs):
-    """Positions start again, but a token sees all before it."""
-    T = kwargs["position_ids"].shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool).tril().expand(len(kwargs["position_ids"]), 1, T, T)
-    mask = torch.zeros(causal.shape, dtype=compute_dtype).masked_fill(~causal, torch.finfo(compute_dtype).min)
-    return {"attention_mask": mask}
-
-
 LEAKS = {
     "positions ignored": lambda kwargs: {"position_ids": None},
-    "documents ignored": lambda kwargs: {"position_ids": None, "attention_mask": None},
-    "mask ignores documents": causal_mask,
     "second row leaks": leak_in_second_row,
 }
 HEADS = {"scale 0.9": lambda logits: logits * 0.9, "cap 20": lambda logits: 20 * torch.tanh(logits / 20)}

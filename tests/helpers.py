@@ -340,3 +340,17 @@ def option_lines(program):
     assert shown.returncode == 0, shown.stderr[-3000:]
     lines = re.findall(r"^ {1,4}(-.*?)(?:  .*)?$", shown.stdout, re.MULTILINE)
     return [line for line in lines if not line.startswith("-h")]
+
+
+def documents_in(data, split="train"):
+    """[(token ids, 1 where trained; [] of plain text)] of the documents that `prepare_data` found."""
+    found = []
+    for tokens, _ in data[split]:
+        found += [(row["ids"], row["trained"]) for row in tokens]
+    return found
+
+
+def documented_metrics(script):
+    """The keys that docs/metrics.md explains for this script."""
+    section = (REPO / "docs/metrics.md").read_text().partition(f"\n## {script}\n")[2].partition("\n## ")[0]
+    return set(re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE))

@@ -14,13 +14,13 @@ import torch
 import train_llm
 import yaml
 from helpers import (
-    REPO, TORCHRUN_VARIABLES, make_hf_model, make_tokenizer, mounted, read_checkpoint, read_metrics,
-    run_script, write_gsm8k_like,
+    REPO, TORCHRUN_VARIABLES, documented_metrics, make_hf_model, make_tokenizer, mounted, read_checkpoint,
+    read_metrics, run_script, write_gsm8k_like,
 )
 from quick_runs import error_line, free_port, quick_ranks, quick_run
 
 SCRIPTS = sorted(path.name for path in REPO.glob("*.py"))
-SCRATCH = ["--from-scratch", "--model-size", "test"]
+SCRATCH = ["--from-scratch", "--model-size", "test", "--tokenizer", "a/b", "--dataset", "a/b"]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def flags_for(place, run_dir, *more, model=None):
     source = ["--hf-model", model] if model else [*SCRATCH, "--tokenizer", place / "tokenizer"]
     return [str(token) for token in (
         *source, "--dataset", place / "rows.jsonl", "--data-cache", place / "cache", "--seq-len", 64,
-        "--batch-size", 2, "--max-steps", 2, "--max-lr", 1e-3, "--min-lr", 1e-4, "--log-interval", 1,
+        "--text-column", "answer", "--batch-size", 2, "--max-steps", 2, "--max-lr", 1e-3, "--min-lr", 1e-4, "--log-interval", 1,
         "--checkpoint-dir", run_dir, "--no-export", "--device", "cpu", *more)]
 
 
@@ -81,20 +81,19 @@ def test_same_message_from_either_source(tmp_path, flag, value):
     by_flag = usage_errors([*SCRATCH, f"--{flag}={value}"])
     assert by_flag[0].startswith(expected)
     for key in {flag, flag.replace("-", "_")}:
-        path = config_file(tmp_path, f"from_scratch: true\n{key}: {value}\n")
+        path = config_file(tmp_path, f"from_scratch: true\ntokenizer: a/b\ndataset: a/b\n{key}: {value}\n")
         assert usage_errors(["--config", path]) == by_flag
 
 
 def test_several_problems_are_reported_together():
-    lines = usage_errors(["--batch-size", 0, "--seq-len", 0, "--eval-interval", 5, "--streaming",
-                          "--no-packing", "--min-lr", 1, "--dataset", "./nowhere.jsonl"])
+    lines = usage_errors(["--batch-size", 0, "--seq-len", 0, "--eval-interval", 5, "--min-lr", 1, "--dataset", "./nowhere.jsonl"])
     for part in ("--batch-size must be", "--seq-len must be",
                  "choose one: --hf-model NAME_OR_FOLDER or --from-scratch",
-                 "--eval-interval and --keep-best need something held out", "--streaming always packs",
+                 "--eval-interval and --keep-best need something held out",
                  "--min-lr 1.0 is above",
                  "--dataset ./nowhere.jsonl: no such file or folder"):
         assert sum(part in line for line in lines) == 1, (part, lines)
-    assert len(lines) == 7
+    assert len(lines) == 6
 
 
 def test_files_that_are_missing(tmp_path):
@@ -102,9 +101,9 @@ def test_files_that_are_missing(tmp_path):
                           "t.jinja", "--eval-split", "held.jsonl", "--resume", "run/checkpoints/step_000010"],
                           cwd=tmp_path)
     assert [line.split(":")[0] for line in lines] == [
-        "--tokenizer ./tok", "--dataset rows.jsonl", "--chat-template t.jinja",
-        "--resume run/checkpoints/step_000010", "--eval-split held.jsonl"]
-    [line] = usage_errors(["--hf-model", "/no/such/model"])
+        "--tokenizer ./tok", "--chat-template t.jinja", "--resume run/checkpoints/step_000010",
+        "--dataset rows.jsonl", "--eval-split held.jsonl"]
+    [line] = usage_errors(["--hf-model", "/no/such/model", "--dataset", "a/b"])
     assert line == "--hf-model /no/such/model: no such file or folder"
     assert usage_errors(["--hf-model", "a", *SCRATCH])[0].startswith("choose one")
     assert not list(tmp_path.iterdir())  # nothing was begun
@@ -138,7 +137,7 @@ def test_config_that_is_no_text(tmp_path):
 
 
 def test_config_values_and_precedence(tmp_path):
-    text = ("from-scratch: true\nmax_lr: 3e-3\nmin_lr: 1e-5\npacking: false\nbatch-size: 7\n"
+    text = ("from-scratch: true\ntokenizer: a/b\ndataset: a/b\nmax_lr: 3e-3\nmin_lr: 1e-5\npacking: false\nbatch-size: 7\n"
             "dataset_config: null\n")
     for path in (config_file(tmp_path, text),
                  config_file(tmp_path, json.dumps(yaml.safe_load(text) | {"max_lr": 3e-3}), "config.json")):
@@ -169,7 +168,7 @@ def test_sizes_that_do_not_fit(place, tmp_path):
     assert usage_errors(flags) == ["--warmup-steps 3 is more than the run's 2 steps"]
     larger = make_tokenizer(tmp_path / "larger", vocab_size=600)
     assert failed("--tokenizer", larger, model=model) == (
-        f"{model} embeds 512 tokens, the tokenizer has 600: use its own tokenizer")
+        f"{model} embeds 512 tokens, the data hold token 562: use its own tokenizer")
 
 
 def test_a_batch_larger_than_the_data_goes_round_again(place, tmp_path):
@@ -333,7 +332,7 @@ def test_the_script_alone_trains(place, tmp_path):
     shutil.copy(REPO / "train_llm.py", tmp_path)
     (tmp_path / "my text.txt").write_text("A small model learns one word after another.\n" * 200)
     env = {key: value for key, value in os.environ.items() if key not in (*TORCHRUN_VARIABLES, "PYTHONPATH")}
-    command = [sys.executable, "train_llm.py", *SCRATCH, "--vocab-size", "300", "--dataset", "my text.txt",
+    command = [sys.executable, "train_llm.py", *SCRATCH, "--tokenizer", str(place / "tokenizer"), "--dataset", "my text.txt",
                "--seq-len", "64", "--max-steps", "3", "--device", "cpu"]
     result = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True, timeout=200,
                             check=False)
@@ -360,7 +359,7 @@ def test_metrics_are_those_that_are_documented(place, tmp_path):
                         "--eval-interval", 1))
     rows = read_metrics(tmp_path / "run")
     on_a_gpu_only = {"perf/mfu"}
-    assert set().union(*rows) == set(train_llm.METRICS) - on_a_gpu_only
+    assert set().union(*rows) == documented_metrics("train_llm.py") - on_a_gpu_only
     assert [row["step"] for row in rows] == [1, 1, 2, 2, 3, 3]
     assert all(isinstance(value, (int, float)) and math.isfinite(value) for row in rows
                for value in row.values())
@@ -420,7 +419,8 @@ def test_one_bad_step_is_skipped_and_training_goes_on(place, tmp_path, world_siz
     path.write_text("".join(json.dumps({"text": f"{i} pencils {'~' if i == 11 else ''} and more"}) + "\n"
                             for i in range(16)))
     run_dir = tmp_path / "run"
-    flags = flags_for(place, run_dir, "--dataset", path, "--no-packing", "--batch-size", 4 // world_size,
+    flags = flags_for(place, run_dir, "--dataset", path, "--text-column", "text", "--no-packing",
+                      "--batch-size", 4 // world_size,
                       "--max-steps", 4, "--log-interval", 4, "--max-bad-steps", 2, "--warmup-steps", 0,
                       model=model)
     result = quick_ranks(flags, world_size)[0]
@@ -444,8 +444,8 @@ def test_one_bad_step_is_skipped_and_training_goes_on(place, tmp_path, world_siz
     ("--hf-model meta-llama/Llama-2-7b-hf --batch-size 4 --grad-accum-steps 2 --max-lr 2e-5 --warmup-steps "
      "100 --max-steps 10000 --checkpoint-dir checkpoints/llama2 --mixed-precision", 2e-6),
     ("--hf-model mistralai/Mistral-7B-v0.1 --seq-len 4096 --batch-size 2 --grad-accum-steps 4", 2e-6),
-    ("--from-scratch --model-size 13B --vocab-size 32000 --max-lr 3e-4 --no-mixed-precision", 3e-5),
-    ("--from-scratch --max-lr 2e-5 --min-lr 1e-5", 1e-5),
+    ("--from-scratch --tokenizer a/b --model-size 13B --vocab-size 32000 --max-lr 3e-4 --no-mixed-precision", 3e-5),
+    ("--from-scratch --tokenizer a/b --max-lr 2e-5 --min-lr 1e-5", 1e-5),
 ])
 def test_a_low_learning_rate_lowers_its_end_too(line, min_lr):
-    assert train_llm.parse_args(line.split()).min_lr == pytest.approx(min_lr)
+    assert train_llm.parse_args([*line.split(), "--dataset", "a/b"]).min_lr == pytest.approx(min_lr)

@@ -24,7 +24,7 @@ REPEATED = {"none": (0, 0), "full": (6, 1), "selective": (0, 0)}
 @pytest.fixture(scope="module")
 def mesh():
     """Of a process group of this process alone; FSDP works as it does among many."""
-    args = train_llm.parse_args(["--from-scratch", "--device", "cpu"])
+    args = train_llm.parse_args(["--from-scratch", "--tokenizer", "a/b", "--dataset", "a/b", "--device", "cpu"])
     yield train_llm.init_distributed(args, train_llm.Ranks(0, 0, 1, torch.device("cpu")))
     torch.distributed.destroy_process_group()
 
@@ -77,7 +77,7 @@ CASES = [(train_llm, own_decoder), (train_llm, llama), (train_gsm8k_fsdp2, llama
 def two_steps(script, make, mesh, mode, is_compiled):
     """Loss and gradients, {name: tensor}, of the second of two steps on the same tokens."""
     model = make(script)
-    needed = ["--from-scratch"] if script is train_llm else []
+    needed = ["--from-scratch", "--tokenizer", "a/b", "--dataset", "a/b"] if script is train_llm else []
     args = script.parse_args([*needed, "--device", "cpu", "--activation-checkpointing", mode,
                               "--compile" if is_compiled else "--no-compile"])
     script.shard_model(model, args, mesh, torch.float32)

@@ -1,19 +1,24 @@
-"""Data: every format gives the same tokens, once; samples, packs and the global order; held-out loss."""
+"""Data: every format gives the same tokens, once; what is left out is told; samples, packs, order, held-out loss."""
 
 import argparse
+import gzip
 import json
 import math
 import os
 import random
+import re
 import shutil
-import threading
 import time
 from collections import Counter
+from pathlib import Path
 
+import pyarrow
 import pytest
 import torch
 import train_llm
-from helpers import EOS, make_hf_model, make_tokenizer, read_metrics, write_gsm8k_like
+from helpers import (
+    CHAT_TEMPLATES, EOS, REPO, documents_in, make_hf_model, make_tokenizer, read_metrics, write_gsm8k_like,
+)
 from quick_runs import quick_ranks, quick_run
 
 IGNORE = train_llm.IGNORE
@@ -25,6 +30,7 @@ def place(tmp_path_factory):
     """A folder with a tokenizer; caches and data sets of single tests go beside it."""
     folder = tmp_path_factory.mktemp("data")
     make_tokenizer(folder / "tokenizer")
+    make_tokenizer(folder / "larger", vocab_size=600)
     make_tokenizer(folder / "chat_tokenizer", chat_template="chatml_generation")
     return folder
 
@@ -58,16 +64,15 @@ def make_args(place, dataset, *flags, tokenizer="tokenizer", cache="cache"):
 
 def open_data(args):
     """(train, held out or None) as the training opens them."""
-    folder = train_llm.prepare_data(args)
-    args.mask_documents = train_llm.masks_documents(args, folder)
-    train_set, eval_sets, _ = train_llm.open_datasets(args, folder)
+    data = train_llm.prepare_data(args)
+    args.mask_documents = train_llm.masks_documents(args, data)
+    train_set, eval_sets, _ = train_llm.open_datasets(args, data)
     return train_set, eval_sets.get("eval")
 
 
-def documents_of(dataset):
+def tokens_of(args, split="train"):
     """The token ids of each document of a split."""
-    ends = dataset.ends.tolist()
-    return [dataset.tokens[start:end].tolist() for start, end in zip(ends, ends[1:])]
+    return [ids for ids, _ in documents_in(train_llm.prepare_data(args), split)]
 
 
 def expected_documents(place, texts):
@@ -94,6 +99,21 @@ def write_format(kind, folder, texts, column):
         path = folder / "rows.jsonl"
         path.write_text("\n" + "\n\n".join(json.dumps(row) for row in rows))
         return path
+    if kind in ("jsonl.gz", "jsonl.zst", "JSONL", "ndjson", "array.json"):
+        path, lines = folder / f"rows.{kind}", "".join(json.dumps(row) + "\n" for row in rows).encode()
+        lines = json.dumps(rows, indent=1).encode() if kind == "array.json" else lines
+        path.write_bytes(gzip.compress(lines) if kind == "jsonl.gz" else lines)
+        if kind == "jsonl.zst":
+            path.write_bytes(pyarrow.compress(lines, "zstd", asbytes=True))
+        return path
+    if kind == "arrow":
+        table.save_to_disk(folder / "saved")
+        return next((folder / "saved").glob("*.arrow")).rename(folder / "rows.arrow")
+    if kind == "csv.gz":
+        path = folder / "rows.csv"
+        table.to_csv(path, index=False)
+        (folder / "rows.csv.gz").write_bytes(gzip.compress(path.read_bytes()))
+        return folder / "rows.csv.gz"
     if kind == "parquet":
         table.to_parquet(folder / "rows.parquet")
         return folder / "rows.parquet"
@@ -118,8 +138,9 @@ def write_format(kind, folder, texts, column):
     raise ValueError(kind)
 
 
-KINDS = ["jsonl", "jsonl_with_blank_lines", "parquet", "csv", "folder_of_txt", "folder_of_parquet_shards",
-         "saved_dataset", "saved_dataset_dict"]
+KINDS = ["jsonl", "jsonl_with_blank_lines", "jsonl.gz", "jsonl.zst", "JSONL", "ndjson", "array.json", "arrow",
+         "parquet", "csv", "csv.gz", "folder_of_txt", "folder_of_parquet_shards", "saved_dataset",
+         "saved_dataset_dict"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -132,16 +153,13 @@ def test_each_format_gives_the_same_tokens(place, tmp_path, kind):
         columns.append(("body", ["--text-column", "body"]))
     for column, flags in columns:
         dataset = write_format(kind, tmp_path / column, texts, column)
-        train_set, held_out = open_data(make_args(place, dataset, *flags))
-        assert documents_of(train_set) == expected
-        assert held_out is None and not train_set.chat
+        assert tokens_of(make_args(place, dataset, *flags)) == expected
 
 
 def test_text_column_wins_over_a_conversation(place, tmp_path):
     rows = [{"question": f"How many? {i}", "answer": f"{i} of them."} for i in range(8)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    train_set, _ = open_data(make_args(place, path, "--text-column", "answer"))
-    assert documents_of(train_set) == expected_documents(place, [row["answer"] for row in rows])
+    assert tokens_of(make_args(place, path, "--text-column", "answer")) == expected_documents(place, [row["answer"] for row in rows])
 
 
 def test_folder_with_splits(place, tmp_path):
@@ -149,13 +167,62 @@ def test_folder_with_splits(place, tmp_path):
     texts_file(tmp_path / "my data" / "train.jsonl", train)
     texts_file(tmp_path / "my data" / "test.jsonl", test)
     folder = tmp_path / "my data"
-    train_set, held_out = open_data(make_args(place, folder, "--eval-split", "test"))
-    assert documents_of(train_set) == expected_documents(place, train)
-    assert documents_of(held_out) == expected_documents(place, test)
-    train_set, held_out = open_data(make_args(place, folder, "--dataset-split", "test"))
-    assert documents_of(train_set) == expected_documents(place, test) and held_out is None
+    args = make_args(place, folder, "--eval-split", "test")
+    assert tokens_of(args) == expected_documents(place, train)
+    assert tokens_of(args, "eval") == expected_documents(place, test)
+    args = make_args(place, folder, "--dataset-split", "test")
+    assert tokens_of(args) == expected_documents(place, test)
     with pytest.raises(train_llm.UserError, match=r"no file of split 'validation' among its 2 data files"):
         open_data(make_args(place, folder, "--eval-split", "validation"))
+
+
+NAMES = {  # name of a file: the split that it is of; the others are for training
+    "train.jsonl": "train", "train-00001-of-00003.parquet": "train", "my_train.csv": "train",
+    "data.train.jsonl.gz": "train", "train/part0.txt": "train", "Test.JSONL": "test",
+    "gsm8k-test-00000-of-00001.parquet": "test", "validation/a.csv": "validation",
+    "how to train a dog.txt": None, "unit test guide.txt": None, "val d'isere.txt": None,
+    "eval of poems.txt": None, "history of rome.txt": None, "untested.txt": None, "latest.txt": None,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_name_of_a_split(name):
+    found = train_llm.split_words(Path(name)) & {"train", "test", "validation", "val", "eval"}
+    assert found == ({NAMES[name]} if NAMES[name] else set())
+
+
+def read_note(place, folder, *flags):
+    data = train_llm.prepare_data(make_args(place, folder, *flags))
+    [note] = data["notes"]
+    return len(documents_in(data)), note.partition("): ")[2]
+
+
+def test_a_folder_of_all_sorts(place, tmp_path):
+    """Each file is read once, or counted among those that are not."""
+    row, texts = json.dumps({"text": "a document"}) + "\n", ["how to train a dog", "val d'isere", "history of rome"]
+    for number in range(4):
+        (tmp_path / f"part{number}.jsonl.gz").write_bytes(gzip.compress(row.encode()))
+    for name in ("part4.jsonl", "UPPER.JSONL", ".hidden.jsonl"):
+        (tmp_path / name).write_text(row)
+    for name in texts:
+        (tmp_path / f"{name}.txt").write_text(name)
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / ".ipynb_checkpoints/part4-checkpoint.jsonl").write_text(row)
+    (tmp_path / "README.md").write_text("words")
+    os.mkfifo(tmp_path / "fifo.jsonl")
+    assert read_note(place, tmp_path) == (9, "9 of 12 files, 2 hidden, 1 of another kind, 9 rows")
+    (tmp_path / "train.jsonl").write_text(row)
+    assert read_note(place, tmp_path) == (
+        1, "1 of 13 files, 2 hidden, 1 of another kind, 9 of another split, 1 rows")
+
+
+def test_what_is_not_there(place, tmp_path, capsys):
+    for name in (tmp_path / "nothing", "missing/", "rows.JSONL", "./x", "a/b/c"):
+        with pytest.raises(SystemExit):
+            make_args(place, name)
+        assert f"--dataset {name}: no such file or folder" in capsys.readouterr().err
+    with pytest.raises(train_llm.UserError, match="--dataset my_texts .*: no such file or folder, and the hub"):
+        open_data(make_args(place, "my_texts"))
 
 
 def test_eval_split_of_a_saved_dataset_and_of_a_file(place, tmp_path):
@@ -168,9 +235,9 @@ def test_eval_split_of_a_saved_dataset_and_of_a_file(place, tmp_path):
     held_out_file = texts_file(tmp_path / "other.jsonl", test)
     for flags in ((tmp_path / "saved", "--eval-split", "test"),
                   (texts_file(tmp_path / "rows.jsonl", train), "--eval-split", held_out_file)):
-        train_set, held_out = open_data(make_args(place, *flags))
-        assert documents_of(train_set) == expected_documents(place, train)
-        assert documents_of(held_out) == expected_documents(place, test)
+        args = make_args(place, *flags)
+        assert tokens_of(args) == expected_documents(place, train)
+        assert tokens_of(args, "eval") == expected_documents(place, test)
 
 
 def test_a_long_text_file_is_one_document(place, tmp_path):
@@ -178,8 +245,7 @@ def test_a_long_text_file_is_one_document(place, tmp_path):
     assert len(text) > 600_000
     path = tmp_path / "book.txt"
     path.write_text(text)
-    train_set, _ = open_data(make_args(place, path))
-    tokens = train_set.tokens.tolist()
+    tokens = [token for ids in tokens_of(make_args(place, path)) for token in ids]
     end = expected_documents(place, [""])[0][0]
     assert tokens.count(end) == 1 and tokens[-1] == end
     from transformers import AutoTokenizer
@@ -196,7 +262,7 @@ def test_a_vocabulary_beyond_16_bits(place, tmp_path):
     path = texts_file(tmp_path / "rows.jsonl", ["<65999> and <3>", "<65000>"])
     train_set, _ = open_data(make_args(tmp_path, path, tokenizer="large"))
     ids = [tokenizer.convert_tokens_to_ids(f"<{i}>") for i in (65999, 3, 65000)]
-    flat = train_set.tokens.tolist()
+    flat = [token for ids in tokens_of(make_args(tmp_path, path, tokenizer="large")) for token in ids]
     assert max(ids) > 1 << 16 and [token for token in flat if token in ids] == ids
     assert train_set[0]["input_ids"].tolist()[:len(flat) - 1] == flat[:-1]
 
@@ -206,8 +272,8 @@ def test_eval_fraction_holds_out_documents_for_good(place, tmp_path):
     path = texts_file(tmp_path / "rows.jsonl", texts)
     parts = {}
     for seed in (0, 1):
-        sets = open_data(make_args(place, path, "--eval-fraction", "0.2", "--seed", seed))
-        train, held_out = ([tuple(ids) for ids in documents_of(part)] for part in sets)
+        args = make_args(place, path, "--eval-fraction", "0.2", "--seed", seed)
+        train, held_out = ([tuple(ids) for ids in tokens_of(args, split)] for split in ("train", "eval"))
         assert not set(train) & set(held_out)
         assert sorted(train + held_out) == sorted(map(tuple, expected_documents(place, texts)))
         # Drawn document by document: 80 of 400, with a standard deviation of 8.
@@ -219,40 +285,59 @@ def test_eval_fraction_holds_out_documents_for_good(place, tmp_path):
 # ----------------------------------------------------------------------------------------------------
 # 2. Tokenised once
 
-def token_folders(cache):
-    return sorted(path for path in cache.glob("tokens-*") if path.is_dir())
+def token_files(cache):
+    return sorted(path.name for path in cache.glob("encode-*.arrow"))
 
 
-def test_cache_follows_content(place, tmp_path):
+def test_tokens_are_found_again(place, tmp_path):
     texts = sentences(10)
-    path = texts_file(tmp_path / "rows.jsonl", texts)
-    cache = tmp_path / "cache"
+    path, cache = texts_file(tmp_path / "rows.jsonl", texts), tmp_path / "cache"
 
-    def prepare(*flags, dataset=path, **options):
-        return train_llm.prepare_data(make_args(place, dataset, *flags, cache=cache, **options))
+    def identity(*flags, dataset=path, **options):
+        return train_llm.prepare_data(make_args(place, dataset, *flags, cache=cache, **options))["identity"]
 
-    first = prepare()
-    written = (first / "train/tokens.bin").stat()
-    os.utime(path, (1e9, 1e9))
-    again = prepare("--seq-len", 64, "--batch-size", 3, "--max-lr", 1e-2, "--no-packing", "--seed", 5)
-    assert again == first and token_folders(cache) == [first]
-    kept = (first / "train/tokens.bin").stat()
+    first = identity()
+    [file] = token_files(cache)
+    written = (cache / file).stat()
+    assert identity("--seq-len", 32, "--batch-size", 3, "--max-lr", 1e-2, "--no-packing", "--seed", 5) == first
+    kept = (cache / file).stat()
+    assert token_files(cache) == [file]
     assert (kept.st_ino, kept.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)  # not tokenised again
-    # The same bytes under another name are the same data, too.
-    assert prepare(dataset=shutil.copy(path, tmp_path / "copy.jsonl")) == first
-
-    template = tmp_path / "template.jinja"
-    template.write_text("{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}")
-    folders = [first, prepare("--chat-template", template)]
-    template.write_text("{% for m in messages %}{{ m['content'] + ' ' + eos_token }}{% endfor %}")
-    folders.append(prepare("--chat-template", template))
-    folders.append(prepare("--eval-fraction", 0.5))
-    folders.append(prepare("--eval-fraction", 0.5, "--seed", 1))
-    folders.append(prepare(tokenizer="chat_tokenizer"))
+    # The same bytes under another name, and another time, are the same data.
+    assert identity(dataset=shutil.copy(path, tmp_path / "copy.jsonl")) == first
+    os.utime(path, (1e9, 1e9))
+    assert identity() == first
     texts[3] += "!"
-    folders.append(prepare(dataset=texts_file(path, texts)))
-    assert len(set(folders)) == len(folders) and token_folders(cache) == sorted(folders)
-    assert not list(cache.glob("*.partial"))
+    others = [identity(dataset=texts_file(path, texts)), identity(tokenizer="larger"),
+              identity("--eval-fraction", 0.5), identity("--eval-fraction", 0.5, "--seed", 1)]
+    assert len({first, *others}) == 5
+
+
+def shown(script, place, path, *flags):
+    """What tools/show_batch.py prints of a script's first samples."""
+    return quick_run([script, "--from-scratch", "--model-size", "test", "--tokenizer", place / "chat_tokenizer",
+                      "--dataset", path, "--data-cache", path.parent / "cache", "--seq-len", SEQ_LEN, "--batch-size",
+                      1, *flags], script="tools/show_batch.py").stdout
+
+
+def test_an_edit_of_the_script_changes_the_tokens(place, tmp_path):
+    """At the `EDIT:` mark of the section, in any function that it calls, and in a template."""
+    path, source = write_jsonl(tmp_path / "rows.jsonl", [chat("How many?", "Three.")]), REPO / "train_llm.py"
+    before = shown(source, place, path)
+    for number, (old, new) in enumerate([
+            ('            return row[name] or []\n', '            return [{"role": "system", "content": "EDITED"}, '
+             '*row[name]]\n'),
+            ("    return text, spans\n\n\n", '    return text + "EDITED", spans\n\n\n')]):
+        assert source.read_text().count(old) == 1
+        copy = tmp_path / f"copy{number}.py"
+        copy.write_text(source.read_text().replace(old, new))
+        flags = ["--chat-template", tmp_path / "plain.jinja"] if number else []
+        tags = re.compile("{% (end)?generation %}")
+        (tmp_path / "plain.jinja").write_text(tags.sub("", CHAT_TEMPLATES["chatml_generation"]))
+        assert "EDITED" in shown(copy, place, path, *flags) and "EDITED" not in before
+    assert shown(source, place, path) == before
+    (tmp_path / "mine.jinja").write_text(CHAT_TEMPLATES["chatml_generation"].replace(">assistant", ">EDITED"))
+    assert "EDITED" in shown(source, place, path, "--chat-template", tmp_path / "mine.jinja")
 
 
 def test_an_interrupted_tokenisation_is_done_again(place, tmp_path):
@@ -260,32 +345,17 @@ def test_an_interrupted_tokenisation_is_done_again(place, tmp_path):
     args = make_args(place, path, cache=tmp_path / "cache")
     with pytest.raises(train_llm.UserError, match="rows.jsonl:2: no column 'text'"):
         train_llm.prepare_data(args)
-    assert not token_folders(tmp_path / "cache") or all(
-        folder.name.endswith(".partial") for folder in token_folders(tmp_path / "cache"))
-    texts_file(path, ["one", "two"])
-    train_set, _ = open_data(args)
-    assert len(documents_of(train_set)) == 2
+    assert not token_files(tmp_path / "cache")
+    texts_file(path, ["one", "two!"])
+    assert len(tokens_of(args)) == 2
 
 
-def test_processes_that_start_together_tokenise_once(place, tmp_path, monkeypatch):
-    path = texts_file(tmp_path / "rows.jsonl", sentences(300))
-    args = make_args(place, path, cache=tmp_path / "cache")
-    calls, tokenize = [], train_llm.tokenize
-
-    def counted(*arguments):
-        calls.append(arguments)
-        time.sleep(0.5)  # long enough for the others to come to the lock
-        tokenize(*arguments)
-
-    monkeypatch.setattr(train_llm, "tokenize", counted)
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(train_llm.prepare_data(args))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(calls) == 1 and len(found) == 4 and len(set(found)) == 1
-    assert len(documents_of(train_llm.open_datasets(args, found[0])[0])) == 300
+def test_processes_that_start_together_tokenise_once(place, tmp_path):
+    path = texts_file(tmp_path / "rows.jsonl", sentences(60))
+    quick_ranks(["--from-scratch", "--model-size", "test", "--tokenizer", place / "tokenizer", "--dataset", path,
+                 "--data-cache", tmp_path / "cache", "--seq-len", SEQ_LEN, "--max-steps", 2, "--checkpoint-dir",
+                 tmp_path / "run", "--no-export", "--device", "cpu"], 2)
+    assert len(token_files(tmp_path / "cache")) == 1 and len(list((tmp_path / "cache").glob("pack-*"))) == 1
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -395,8 +465,9 @@ def test_packed_chats(place, chats_path):
     num_cut = sum(len(ids) > SEQ_LEN for ids, _ in chat_pieces(place, chats_path, 1000))
     assert 2 < num_cut < 20
     for flags in ((), ("--no-packing",)):
-        train_set, _ = open_data(make_args(place, chats_path, *flags, tokenizer="chat_tokenizer"))
-        assert train_set.chat and train_set.mask_documents
+        args = make_args(place, chats_path, *flags, tokenizer="chat_tokenizer")
+        train_set, _ = open_data(args)
+        assert train_set.mask_documents
         found = Counter()
         for i in range(len(train_set)):
             sample = train_set[i]
@@ -412,7 +483,8 @@ def test_packed_chats(place, chats_path):
                        and set(ids[len(p[0]):]) <= {0} and set(labels[len(p[1]):]) <= {IGNORE}]
             found[piece] += 1
         assert found == expected
-        assert train_set.num_cut == num_cut
+        [note] = train_llm.prepare_data(args)["notes"]
+        assert f"; {num_cut - 1} cut to --seq-len; 1 left out with nothing to train" in note
         assert (len(train_set) < 36) == (not flags)
 
 
@@ -517,30 +589,34 @@ def streamed_documents(args, rank, world_size, num_batches, state=None):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_streaming_sees_every_row_once_an_epoch(place, chats_path, world_size):
     expected = chat_pieces(place, chats_path)
-    args = make_args(place, chats_path, "--streaming", "--batch-size", 2, tokenizer="chat_tokenizer")
+    args = make_args(place, chats_path, "--streaming", "--batch-size", 1, tokenizer="chat_tokenizer")
     for rank in range(world_size):
         # A chat whose prompt alone fills a sequence has nothing to train on and is passed over.
-        mine = [piece for piece in expected[rank::world_size] if set(piece[1]) != {IGNORE}]
-        found = streamed_documents(args, rank, world_size, 45 // world_size + 1)
-        assert len(found) > 2 * len(mine)  # two whole epochs and more
-        for number, (ids, labels) in enumerate(found):
-            piece_ids, piece_labels = mine[number % len(mine)]
-            n = len(piece_ids)
-            assert (ids[:n], labels[:n]) == (piece_ids, piece_labels), number
-            assert set(ids[n:]) <= {0} and set(labels[n:]) <= {IGNORE}
+        mine = Counter(piece for piece in expected[rank::world_size] if set(piece[1]) != {IGNORE})
+        args.mask_documents, num_samples = True, len(list(train_llm.open_stream_rows(args, one_rank(rank, world_size))))
+        for epochs in (1, 2):
+            found = Counter()
+            for ids, labels in streamed_documents(args, rank, world_size, epochs * num_samples):
+                [piece] = [p for p in mine if (ids[:len(p[0])], labels[:len(p[1])]) == p
+                           and set(ids[len(p[0]):]) <= {0} and set(labels[len(p[1]):]) <= {IGNORE}]
+                found[piece] += 1
+            assert found == Counter({piece: epochs * count for piece, count in mine.items()})
 
 
 def test_streaming_of_texts_loses_no_token(place, texts_path):
     documents = expected_documents(place, sentences(61))
     args = make_args(place, texts_path, "--streaming", "--batch-size", 1)
+    num_tokens = sum(map(len, documents)) - 1
+    num_samples = math.ceil(num_tokens / SEQ_LEN)
     inputs, targets = [], []
-    for ids, labels in streamed_documents(args, 0, 1, sum(map(len, documents)) // SEQ_LEN * 2):
+    for ids, labels in streamed_documents(args, 0, 1, 2 * num_samples):
         inputs += ids
         targets += labels
-    stream = [token for document in documents for token in document] * 3
-    assert len(inputs) > 1.9 * sum(map(len, documents)) and inputs == stream[:len(inputs)]
-    labels = [label for document in documents for label in [*document[1:], IGNORE]] * 3
-    assert targets == labels[:len(targets)]
+    padding = num_samples * SEQ_LEN - num_tokens
+    stream = [token for document in documents for token in document]
+    assert inputs == (stream[:-1] + [0] * padding) * 2
+    labels = [label for document in documents for label in [*document[1:], IGNORE]]
+    assert targets == (labels[:-1] + [IGNORE] * padding) * 2
 
 
 @pytest.mark.parametrize("stop", [1, 5, 19])
@@ -607,7 +683,7 @@ def test_packed_loss_is_the_unpacked_loss(place, tmp_path, process_group, family
                 for parameter in model.parameters():
                     parameter.mul_(4.0)
         # Or packing would cut other tokens away.
-        assert all(len(ids) <= 192 for ids in documents_of(held_out))
+        assert all(len(ids) <= 192 for ids in tokens_of(args, "eval"))
         losses[flags] = train_llm.evaluate(model, "eval", held_out, 3, one_rank())
     packed, single, leaking = losses.values()
     assert packed["eval/tokens"] == single["eval/tokens"] == leaking["eval/tokens"] > 500
@@ -643,17 +719,3 @@ def test_held_out_loss_is_the_same_on_one_and_two_ranks(place, tmp_path):
             assert one["eval/perplexity"] == pytest.approx(math.exp(one["eval/loss"]), rel=1e-12)
         assert rows[2, "train"] == pytest.approx(rows[1, "train"], rel=1e-6)
         assert rows[1][0]["eval/loss"] != rows[1][2]["eval/loss"]
-
-
-def test_two_ranks_train_one_tokenizer_and_tokenise_once(tmp_path):
-    """Without --tokenizer the first process to come trains one; there is one set of tokens."""
-    path = texts_file(tmp_path / "rows.jsonl", sentences(60))
-    results = quick_ranks(
-        ["--from-scratch", "--model-size", "test", "--vocab-size", 320, "--dataset", path, "--data-cache",
-         tmp_path / "cache", "--seq-len", SEQ_LEN, "--max-steps", 2, "--checkpoint-dir", tmp_path / "run",
-         "--no-export", "--device", "cpu"], 2)
-    output = "".join(result.stdout for result in results)
-    assert output.count("training a byte-level BPE tokenizer of 320 tokens") == 1
-    assert len(token_folders(tmp_path / "cache")) == 1
-    folders = [path.name.split("-")[0] for path in (tmp_path / "cache").iterdir() if path.is_dir()]
-    assert sorted(folders) == ["tokenizer", "tokens"]

@@ -176,7 +176,7 @@ def test_metrics_have_mfu_and_memory(place):
 @pytest.fixture(scope="module")
 def mesh():
     """Of a process group of this process alone."""
-    args = train_llm.parse_args(["--from-scratch", "--device", "cuda"])
+    args = train_llm.parse_args(["--from-scratch", "--tokenizer", "a/b", "--dataset", "a/b", "--device", "cuda"])
     yield train_llm.init_distributed(args, RANKS)
     torch.distributed.destroy_process_group()
 
@@ -217,7 +217,7 @@ def make(family, folder):
 
 
 def shard(model, mesh, *flags, script=train_llm, dtype=torch.bfloat16):
-    needed = ["--from-scratch"] if script is train_llm else []
+    needed = ["--from-scratch", "--tokenizer", "a/b", "--dataset", "a/b"] if script is train_llm else []
     args = script.parse_args([*needed, "--device", "cuda", "--no-compile", *flags])
     script.shard_model(model, args, mesh, dtype)
     return model

@@ -41,6 +41,7 @@ def project(tmp_path):
     shutil.copy(REPO / "launch_single_node.sh", folder)
     (folder / "tools").mkdir()
     shutil.copy(REPO / "tools/check_flags.py", folder / "tools")
+    (folder / "tools/make_stdlib_data.py").write_text("print('made')")
     (folder / "requirements.txt").write_text("# a comment\ntqdm>=4.0,<99  # another\n")
     (folder / "train_llm.py").write_text(RELAUNCHES)
     (folder / "plain.py").write_text(PLAIN)
@@ -74,6 +75,8 @@ def test_without_arguments_it_trains_the_quickstart(project):
     expected = [sys.executable, script, "--nproc", "2", "--config", config]
     assert command_of(project, NPROC="2", **CPU) == expected
     assert (REPO / "configs/train_llm/quickstart.yaml").is_file()
+    assert "made" in launch(project, NPROC="2", **CPU).stderr  # its data
+    assert "made" not in launch(project, "--x", NPROC="2", **CPU).stderr
 
 
 def test_arguments_pass_through_unchanged(project):

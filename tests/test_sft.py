@@ -7,7 +7,7 @@ from itertools import groupby
 import pytest
 import train_llm
 from helpers import (
-    BOS, CHAT_TEMPLATES, CHAT_TOKENS, EOS, gsm8k_folder, make_tokenizer, read_metrics, write_gsm8k_like,
+    BOS, CHAT_TEMPLATES, CHAT_TOKENS, EOS, documents_in, gsm8k_folder, make_tokenizer, read_metrics, write_gsm8k_like,
 )
 from quick_runs import error_line, quick_run
 
@@ -144,10 +144,8 @@ def marked(tokenizer, ids, flags):
 
 def trained_rows(args):
     """The documents of a data set as the training has them on disk, as text with trained runs in [[ ]]."""
-    train_set = train_llm.open_datasets(args, train_llm.prepare_data(args))[0]
-    tokenizer, ends = train_llm.load_tokenizer(args), train_set.ends.tolist()
-    return [marked(tokenizer, train_set.tokens[start:end].tolist(), train_set.trained[start:end].tolist())
-            for start, end in zip(ends, ends[1:])]
+    tokenizer = train_llm.load_tokenizer(args)
+    return [marked(tokenizer, *document) for document in documents_in(train_llm.prepare_data(args))]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -162,10 +160,8 @@ def test_exactly_the_assistant_is_trained(tokenizers, tmp_path, template):
     assert dict(zip(names, trained_rows(args))) == EXPECTED[template]
     # Tokens, and not only their text: as the template's text is encoded by itself, BOS not doubled.
     tokenizer = train_llm.load_tokenizer(args)
-    train_set = train_llm.open_datasets(args, train_llm.prepare_data(args))[0]
-    for name, start, end in zip(names, train_set.ends.tolist(), train_set.ends.tolist()[1:]):
+    for name, (ids, _) in zip(names, documents_in(train_llm.prepare_data(args))):
         text = EXPECTED[template][name].replace("[[", "").replace("]]", "")
-        ids = train_set.tokens[start:end].tolist()
         assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
         assert (ids[0] == tokenizer.bos_token_id) == (template in WITH_BOS)
 
@@ -185,9 +181,9 @@ def test_generation_tags_and_prefixes_agree(tokenizers):
     plain.chat_template = re.sub(r"{% (end)?generation %}", "", tagged.chat_template)
     assert "generation %" in tagged.chat_template and "generation %" not in plain.chat_template
     for turns in CONVERSATIONS.values():
-        by_tags = train_llm.encode_chat(tagged, messages(turns), "here")
-        by_prefix = train_llm.encode_chat(plain, messages(turns), "here")
-        assert by_tags == by_prefix and sum(by_tags[1]) > 2
+        by_tags = train_llm.render_chat(tagged, messages(turns), None)
+        by_prefix = train_llm.render_chat(plain, messages(turns), None)
+        assert by_tags == by_prefix and by_tags[1]
 
 
 @pytest.mark.parametrize("template", ["qwen2", "llama3", "zephyr", "chatml_generation"])
@@ -196,14 +192,11 @@ def test_a_conversation_that_the_assistant_opens(tokenizers, template):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizers[template])
-    try:
-        ids, flags = train_llm.encode_chat(tokenizer, messages([("assistant", "First."), ("user", "ok")]),
-                                           "here")
-    except train_llm.UserError:
-        return
+    text, [(start, stop)] = train_llm.render_chat(
+        tokenizer, messages([("assistant", "First."), ("user", "ok")]), None)
     end = {"qwen2": "<|im_end|>", "llama3": "<|eot_id|>", "zephyr": EOS,
            "chatml_generation": "<|im_end|>"}[template]
-    assert f"[[First.{end}]]" in marked(tokenizer, ids, flags)
+    assert text[start:stop] == f"First.{end}"
 
 
 def test_row_forms_are_the_same_conversation(tokenizers, tmp_path):
@@ -262,9 +255,8 @@ def test_show_batch_prints_what_is_trained(tokenizers, tmp_path):
     flags = flags_for(tmp_path, tokenizers["chatml_generation"], path, "--seq-len", 256)
     documents = [text.replace("[[", "⟦").replace("]]", "⟧") for text in (CHATML_SINGLE, CHATML_ECHO)]
     args = train_llm.parse_args(flags)
-    train_set = train_llm.open_datasets(args, train_llm.prepare_data(args))[0]
-    assert len(train_set) == 1
-    num_tokens, num_trained = train_set.num_tokens, int(train_set.trained.sum())
+    found = documents_in(train_llm.prepare_data(args))
+    num_tokens, num_trained = (sum(map(count, part)) for count, part in zip((len, sum), zip(*found)))
 
     shown = quick_run(flags, script="tools/show_batch.py").stdout
     # Two samples to a micro-batch, of one that there is.
@@ -367,11 +359,11 @@ MALFORMED = {
     "empty_messages": ([{"messages": []}], "FILE:3: expected messages as a list of objects"),
     "messages_are_text": ([{"messages": "Hi"}], "FILE:3: expected messages as a list of objects"),
     "messages_are_null": ([{"messages": None}], "FILE:3: expected messages as a list of objects"),
-    "content_is_number": ([{"messages": [{"role": "user", "content": 3}]}],
-                          "FILE:3: expected messages as a list"),
+    "content_is_bool": ([{"messages": [{"role": "user", "content": True}]}],
+                        "FILE:3: expected messages as a list"),
     "no_content": ([{"messages": [{"role": "assistant"}]}], "FILE:3: expected messages as a list of objects"),
-    "answer_is_number": ([{"question": "1 + 1?", "answer": 2}],
-                         "FILE:3: expected messages as a list of objects"),
+    "answer_is_null": ([{"question": "1 + 1?", "answer": None}],
+                       "FILE:3: expected messages as a list of objects"),
     "text_among_chats": ([{"text": "Hi"}], "FILE:3: chats and plain texts in one data set"),
 }
 
@@ -384,8 +376,8 @@ def test_malformed_rows(tokenizers, tmp_path, kind):
 
 def test_empty_data_and_missing_columns(tokenizers, tmp_path):
     tokenizer = tokenizers["chatml_generation"]
-    assert refused(tmp_path, tokenizer, []) == "--dataset FILE (train): no document at all"
-    assert refused(tmp_path, tokenizer, [""] * 3) == "--dataset FILE (train): no document at all"
+    assert refused(tmp_path, tokenizer, []) == "FILE (train): no document at all"
+    assert refused(tmp_path, tokenizer, [""] * 3) == "FILE (train): no document at all"
     message = refused(tmp_path, tokenizer, [{"body": "Hi", "title": "x"}])
     assert message.startswith("FILE:1: no column 'text'; the row has: body, title. Name one with")
     message = refused(tmp_path, tokenizer, [GOOD], "--text-column", "body")
@@ -393,9 +385,9 @@ def test_empty_data_and_missing_columns(tokenizers, tmp_path):
     message = refused(tmp_path, tokenizer, [{"body": 3}], "--text-column", "body")
     assert message == "FILE:1: column 'body' holds int, expected text"
     message = refused(tmp_path, tokenizer, [GOOD], "--eval-split", write_rows(tmp_path / "none.jsonl", []))
-    assert message.startswith("--eval-split ") and message.endswith("none.jsonl: no document at all")
+    assert message.endswith("none.jsonl): no document at all")
     message = refused(tmp_path, tokenizer, [GOOD] * 3, "--eval-fraction", 1e-9)
-    assert message == "--eval-fraction 1e-09: no document at all"
+    assert message == "--eval-fraction 1e-09 leaves no document on one side"
 
 
 def test_text_that_is_no_utf8(tokenizers, tmp_path):
@@ -448,7 +440,7 @@ def test_fine_tuning_learns_to_answer_and_stop(tmp_path):
 
 def test_gsm8k_like_rows(tokenizers, tmp_path):
     path = write_gsm8k_like(tmp_path / "rows.jsonl", 30)
-    args = train_llm.parse_args(flags_for(tmp_path, tokenizers["qwen2"], path))
+    args = train_llm.parse_args(flags_for(tmp_path, tokenizers["qwen2"], path, "--seq-len", 256))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert trained_rows(args) == [
         f"{QWEN_DEFAULT}<|im_start|>user\n{row['question']}<|im_end|>\n"
@@ -464,19 +456,17 @@ def test_gsm8k(tokenizers, tmp_path):
     flags = flags_for(tmp_path, tokenizers["chatml_generation"], folder, "--eval-split", "test", "--seq-len",
                       512, "--max-steps", 3, "--batch-size", 4)
     args = train_llm.parse_args(flags)
-    train_set, eval_sets, _ = train_llm.open_datasets(args, train_llm.prepare_data(args))
-    for part, name in ((train_set, "train"), (eval_sets["eval"], "test")):
+    data, tokenizer = train_llm.prepare_data(args), train_llm.load_tokenizer(args)
+    for part, name in (("train", "train"), ("eval", "test")):
         rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-        assert len(part.ends) - 1 == len(rows) == {"train": 7473, "test": 1319}[name]
-        tokenizer, ends = train_llm.load_tokenizer(args), part.ends.tolist()
+        documents = documents_in(data, part)
+        assert len(documents) == len(rows) == {"train": 7473, "test": 1319}[name]
         for i in (*range(40), len(rows) // 2, len(rows) - 1):
-            found = marked(tokenizer, part.tokens[ends[i]:ends[i + 1]].tolist(),
-                           part.trained[ends[i]:ends[i + 1]].tolist())
-            assert found == (f"<|im_start|>user\n{rows[i]['question']}<|im_end|>\n"
+            assert marked(tokenizer, *documents[i]) == (f"<|im_start|>user\n{rows[i]['question']}<|im_end|>\n"
                              f"<|im_start|>assistant\n[[{rows[i]['answer']}<|im_end|>]]\n")
     # Evaluating all of the test split would take a minute: a file of its first rows stands in for it.
     few = write_rows(tmp_path / "few.jsonl", (folder / "test.jsonl").read_text().splitlines()[:20])
     result = quick_run([*flags, "--eval-split", few], timeout=200)
     metrics = read_metrics(tmp_path / "run")
     assert [row["step"] for row in metrics if "train/loss" in row] == [1, 2, 3]
-    assert metrics[-1]["eval/tokens"] > 1000 and f"{train_set.num_tokens:,} tokens of chats" in result.stdout
+    assert metrics[-1]["eval/tokens"] > 1000 and "read " in result.stdout and "7,473 rows" in result.stdout

@@ -12,7 +12,6 @@ of === open a sample, lines of --- a document in it.
 """
 
 import argparse
-import copy
 import os
 import sys
 from itertools import groupby
@@ -48,9 +47,9 @@ def load_samples(script: ModuleType, args: argparse.Namespace, number: int | Non
     """(title, input_ids, labels, positions) of each sample; positions begin at 0 with each document."""
     import torch
     ranks = script.Ranks(0, 0, 1, torch.device("cpu"))
-    folder = script.prepare_data(args)
-    args.mask_documents = script.masks_documents(args, folder)
-    train_set, _, _ = script.open_datasets(args, folder)
+    data = script.prepare_data(args)
+    args.mask_documents = script.masks_documents(args, data)
+    train_set, _, _ = script.open_datasets(args, data)
     if train_set is None:
         args.mask_documents = True  # so that positions show the borders
         batch = next(script.streamed_batches(args, ranks, {}))
@@ -61,8 +60,8 @@ def load_samples(script: ModuleType, args: argparse.Namespace, number: int | Non
         raise script.UserError(f"--sample {number}: the data has samples 0 to {len(train_set) - 1}")
     first = [script.sample_at(i, len(train_set), args.seed) for i in range(args.batch_size)]
     # Where the model sees no boundaries, its positions show none; those of this copy do.
-    masked = copy.copy(train_set)
-    masked.mask_documents = True
+    args.mask_documents = True
+    masked, _, _ = script.open_datasets(args, data)
     samples = []
     for i in first if number is None else [number]:
         sample = train_set[i]
