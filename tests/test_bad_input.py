@@ -37,7 +37,8 @@ def flags_for(place, run_dir, *more, model=None):
     source = ["--hf-model", model] if model else [*SCRATCH, "--tokenizer", place / "tokenizer"]
     return [str(token) for token in (
         *source, "--dataset", place / "rows.jsonl", "--data-cache", place / "cache", "--seq-len", 64,
-        "--text-column", "answer", "--batch-size", 2, "--max-steps", 2, "--max-lr", 1e-3, "--min-lr", 1e-4, "--log-interval", 1,
+        "--text-column", "answer", "--batch-size", 2, "--max-steps", 2, "--max-lr", 1e-3, "--min-lr", 1e-4,
+        "--log-interval", 1,
         "--checkpoint-dir", run_dir, "--no-export", "--device", "cpu", *more)]
 
 
@@ -86,7 +87,8 @@ def test_same_message_from_either_source(tmp_path, flag, value):
 
 
 def test_several_problems_are_reported_together():
-    lines = usage_errors(["--batch-size", 0, "--seq-len", 0, "--eval-interval", 5, "--min-lr", 1, "--dataset", "./nowhere.jsonl"])
+    lines = usage_errors(["--batch-size", 0, "--seq-len", 0, "--eval-interval", 5, "--min-lr", 1,
+                          "--dataset", "./nowhere.jsonl"])
     for part in ("--batch-size must be", "--seq-len must be",
                  "choose one: --hf-model NAME_OR_FOLDER or --from-scratch",
                  "--eval-interval and --keep-best need something held out",
@@ -137,7 +139,8 @@ def test_config_that_is_no_text(tmp_path):
 
 
 def test_config_values_and_precedence(tmp_path):
-    text = ("from-scratch: true\ntokenizer: a/b\ndataset: a/b\nmax_lr: 3e-3\nmin_lr: 1e-5\npacking: false\nbatch-size: 7\n"
+    text = ("from-scratch: true\ntokenizer: a/b\ndataset: a/b\nmax_lr: 3e-3\nmin_lr: 1e-5\n"
+            "packing: false\nbatch-size: 7\n"
             "dataset_config: null\n")
     for path in (config_file(tmp_path, text),
                  config_file(tmp_path, json.dumps(yaml.safe_load(text) | {"max_lr": 3e-3}), "config.json")):
@@ -332,8 +335,8 @@ def test_the_script_alone_trains(place, tmp_path):
     shutil.copy(REPO / "train_llm.py", tmp_path)
     (tmp_path / "my text.txt").write_text("A small model learns one word after another.\n" * 200)
     env = {key: value for key, value in os.environ.items() if key not in (*TORCHRUN_VARIABLES, "PYTHONPATH")}
-    command = [sys.executable, "train_llm.py", *SCRATCH, "--tokenizer", str(place / "tokenizer"), "--dataset", "my text.txt",
-               "--seq-len", "64", "--max-steps", "3", "--device", "cpu"]
+    command = [sys.executable, "train_llm.py", *SCRATCH, "--tokenizer", str(place / "tokenizer"),
+               "--dataset", "my text.txt", "--seq-len", "64", "--max-steps", "3", "--device", "cpu"]
     result = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True, timeout=200,
                             check=False)
     assert result.returncode == 0, result.stderr

@@ -143,7 +143,8 @@ def kernels_as_they_were():
 
 
 @pytest.mark.parametrize("script, flags", [
-    (train_llm, ["--from-scratch", "--tokenizer", "a/b", "--dataset", "a/b"]), (train_gsm8k_fsdp2, ["--model", "none/none"])], ids=["llm", "gsm8k"])
+    (train_llm, ["--from-scratch", "--tokenizer", "a/b", "--dataset", "a/b"]),
+    (train_gsm8k_fsdp2, ["--model", "none/none"])], ids=["llm", "gsm8k"])
 def test_one_device_gathers_and_divides_nothing(script, flags):
     """Resharding there would only cast the weights again; cuDNN goes with --no-use-flash-attn."""
     from torch.distributed.device_mesh import init_device_mesh

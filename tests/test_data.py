@@ -1,4 +1,4 @@
-"""Data: every format gives the same tokens, once; what is left out is told; samples, packs, order, held-out loss."""
+"""Data: every format gives the same tokens, once; samples, packs and the global order; held-out loss."""
 
 import argparse
 import gzip
@@ -159,7 +159,8 @@ def test_each_format_gives_the_same_tokens(place, tmp_path, kind):
 def test_text_column_wins_over_a_conversation(place, tmp_path):
     rows = [{"question": f"How many? {i}", "answer": f"{i} of them."} for i in range(8)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    assert tokens_of(make_args(place, path, "--text-column", "answer")) == expected_documents(place, [row["answer"] for row in rows])
+    expected = expected_documents(place, [row["answer"] for row in rows])
+    assert tokens_of(make_args(place, path, "--text-column", "answer")) == expected
 
 
 def test_folder_with_splits(place, tmp_path):
@@ -199,7 +200,8 @@ def read_note(place, folder, *flags):
 
 def test_a_folder_of_all_sorts(place, tmp_path):
     """Each file is read once, or counted among those that are not."""
-    row, texts = json.dumps({"text": "a document"}) + "\n", ["how to train a dog", "val d'isere", "history of rome"]
+    row = json.dumps({"text": "a document"}) + "\n"
+    texts = ["how to train a dog", "val d'isere", "history of rome"]
     for number in range(4):
         (tmp_path / f"part{number}.jsonl.gz").write_bytes(gzip.compress(row.encode()))
     for name in ("part4.jsonl", "UPPER.JSONL", ".hidden.jsonl"):
@@ -221,7 +223,7 @@ def test_what_is_not_there(place, tmp_path, capsys):
         with pytest.raises(SystemExit):
             make_args(place, name)
         assert f"--dataset {name}: no such file or folder" in capsys.readouterr().err
-    with pytest.raises(train_llm.UserError, match="--dataset my_texts .*: no such file or folder, and the hub"):
+    with pytest.raises(train_llm.UserError, match="my_texts .*: no such file or folder, and the hub"):
         open_data(make_args(place, "my_texts"))
 
 
@@ -299,7 +301,7 @@ def test_tokens_are_found_again(place, tmp_path):
     first = identity()
     [file] = token_files(cache)
     written = (cache / file).stat()
-    assert identity("--seq-len", 32, "--batch-size", 3, "--max-lr", 1e-2, "--no-packing", "--seed", 5) == first
+    assert identity("--seq-len", 32, "--batch-size", 3, "--no-packing", "--seed", 5) == first
     kept = (cache / file).stat()
     assert token_files(cache) == [file]
     assert (kept.st_ino, kept.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)  # not tokenised again
@@ -315,9 +317,10 @@ def test_tokens_are_found_again(place, tmp_path):
 
 def shown(script, place, path, *flags):
     """What tools/show_batch.py prints of a script's first samples."""
-    return quick_run([script, "--from-scratch", "--model-size", "test", "--tokenizer", place / "chat_tokenizer",
-                      "--dataset", path, "--data-cache", path.parent / "cache", "--seq-len", SEQ_LEN, "--batch-size",
-                      1, *flags], script="tools/show_batch.py").stdout
+    return quick_run([
+        script, "--from-scratch", "--model-size", "test", "--tokenizer", place / "chat_tokenizer", "--dataset",
+        path, "--data-cache", path.parent / "cache", "--seq-len", SEQ_LEN, "--batch-size", 1, *flags],
+        script="tools/show_batch.py").stdout
 
 
 def test_an_edit_of_the_script_changes_the_tokens(place, tmp_path):
@@ -325,8 +328,8 @@ def test_an_edit_of_the_script_changes_the_tokens(place, tmp_path):
     path, source = write_jsonl(tmp_path / "rows.jsonl", [chat("How many?", "Three.")]), REPO / "train_llm.py"
     before = shown(source, place, path)
     for number, (old, new) in enumerate([
-            ('            return row[name] or []\n', '            return [{"role": "system", "content": "EDITED"}, '
-             '*row[name]]\n'),
+            ('            return row[name] or []\n',
+             '            return [{"role": "system", "content": "EDITED"}, *row[name]]\n'),
             ("    return text, spans\n\n\n", '    return text + "EDITED", spans\n\n\n')]):
         assert source.read_text().count(old) == 1
         copy = tmp_path / f"copy{number}.py"
@@ -352,9 +355,10 @@ def test_an_interrupted_tokenisation_is_done_again(place, tmp_path):
 
 def test_processes_that_start_together_tokenise_once(place, tmp_path):
     path = texts_file(tmp_path / "rows.jsonl", sentences(60))
-    quick_ranks(["--from-scratch", "--model-size", "test", "--tokenizer", place / "tokenizer", "--dataset", path,
-                 "--data-cache", tmp_path / "cache", "--seq-len", SEQ_LEN, "--max-steps", 2, "--checkpoint-dir",
-                 tmp_path / "run", "--no-export", "--device", "cpu"], 2)
+    quick_ranks([
+        "--from-scratch", "--model-size", "test", "--tokenizer", place / "tokenizer", "--dataset", path,
+        "--data-cache", tmp_path / "cache", "--seq-len", SEQ_LEN, "--max-steps", 2, "--checkpoint-dir",
+        tmp_path / "run", "--no-export", "--device", "cpu"], 2)
     assert len(token_files(tmp_path / "cache")) == 1 and len(list((tmp_path / "cache").glob("pack-*"))) == 1
 
 
@@ -593,7 +597,7 @@ def test_streaming_sees_every_row_once_an_epoch(place, chats_path, world_size):
     for rank in range(world_size):
         # A chat whose prompt alone fills a sequence has nothing to train on and is passed over.
         mine = Counter(piece for piece in expected[rank::world_size] if set(piece[1]) != {IGNORE})
-        args.mask_documents, num_samples = True, len(list(train_llm.open_stream_rows(args, one_rank(rank, world_size))))
+        num_samples = len(list(train_llm.open_stream_rows(args, one_rank(rank, world_size))))
         for epochs in (1, 2):
             found = Counter()
             for ids, labels in streamed_documents(args, rank, world_size, epochs * num_samples):

@@ -7,7 +7,8 @@ from itertools import groupby
 import pytest
 import train_llm
 from helpers import (
-    BOS, CHAT_TEMPLATES, CHAT_TOKENS, EOS, documents_in, gsm8k_folder, make_tokenizer, read_metrics, write_gsm8k_like,
+    BOS, CHAT_TEMPLATES, CHAT_TOKENS, EOS, documents_in, gsm8k_folder, make_tokenizer, read_metrics,
+    write_gsm8k_like,
 )
 from quick_runs import error_line, quick_run
 

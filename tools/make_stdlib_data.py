@@ -63,7 +63,8 @@ def make(folder: Path, write, *args: object) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("data_cache"))
     parser.add_argument("--vocab-size", type=int, default=4096)
     args = parser.parse_args()
