@@ -1,0 +1,1051 @@
+"""Train one small transformer with DDP, hand-written FSDP, FSDP1 or FSDP2, and measure what each costs.
+
+    python experiments/train_sharding.py --max-steps 20                                   # one process
+    torchrun --standalone --nproc_per_node=2 experiments/train_sharding.py --impl manual
+    torchrun --standalone --nproc_per_node=2 experiments/train_sharding.py --impl fsdp2 --precision bf16
+
+`--impl` chooses who shards; model, data, optimizer and loop stay the same, so that runs can be compared.
+`manual` is fully sharded data parallelism written out: section 5, which is to be read from top to bottom.
+README.md beside this file explains it. Left out on purpose: what a real training needs besides (train_llm.py
+has it): text data, evaluation, export, and models that do not fit on one device before they are sharded.
+
+Contents: 1 Arguments, 2 Distributed, 3 Data, 4 Model, 5 Manual FSDP, 6 All implementations, 7 Update,
+8 Checkpoints, 9 Run record, 10 Training. `EDIT:` marks the lines that people change. "(all ranks)" means that
+every rank must make the call, because it communicates. At a "sync point" the host waits for the device.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# The profiler of the logged steps announces itself on the terminal otherwise. Read when torch is imported.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.profiler import record_function
+from torch.utils.checkpoint import checkpoint
+
+NAME = Path(__file__).name
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class UserError(Exception):
+    """A problem that the user can solve; its message is the only line shown."""
+
+
+# ------------------------------------------------------------------------------------------------
+# 1. Arguments: flags, and a YAML or JSON file with sections, read as a saved command line
+
+def build_parser() -> argparse.ArgumentParser:
+    """Each group is also a section of the config file: `model: {embed_dim: 768}` is `--embed-dim 768`."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON with the sections below; flags win")
+    onoff = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("model").add_argument
+    add("--vocab-size", type=int, default=512)
+    add("--embed-dim", type=int, default=256)
+    add("--num-layers", type=int, default=4)
+    add("--num-heads", type=int, default=4)
+    add("--ff-hidden-dim", type=int, default=1024)
+    add("--dropout", type=float, default=0.0)
+    add = parser.add_argument_group("data").add_argument
+    add("--seq-len", type=int, default=128, help="tokens in a sequence")
+    add("--num-samples", type=int, default=4096, help="sequences in one epoch")
+    add("--batch-size", type=int, default=8, help="sequences a process and micro-batch")
+    add = parser.add_argument_group("optim").add_argument
+    add("--lr", type=float, default=3e-4)
+    add("--warmup-steps", type=int, default=20, help="then the rate stays as it is")
+    add("--weight-decay", type=float, default=0.01)
+    add("--grad-clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
+    add = parser.add_argument_group("runtime").add_argument
+    add("--epochs", type=int, default=1)
+    add("--max-steps", type=int, help="end after so many optimizer steps, whatever --epochs says")
+    add("--grad-accum", type=int, default=1, help="micro-batches a step; gradients are reduced once a step")
+    add("--precision", choices=list(DTYPES), default="fp32", help="of the computation; weights stay fp32")
+    add("--device", choices=["auto", "cuda", "cpu"], default="auto")
+    add("--seed", type=int, default=0)
+    add("--compile", action=onoff, default=False, help="torch.compile each block")
+    add("--log-every", type=int, default=5, help="steps between rows; the logged step is profiled")
+    add("--metrics-path", metavar="FILE", help="append the rows to this JSON lines file")
+    add("--trace", metavar="FILE", help="keep the last logged step's trace (chrome://tracing, Perfetto)")
+    add("--ckpt-dir", metavar="DIR", help="save here at the end, and every --save-every steps")
+    add("--save-every", type=int, default=0, help="steps between checkpoints; 0: only the last")
+    add("--resume", metavar="{auto,FOLDER}", help="auto: the newest checkpoint in --ckpt-dir, if any")
+    add_sharding_flags(parser.add_argument_group("fsdp"))
+    return parser
+
+
+def add_sharding_flags(group: argparse._ArgumentGroup) -> None:
+    """None means: not given. `fill_defaults` then takes what suits the implementation."""
+    onoff, add = argparse.BooleanOptionalAction, group.add_argument
+    add("--impl", choices=["ddp", "manual", "fsdp1", "fsdp2"], default="manual")
+    add("--sharding", choices=["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD"],
+        help="FULL_SHARD frees gathered weights after the forward, SHARD_GRAD_OP after the backward; "
+             "HYBRID_SHARD shards within groups and replicates over them; NO_SHARD replicates")
+    add("--shard-size", type=int, metavar="N", help="processes in one group of HYBRID_SHARD (default: those "
+        "of one node)")
+    add("--auto-wrap", choices=["transformer", "size", "none"], help="a unit is gathered at once: a block, "
+        "a module with --min-unit-params, or the whole model (default: transformer)")
+    add("--min-unit-params", type=int, metavar="N", help="for --auto-wrap size (default: 100000)")
+    add("--activation-checkpoint", action=onoff, default=False, help="recompute blocks in the backward")
+    add("--prefetch", action=onoff, help="gather the next unit while this one computes")
+    add("--limit-all-gathers", action=onoff, help="at most two units gathered ahead (fsdp1)")
+    add("--use-orig-params", action=onoff, help="the optimizer sees the model's own parameters")
+
+
+RENAMED = {"mixed_precision": "precision", "sharding_strategy": "sharding", "auto_wrap_policy": "auto_wrap",
+           "activation_checkpointing": "activation_checkpoint", "checkpoint_dir": "ckpt_dir",
+           "grad_accum_steps": "grad_accum"}
+
+
+def config_tokens(path: str, parser: argparse.ArgumentParser) -> list[str]:
+    """A config file as command-line tokens, so that one parser checks both."""
+    import yaml
+    try:
+        entries = yaml.safe_load(Path(path).read_bytes())  # JSON is YAML
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        parser.error(f"--config {path}: {' '.join(str(error).split())}")
+    if not isinstance(entries, dict):
+        parser.error(f"--config {path}: expected sections such as 'model:' with lines 'key: value'")
+    sections = {group.title: {action.dest for action in group._group_actions}
+                for group in parser._action_groups[2:]}
+    everywhere = set().union(*sections.values())  # at the top level any flag may stand
+    flat = []
+    for name, value in entries.items():
+        inner = value if name in sections and isinstance(value, dict) else {name: value}
+        known = sections[name] if inner is value else everywhere
+        flat += [(name, RENAMED.get(key, key), item, known) for key, item in inner.items()]
+    tokens = []
+    for place, key, value, known in flat:
+        if key not in known or isinstance(value, (dict, list)):
+            parser.error(f"--config {path}: unknown key or value in {place!r}: {key}: {value}")
+        flag = "--" + key.replace("_", "-")
+        if isinstance(value, bool):
+            tokens.append(flag if value else "--no-" + flag[2:])
+        elif value is not None:
+            tokens.append(f"{flag}={value}")
+    return tokens
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """Default < config file < command line. Exits with code 2 and one line for each problem."""
+    argv, parser = sys.argv[1:] if argv is None else argv, build_parser()
+    args = parser.parse_args(argv)
+    if args.config:
+        args = parser.parse_args([*config_tokens(args.config, parser), *argv])
+    problems = list(find_problems(args))
+    if problems:
+        parser.error("\n".join(problems))
+    return fill_defaults(args)
+
+
+def find_problems(args: Namespace) -> Iterator[str]:
+    """Every argument that cannot work, and every switch that the implementation does not have."""
+    for name in ("vocab_size embed_dim num_layers num_heads ff_hidden_dim seq_len num_samples batch_size "
+                 "epochs max_steps grad_accum log_every shard_size min_unit_params").split():
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            yield f"--{name.replace('_', '-')} must be at least 1"
+    if not 0 <= args.dropout < 1:
+        yield "--dropout must be at least 0 and below 1"
+    if min(args.lr, args.weight_decay, args.grad_clip, args.warmup_steps, args.save_every, args.seed) < 0:
+        yield "--lr, --weight-decay, --grad-clip, --warmup-steps, --save-every, --seed cannot be negative"
+    if args.num_heads > 0 and args.embed_dim % args.num_heads:
+        yield f"--embed-dim {args.embed_dim} is not a multiple of --num-heads {args.num_heads}"
+    if args.resume == "auto" and not args.ckpt_dir:
+        yield "--resume auto looks into --ckpt-dir: give one"
+    if args.resume not in (None, "auto") and not (Path(args.resume) / "progress.json").is_file():
+        yield f"--resume {args.resume}: not a checkpoint (a folder such as DIR/step_000100)"
+    if args.shard_size and args.sharding != "HYBRID_SHARD":
+        yield "--shard-size goes with --sharding HYBRID_SHARD"
+    if args.min_unit_params and args.auto_wrap != "size":
+        yield "--min-unit-params goes with --auto-wrap size"
+    yield from find_missing_switches(args)
+
+
+def find_missing_switches(args: Namespace) -> Iterator[str]:
+    if args.impl == "ddp":
+        given = [name for name in ("auto_wrap", "prefetch", "limit_all_gathers", "use_orig_params")
+                 if getattr(args, name) is not None]
+        for name in given:
+            yield f"--impl ddp gathers no weights and has no units: leave --{name.replace('_', '-')} out"
+        if args.sharding not in (None, "NO_SHARD"):
+            yield f"--impl ddp keeps all weights on each process: --sharding {args.sharding} needs another"
+    if args.impl in ("manual", "fsdp2") and args.limit_all_gathers is False:
+        yield f"--impl {args.impl} never gathers more than one unit ahead: leave --no-limit-all-gathers out"
+    if args.impl == "manual" and args.use_orig_params:
+        yield "--impl manual gives the optimizer one flat shard a unit: leave --use-orig-params out"
+    if args.impl == "fsdp2" and args.use_orig_params is False:
+        yield "--impl fsdp2 always keeps the model's own parameters: leave --no-use-orig-params out"
+    if args.impl == "fsdp1" and args.compile and args.use_orig_params is False:
+        yield "--impl fsdp1 can --compile only with --use-orig-params"
+
+
+def fill_defaults(args: Namespace) -> Namespace:
+    """What was not given. `prefetch` may stay None: the official implementations then do as they see fit."""
+    is_ddp = args.impl == "ddp"
+    args.sharding = args.sharding or ("NO_SHARD" if is_ddp else "FULL_SHARD")
+    args.auto_wrap = args.auto_wrap or ("none" if is_ddp else "transformer")
+    args.min_unit_params = args.min_unit_params or 100_000
+    args.limit_all_gathers = args.limit_all_gathers is not False
+    args.use_orig_params = args.impl != "manual" and args.use_orig_params is not False
+    if args.impl == "manual" and args.prefetch is None:
+        args.prefetch = True
+    return args
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Distributed: who am I, which device, which mesh
+
+@dataclasses.dataclass
+class Ranks:
+    """This process among the others; rank, local_rank and world_size mean what torchrun's variables mean.
+
+    `mesh` has two dimensions: weights are sharded over "shard" and replicated over "replicate"."""
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    mesh: dist.DeviceMesh | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def init_distributed(args: Namespace) -> Ranks:
+    """Start the process group (all ranks), from torchrun's variables or alone."""
+    rank, local_rank, world_size, local_size = (int(os.environ.get(name, value)) for name, value in (
+        ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+    use_cuda = args.device != "cpu" and torch.cuda.is_available()
+    if use_cuda and local_size > torch.cuda.device_count():
+        raise UserError(f"{local_size} processes, {torch.cuda.device_count()} GPUs: start fewer")
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    options = {"backend": "cpu:gloo,cuda:nccl" if use_cuda else "gloo"}
+    if use_cuda:
+        torch.cuda.set_device(device)
+        options["device_id"] = device
+    if "RANK" not in os.environ:  # alone: no port, no address
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    shard_size = {"NO_SHARD": 1, "HYBRID_SHARD": args.shard_size or local_size}.get(args.sharding, world_size)
+    if world_size % shard_size:
+        raise UserError(f"--shard-size {shard_size} does not divide the {world_size} processes")
+    dist.init_process_group(**options)
+    mesh = dist.init_device_mesh(device.type, (world_size // shard_size, shard_size),
+                                 mesh_dim_names=("replicate", "shard"))
+    return Ranks(rank, local_rank, world_size, device, mesh)
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. Data: a language that a program speaks, in one global order
+
+BRANCH_PROBS = (0.6, 0.2, 0.1, 0.1)
+# No model can do better on average, in nats a token; the first token of a sequence is given.
+BEST_LOSS = -sum(p * math.log(p) for p in BRANCH_PROBS)
+
+
+def make_data(args: Namespace) -> Tensor:
+    """(samples, tokens + 1) of a Markov chain: each token has four successors, some more probable.
+
+    EDIT: return token ids of your own text here. All ranks hold the same."""
+    random = torch.Generator().manual_seed(args.seed)
+    successors = torch.randint(args.vocab_size, (args.vocab_size, len(BRANCH_PROBS)), generator=random)
+    S, T = args.num_samples, args.seq_len
+    branches = torch.multinomial(torch.tensor(BRANCH_PROBS), S * T, replacement=True, generator=random)
+    tokens = torch.empty(S, T + 1, dtype=torch.long)
+    tokens[:, 0] = torch.randint(args.vocab_size, (S,), generator=random)
+    for t, branch in enumerate(branches.view(T, S)):
+        tokens[:, t + 1] = successors[tokens[:, t], branch]
+    return tokens
+
+
+def take_batch(data: Tensor, start: int, args: Namespace, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """(inputs, labels), each (B, T): this rank's part of the micro-batch whose first sample has number
+    `start`.
+
+    A sample's place depends on the seed and its number alone. So a resumed run goes on exactly, also with
+    another number of processes."""
+    numbers = range(start + ranks.rank * args.batch_size, start + (ranks.rank + 1) * args.batch_size)
+    rows = []
+    for epoch in sorted({number // len(data) for number in numbers}):
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed * 100_003 + epoch))
+        rows += [order[number % len(data)] for number in numbers if number // len(data) == epoch]
+    tokens = data[torch.stack(rows)].to(ranks.device)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Model: a decoder of pre-norm blocks
+
+class Block(nn.Module):
+    def __init__(self, args: Namespace):
+        super().__init__()
+        D, self.num_heads, self.dropout = args.embed_dim, args.num_heads, args.dropout
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.up, self.down = nn.Linear(D, args.ff_hidden_dim), nn.Linear(args.ff_hidden_dim, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, D = x.shape
+        q, k, v = (part.view(B, T, self.num_heads, -1).transpose(1, 2)
+                   for part in self.qkv(self.attention_norm(x)).chunk(3, dim=-1))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.drop(self.out(attended.transpose(1, 2).reshape(B, T, D)))
+        return x + self.drop(self.down(F.gelu(self.up(self.mlp_norm(x)))))
+
+    def drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Decoder(nn.Module):
+    """Token ids (B, T) to fp32 logits (B, T, V)."""
+
+    def __init__(self, args: Namespace):
+        super().__init__()
+        self.tokens = nn.Embedding(args.vocab_size, args.embed_dim)
+        self.positions = nn.Embedding(args.seq_len, args.embed_dim)
+        self.blocks = nn.ModuleList([Block(args) for _ in range(args.num_layers)])
+        self.norm = nn.LayerNorm(args.embed_dim)
+        self.head = nn.Linear(args.embed_dim, args.vocab_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.tokens(input_ids) + self.positions(torch.arange(input_ids.size(1), device=input_ids.device))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)).float()
+
+
+def recomputed(block: Block, x: Tensor) -> Tensor:
+    return checkpoint(Block.forward, block, x, use_reentrant=False)
+
+
+def dress_blocks(model: Decoder, args: Namespace) -> None:
+    """Recomputation and compilation go inside what is sharded, so that gathering stays outside the graph.
+
+    All blocks share one compiled function: bound methods would be compiled once for each block."""
+    forward = recomputed if args.activation_checkpoint else Block.forward
+    forward = torch.compile(forward) if args.compile else forward
+    for block in model.blocks:
+        block.forward = types.MethodType(forward, block)
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Manual FSDP
+#
+# The model is cut into units, here: each block, and a root with all the rest. A rank keeps 1/N of each unit:
+# a slice of one flat vector, in which all parameters of the unit stand end to end. A step goes like this:
+#
+#   before a unit's forward    all-gather: the slices of all ranks become the unit's whole parameters
+#   after its forward          free them (not the root's, whose backward comes next)
+#   before its backward        all-gather again
+#   after its backward         free them; add the gradient to this rank's sum over micro-batches
+#   after the last micro-batch reduce-scatter: each rank gets the mean gradient of its own slice
+#   update                     the optimizer knows the slices only, and nothing communicates
+#
+# Three tensors of a unit matter: `shard` always exists, `full` while the unit computes, `grad` from its
+# backward to its reduce-scatter.
+
+@dataclasses.dataclass(eq=False)
+class Unit:
+    name: str
+    module: nn.Module
+    names: list[str]  # of its parameters in the whole model
+    params: list[nn.Parameter]  # views of `full`, which the module computes with
+    shard: nn.Parameter  # (padded size / N,) fp32: this rank's slice, which the optimizer updates
+    full: Tensor  # (padded size,) in the compute dtype; its memory is freed while nobody needs it
+    grad: Tensor | None = None  # (padded size,) fp32: this rank's gradients of the micro-batches so far
+    grad_views: list[Tensor] = dataclasses.field(default_factory=list)  # of `grad`, one a parameter
+    gathering: dist.Work | None = None  # an all-gather under way
+    num_missing: int = 0  # parameters whose gradient the running backward has not produced yet
+
+
+@dataclasses.dataclass(eq=False)
+class ManualFSDP:
+    mesh: dist.DeviceMesh  # ("replicate", "shard")
+    dtype: torch.dtype
+    reshard_after_forward: bool
+    prefetch: bool
+    units: list[Unit] = dataclasses.field(default_factory=list)
+    forward_order: list[Unit] = dataclasses.field(default_factory=list)  # recorded in the first step
+    backward_order: list[Unit] = dataclasses.field(default_factory=list)
+    is_last_micro_batch: bool = True  # set by the loop: gradients are reduced with the last one only
+    reducing: tuple | None = None  # (work, unit, its gradient): the reduce-scatter under way
+
+    def __post_init__(self):
+        self.replicas, self.shards = (self.mesh.get_group(name) for name in ("replicate", "shard"))
+        self.num_replicas, self.num_shards = self.mesh.shape
+
+
+def shard_manually(fsdp: ManualFSDP, modules: dict[str, nn.Module], full_names: dict[nn.Parameter, str]
+                   ) -> None:
+    """Make each module a unit; inner modules come first, and the outer ones take what is left."""
+    for name, module in modules.items():
+        slots = [(owner, key, param) for owner in module.modules()
+                 for key, param in owner.named_parameters(recurse=False) if param in full_names]
+        if slots:
+            unit = make_unit(fsdp, name, module, slots)
+            unit.names = [full_names.pop(param) for _, _, param in slots]
+            add_hooks(fsdp, unit)
+            fsdp.units.append(unit)
+
+
+def make_unit(fsdp: ManualFSDP, name: str, module: nn.Module, slots: list[tuple]) -> Unit:
+    """Flatten the parameters, keep this rank's slice, and put views of the (empty) whole in their places."""
+    flat = torch.cat([param.detach().flatten() for _, _, param in slots])
+    flat = F.pad(flat, (0, -len(flat) % fsdp.num_shards))  # zeros at the end, so that the slices are equal
+    shard = nn.Parameter(flat.chunk(fsdp.num_shards)[dist.get_rank(fsdp.shards)].clone())
+    full, params = torch.empty_like(flat, dtype=fsdp.dtype), []
+    for (owner, key, param), view in zip(slots, split_like(full, [param for _, _, param in slots])):
+        # NOTE: .data, because a plain view shares the version counter of `full`: autograd would take the
+        # second all-gather of a step for a change of weights that it has saved.
+        params.append(nn.Parameter(view.data))
+        setattr(owner, key, params[-1])
+    unit = Unit(name, module, [], params, shard, full)
+    free(unit)
+    return unit
+
+
+def split_like(flat: Tensor, params: list[Tensor]) -> list[Tensor]:
+    """Views of a flat tensor with the shapes of the parameters; padding at the end is left out."""
+    pieces = flat[:sum(p.numel() for p in params)].split([p.numel() for p in params])
+    return [piece.view(param.shape) for piece, param in zip(pieces, params)]
+
+
+def start_gather(fsdp: ManualFSDP, unit: Unit) -> None:
+    """Begin the all-gather of a unit (all ranks), unless it is gathered already."""
+    storage = unit.full.untyped_storage()
+    if storage.size() == 0:
+        storage.resize_(unit.full.numel() * unit.full.itemsize)
+        local = unit.shard.detach().to(fsdp.dtype)  # cast first: in bf16 half as much is sent
+        unit.gathering = dist.all_gather_into_tensor(unit.full, local, group=fsdp.shards, async_op=True)
+
+
+def gather(fsdp: ManualFSDP, unit: Unit, order: list[Unit]) -> None:
+    """Return when the unit's parameters are whole; with prefetch, begin with the unit that comes next.
+
+    `order` is recorded while the first step runs, so that no step before the second prefetches."""
+    with record_function(f"gather {unit.name}"):
+        start_gather(fsdp, unit)
+        if unit.gathering:
+            unit.gathering.wait()  # NCCL: the stream waits, not the host
+            unit.gathering = None
+        if unit not in order:
+            order.append(unit)
+        elif fsdp.prefetch and unit is not order[-1]:
+            start_gather(fsdp, order[order.index(unit) + 1])
+
+
+def free(unit: Unit) -> None:
+    """Give the memory of the whole parameters back. What autograd has saved of them are views of the same
+    storage, which the next gather fills again."""
+    with record_function(f"free {unit.name}"):
+        unit.full.untyped_storage().resize_(0)
+
+
+def add_hooks(fsdp: ManualFSDP, unit: Unit) -> None:
+    """Gather and free around the module's forward and backward, and take each gradient when it is there."""
+    def before_forward(module: nn.Module, inputs: tuple) -> None:
+        gather(fsdp, unit, fsdp.forward_order)
+        unit.num_missing = len(unit.params)
+
+    def after_forward(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        is_root = unit is fsdp.units[-1]
+        if not torch.is_grad_enabled() or (fsdp.reshard_after_forward and not is_root):
+            free(unit)
+        if output.requires_grad:
+            output.register_hook(before_backward)
+
+    def before_backward(grad_output: Tensor) -> None:
+        gather(fsdp, unit, fsdp.backward_order)
+
+    unit.module.register_forward_pre_hook(before_forward)
+    unit.module.register_forward_hook(after_forward)
+    for index, param in enumerate(unit.params):
+        param.register_post_accumulate_grad_hook(lambda param, i=index: take_gradient(fsdp, unit, i))
+
+
+def take_gradient(fsdp: ManualFSDP, unit: Unit, index: int) -> None:
+    """Move one parameter's gradient into the unit's flat sum. The last one ends the unit's backward.
+
+    A weight's gradient comes from the operation that needs the weight in the backward, so that the weights
+    are not needed any more once all gradients are there."""
+    if unit.grad is None:
+        unit.grad = torch.zeros(unit.full.shape, device=unit.full.device)
+        unit.grad_views = split_like(unit.grad, unit.params)
+    param = unit.params[index]
+    unit.grad_views[index].add_(param.grad)  # in fp32, whatever the compute dtype
+    param.grad = None
+    unit.num_missing -= 1
+    if unit.num_missing == 0:
+        free(unit)
+        if fsdp.is_last_micro_batch:
+            start_reduce(fsdp, unit)
+
+
+def start_reduce(fsdp: ManualFSDP, unit: Unit) -> None:
+    """Begin the reduce-scatter of a unit's gradient (all ranks). One at a time: whole gradients are big."""
+    finish_reduce(fsdp)
+    with record_function(f"reduce {unit.name}"):
+        whole = unit.grad.div_(fsdp.num_shards * fsdp.num_replicas)
+        unit.grad, unit.grad_views = None, []
+        unit.shard.grad = torch.empty_like(unit.shard)
+        work = dist.reduce_scatter_tensor(unit.shard.grad, whole, group=fsdp.shards, async_op=True)
+        fsdp.reducing = work, unit, whole
+
+
+def finish_reduce(fsdp: ManualFSDP) -> None:
+    """Wait for the reduce-scatter under way. With replicas, sum the slice over them as well (all ranks)."""
+    if fsdp.reducing:
+        work, unit, _ = fsdp.reducing
+        work.wait()
+        fsdp.reducing = None
+        if fsdp.num_replicas > 1:
+            dist.all_reduce(unit.shard.grad, group=fsdp.replicas)
+
+
+def finish_backward(fsdp: ManualFSDP) -> None:
+    """Call it after the last micro-batch's backward, before the update (all ranks)."""
+    finish_reduce(fsdp)
+    missing = [name for unit in fsdp.units if unit.shard.grad is None for name in unit.names]
+    if missing:
+        raise UserError(f"no gradient for some of {', '.join(missing)}: each parameter of a unit must be used")
+
+
+def whole_tensors(fsdp: ManualFSDP, unit: Unit, local: Tensor) -> dict[str, DTensor]:
+    """{parameter name: rows of this rank} of a flat local slice, as FSDP2 would shard them (all ranks).
+
+    A flat slice begins and ends anywhere in a parameter, which no checkpoint format can say. So one unit at a
+    time is gathered and cut by rows."""
+    flat = torch.empty(unit.full.shape, device=local.device)
+    dist.all_gather_into_tensor(flat, local.detach(), group=fsdp.shards)
+    return {name: distribute_tensor(whole.clone(), fsdp.mesh["shard"], [Shard(0)], src_data_rank=None)
+            for name, whole in zip(unit.names, split_like(flat, unit.params))}
+
+
+def fill_slice(fsdp: ManualFSDP, unit: Unit, local: Tensor, tensors: dict[str, DTensor]) -> None:
+    """The way back: from rows by name to this rank's flat slice (all ranks)."""
+    flat = torch.zeros(unit.full.shape, device=local.device)
+    for name, whole in zip(unit.names, split_like(flat, unit.params)):
+        whole.copy_(tensors[name].full_tensor())
+    local.detach().copy_(flat.chunk(fsdp.num_shards)[dist.get_rank(fsdp.shards)])
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. All implementations: the same units, precision and reductions, each in its own words
+
+@dataclasses.dataclass
+class Sharded:
+    impl: str
+    model: nn.Module  # to be called
+    manual: ManualFSDP | None = None  # for --impl manual
+
+
+def find_units(model: Decoder, args: Namespace) -> dict[str, nn.Module]:
+    """{name: module} of what is gathered at once; the root, with all that is left, comes last."""
+    units = {}
+    if args.auto_wrap == "transformer":
+        units = {f"block {i}": block for i, block in enumerate(model.blocks)}
+    elif args.auto_wrap == "size":
+        collect_big(model, "model", args.min_unit_params, units)
+    units.pop("model", None)
+    return units | {"root": model}
+
+
+def collect_big(module: nn.Module, name: str, min_params: int, units: dict[str, nn.Module]) -> int:
+    """A module with `min_params` outside of the units in it becomes a unit. Returns its parameters outside."""
+    own = sum(param.numel() for param in module.parameters(recurse=False))
+    own += sum(collect_big(child, f"{name}.{key}", min_params, units)
+               for key, child in module.named_children())
+    if own < min_params or isinstance(module, nn.ModuleList):  # a list has no forward to gather for
+        return own
+    units[name] = module
+    return 0
+
+
+def shard_model(model: Decoder, args: Namespace, ranks: Ranks) -> Sharded:
+    """(all ranks) Every rank enters with the same weights.
+
+    All compute in --precision, keep fp32 weights, reduce fp32 gradients and average them over the ranks."""
+    dress_blocks(model, args)
+    model.to(ranks.device)
+    if args.impl == "ddp":
+        ids = [ranks.device] if ranks.device.type == "cuda" else None
+        # Gradients live in DDP's buckets, not in a second copy.
+        return Sharded("ddp", nn.parallel.DistributedDataParallel(
+            model, device_ids=ids, gradient_as_bucket_view=True))
+    units = find_units(model, args)
+    if args.impl == "manual":
+        reshards = args.sharding in ("FULL_SHARD", "HYBRID_SHARD")
+        manual = ManualFSDP(ranks.mesh, DTYPES[args.precision], reshards, args.prefetch)
+        shard_manually(manual, units, {param: name for name, param in model.named_parameters()})
+        return Sharded("manual", model, manual)
+    return Sharded(args.impl, {"fsdp1": wrap_fsdp1, "fsdp2": apply_fsdp2}[args.impl](units, args, ranks))
+
+
+def wrap_fsdp1(units: dict[str, nn.Module], args: Namespace, ranks: Ranks) -> nn.Module:
+    from torch.distributed.fsdp import BackwardPrefetch, FullyShardedDataParallel, MixedPrecision
+    from torch.distributed.fsdp import ShardingStrategy
+    from torch.distributed.fsdp.wrap import CustomPolicy
+    *inner, root = units.values()
+    dtype = DTYPES[args.precision]
+    half = MixedPrecision(param_dtype=dtype, reduce_dtype=torch.float32, buffer_dtype=dtype)
+    return FullyShardedDataParallel(
+        root, auto_wrap_policy=CustomPolicy(lambda module: module in inner),
+        sharding_strategy=ShardingStrategy[args.sharding],
+        device_mesh=ranks.mesh if ranks.mesh.size(0) > 1 else ranks.mesh["shard"],
+        mixed_precision=half if dtype != torch.float32 else None, device_id=ranks.device,
+        forward_prefetch=bool(args.prefetch),
+        backward_prefetch=None if args.prefetch is False else BackwardPrefetch.BACKWARD_PRE,
+        limit_all_gathers=args.limit_all_gathers, use_orig_params=args.use_orig_params)
+
+
+def apply_fsdp2(units: dict[str, nn.Module], args: Namespace, ranks: Ranks) -> nn.Module:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    mesh = ranks.mesh if ranks.mesh.size(0) > 1 else ranks.mesh["shard"]
+    policy = MixedPrecisionPolicy(param_dtype=DTYPES[args.precision], reduce_dtype=torch.float32)
+    *inner, root = units.values()
+    reshards = args.sharding in ("FULL_SHARD", "HYBRID_SHARD")
+    for module in inner:
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards)
+    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for before, module, after in zip([None, *inner], inner, [*inner[1:], None]):
+        if args.prefetch and after:
+            module.set_modules_to_forward_prefetch([after])
+        if args.prefetch is False:  # an empty list would mean its default, which is to prefetch
+            module.set_modules_to_backward_prefetch([module])
+        elif args.prefetch and before:
+            module.set_modules_to_backward_prefetch([before])
+    return root
+
+
+def trained_params(sharded: Sharded) -> list[nn.Parameter]:
+    """What the optimizer updates: flat shards for `manual`, else the model's parameters as they are."""
+    return [unit.shard for unit in sharded.manual.units] if sharded.manual else list(sharded.model.parameters())
+
+
+def reducing(sharded: Sharded, is_last: bool) -> contextlib.AbstractContextManager:
+    """Around a micro-batch: gradients are reduced with the last one of a step, and added up before."""
+    if sharded.manual:
+        sharded.manual.is_last_micro_batch = is_last
+    elif sharded.impl == "fsdp2":
+        sharded.model.set_requires_gradient_sync(is_last)
+    elif not is_last:
+        return sharded.model.no_sync()
+    return contextlib.nullcontext()
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Update: one norm over all ranks, clipping, a loss scale for fp16
+
+def local_part(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def build_optimizer(sharded: Sharded, args: Namespace) -> torch.optim.Optimizer:
+    """AdamW on fp32 shards. Decay is the same for all, because a flat shard mixes matrices and biases."""
+    return torch.optim.AdamW(trained_params(sharded), lr=args.lr, betas=(0.9, 0.95),
+                             weight_decay=args.weight_decay, fused=True)
+
+
+@torch.no_grad()
+def reduce_stats(grads: list[Tensor], loss: Tensor, num_copies: int, ranks: Ranks) -> tuple[float, float]:
+    """(mean loss, gradient norm) over all ranks, by one collective (all ranks).
+
+    In fp64, so that the norm does not depend on how the gradient is cut into shards. `num_copies` ranks hold
+    the same gradient."""
+    norms = torch._foreach_norm(grads, dtype=torch.float64)
+    stats = torch.stack([loss.double(), torch.stack(norms).square().sum()])
+    dist.all_reduce(stats)
+    loss_sum, square = stats.tolist()  # sync point
+    return loss_sum / ranks.world_size, math.sqrt(square / num_copies)
+
+
+@torch.no_grad()
+def clip_and_step(optimizer: torch.optim.Optimizer, grads: list[Tensor], grad_norm: float, progress: dict,
+                  grad_clip: float) -> float:
+    """One update, or none where the gradient is not finite. Returns the gradient's norm without loss scale.
+
+    fp16 cannot hold small gradients, so the loss is multiplied before the backward: by a scale that is halved
+    at an overflow and doubled after 1000 good steps. Other precisions keep the scale 1."""
+    scale = progress["loss_scale"]
+    grad_norm /= scale
+    if not math.isfinite(grad_norm):
+        progress["skipped_steps"] += 1
+        progress["good_steps"] = 0
+        progress["loss_scale"] = max(1.0, scale / 2)
+    else:
+        factor = min(1.0, grad_clip / (grad_norm + 1e-6) if grad_clip else 1.0) / scale
+        if factor != 1.0:
+            torch._foreach_mul_(grads, factor)
+        optimizer.step()
+        progress["good_steps"] += 1
+        if scale > 1.0 and progress["good_steps"] % 1000 == 0:
+            progress["loss_scale"] = scale * 2
+    optimizer.zero_grad()
+    return grad_norm
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. Checkpoints: DCP, torch's distributed checkpoint, under the model's own names, whoever has sharded it
+
+def checkpoint_tensors(sharded: Sharded, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
+    """{"model": {name: tensor}, "optim": {name: its state}, "random": {rank: state}} (all ranks).
+
+    DCP stores whole tensors by name and reads any part of them: what one implementation has saved, each other
+    one loads, with any number of processes."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    random = {f"cpu_{ranks.rank}": torch.get_rng_state()}
+    if ranks.device.type == "cuda":
+        random[f"cuda_{ranks.rank}"] = torch.cuda.get_rng_state()
+    if not sharded.manual:
+        model, optim = get_state_dict(sharded.model, optimizer)
+        return {"model": model, "optim": optim["state"], "random": random}
+    model, optim = {}, {}
+    for unit in sharded.manual.units:
+        model |= whole_tensors(sharded.manual, unit, unit.shard)
+        state = optimizer.state[unit.shard] or new_state(unit.shard)
+        optim |= {name: {"step": state["step"].clone()} for name in unit.names}
+        for key in ("exp_avg", "exp_avg_sq"):
+            for name, tensor in whole_tensors(sharded.manual, unit, state[key]).items():
+                optim[name][key] = tensor
+    return {"model": model, "optim": optim, "random": random}
+
+
+def new_state(shard: Tensor) -> dict[str, Tensor]:
+    """What AdamW will keep of a parameter that it has not updated yet."""
+    return {"step": torch.zeros((), device=shard.device), "exp_avg": torch.zeros_like(shard),
+            "exp_avg_sq": torch.zeros_like(shard)}
+
+
+def load_tensors(folder: Path, sharded: Sharded, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    """Weights, optimizer and random states of a checkpoint, in place (all ranks)."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+    state = checkpoint_tensors(sharded, optimizer, ranks)
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    # A rank that the saved run did not have begins with the random state of its seed.
+    state["random"] = {key: value for key, value in state["random"].items() if f"random.{key}" in saved}
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"{folder} does not fit this model, or is damaged: {reason}") from error
+    if sharded.manual:
+        for unit in sharded.manual.units:
+            own = optimizer.state[unit.shard] = new_state(unit.shard)
+            fill_slice(sharded.manual, unit, unit.shard, state["model"])
+            for key in ("exp_avg", "exp_avg_sq"):
+                rows = {name: state["optim"][name][key] for name in unit.names}
+                fill_slice(sharded.manual, unit, own[key], rows)
+            own["step"].copy_(state["optim"][unit.names[0]]["step"])
+    else:
+        groups = get_param_groups(sharded, optimizer)
+        set_state_dict(sharded.model, optimizer, model_state_dict=state["model"],
+                       optim_state_dict={"state": state["optim"], "param_groups": groups})
+    for key, value in state["random"].items():
+        (torch.set_rng_state if key.startswith("cpu") else torch.cuda.set_rng_state)(value)
+
+
+def get_param_groups(sharded: Sharded, optimizer: torch.optim.Optimizer) -> list[dict]:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+    return get_optimizer_state_dict(sharded.model, optimizer)["param_groups"]
+
+
+def save_checkpoint(folder: Path, tensors: dict, progress: dict, ranks: Ranks) -> Path:
+    """Write DIR/step_000100 (all ranks). The name appears when all is written: a kill leaves no half one."""
+    import torch.distributed.checkpoint as dcp
+    final = folder / f"step_{progress['step']:06d}"
+    partial = folder / f"partial_{progress['step']:06d}"
+    dcp.save(tensors, checkpoint_id=partial)
+    if ranks.is_main and not final.exists():
+        (partial / "progress.json").write_text(json.dumps(progress))
+        partial.rename(final)
+    dist.barrier()
+    return final
+
+
+def find_checkpoint(args: Namespace) -> Path | None:
+    if args.resume != "auto":
+        return Path(args.resume) if args.resume else None
+    return max(Path(args.ckpt_dir).glob("step_*/progress.json"), default=Path()).parent or None
+
+
+# ------------------------------------------------------------------------------------------------
+# 9. Run record: what a row holds, and how communication and memory are measured
+#
+# Rank 0 runs each logged step under torch.profiler and reads collectives and allocations from the trace, in
+# the same way for each implementation. That step is slower, so it does not count for tokens/s.
+METRICS = {
+    "event": "start (versions and arguments), log, checkpoint or end",
+    "step": "optimizer steps completed",
+    "samples": "sequences seen by all ranks, which is the position in the global order",
+    "train/loss": "mean cross-entropy of this step's tokens over all ranks, in nats",
+    "train/grad_norm": "L2 norm of the whole gradient before clipping; null if it is not finite",
+    "train/lr": "learning rate of this step",
+    "train/skipped_steps": "steps since the start without an update, because the gradient was not finite",
+    "perf/tokens_per_s": "tokens of all ranks a second, over the steps since the last row that were not "
+                         "profiled (with --log-every 1: the profiled step itself)",
+    "perf/peak_mem_gib": "rank 0: largest memory in tensors during the logged step. CUDA: the allocator's "
+                         "figure. CPU: weights and optimizer by their sizes, plus what the step allocated",
+    "time/step_s": "seconds a step, over the same steps as tokens/s",
+    "time/collectives_s": "seconds of the logged step in which at least one collective ran on rank 0, waiting "
+                          "for other ranks included, hidden behind computation or not",
+    "comm/all_gather_mib": "MiB that rank 0 has to send in the logged step, with a ring: (N-1)/N of the "
+                           "gathered tensors",
+    "comm/reduce_scatter_mib": "the same: (N-1)/N of the tensors that are reduced and scattered",
+    "comm/all_reduce_mib": "the same: 2 (N-1)/N of the tensors that are reduced",
+    "comm/other_mib": "the size of all other tensors that are sent",
+    "time/checkpoint_s": "seconds that writing this checkpoint took",
+    "checkpoint": "its folder",
+}
+ITEM_SIZES = {"float": 4, "c10::BFloat16": 2, "bfloat16": 2, "c10::Half": 2, "half": 2, "double": 8,
+              "int": 4, "long": 8, "long int": 8}
+
+
+@contextlib.contextmanager
+def profiled(path: Path | None) -> Iterator[None]:
+    """Write a trace of what happens inside to `path`; None: measure nothing."""
+    if path is None:
+        yield
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+        torch.cuda.reset_peak_memory_stats()
+    with torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # sync point
+    profiler.export_chrome_trace(str(path))
+
+
+def find_collectives(events: list[dict]) -> list[tuple[str, float]]:
+    """(kind, bytes) of each collective in a trace: of a gather one rank's part, else the whole tensor."""
+    def size(event: dict) -> int:
+        return math.prod(event["args"]["Input Dims"][0])
+
+    # gloo carries out a reduce-scatter as an all-reduce; what was asked for tells them apart.
+    scattered = [math.prod(event["args"]["Input Dims"][1]) for event in events
+                 if event["name"] == "c10d::_reduce_scatter_base_"]
+    found = []
+    for event in events:
+        if event["name"].startswith("gloo:"):
+            kind = event["name"].removeprefix("gloo:")
+            if kind == "all_reduce" and size(event) in scattered:
+                scattered.remove(size(event))
+                kind = "reduce_scatter"
+            found.append((kind, size(event) * ITEM_SIZES[event["args"]["Input type"][0]]))
+        elif event["name"] == "record_param_comms" and event["args"].get("In msg nelems"):  # NCCL
+            kind = event["args"]["Collective name"].strip("_").removesuffix("_base")
+            kind = {"allgather": "all_gather", "allreduce": "all_reduce"}.get(kind, kind)
+            item_size = ITEM_SIZES[event["args"]["dtype"].lower()]
+            found.append((kind, event["args"]["In msg nelems"] * item_size))
+    return found
+
+
+def covered(intervals: list[tuple[float, float]]) -> float:
+    """Length of the union of (start, end)."""
+    total, reached = 0.0, -math.inf
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def read_trace(path: Path, ranks: Ranks) -> tuple[dict[str, float], int]:
+    """(time and traffic in collectives as METRICS says, largest sum of bytes allocated in host memory)."""
+    events = [event for event in json.loads(path.read_text())["traceEvents"] if "args" in event]
+    num_replicas, num_shards = ranks.mesh.shape
+    num_reducing = num_replicas if num_replicas > 1 else ranks.world_size  # else only two numbers are
+    factors = {"all_gather": num_shards - 1, "reduce_scatter": (num_shards - 1) / num_shards,
+               "all_reduce": 2 * (num_reducing - 1) / num_reducing}
+    sent = dict.fromkeys([*factors, "other"], 0.0)
+    for kind, num_bytes in find_collectives(events):
+        sent[kind if kind in factors else "other"] += num_bytes * factors.get(kind, 1)
+    spans = [(event["ts"], event["ts"] + event["dur"]) for event in events
+             if event["name"].startswith("gloo:")
+             or (event.get("cat") == "kernel" and "nccl" in event["name"].lower())]
+    row = {"time/collectives_s": covered(spans) / 1e6,
+           **{f"comm/{kind}_mib": num_bytes / 2**20 for kind, num_bytes in sent.items()}}
+    allocated = peak = 0
+    changes = [(event["ts"], event["args"]["Ev Idx"], event["args"]["Bytes"]) for event in events
+               if event["name"] == "[memory]" and event["args"]["Device Type"] == 0]
+    for _, _, num_bytes in sorted(changes):
+        allocated += num_bytes
+        peak = max(peak, allocated)
+    return row, peak
+
+
+def held_bytes(sharded: Sharded, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of weights and optimizer on this rank between two steps, each storage once."""
+    tensors = [*sharded.model.parameters(), *trained_params(sharded)]
+    tensors += [value for state in optimizer.state.values() for value in state.values()]
+    storages = {s.data_ptr(): s.nbytes() for s in (local_part(t).untyped_storage() for t in tensors)}
+    # DDP allocates its gradient buckets once, in C++, where no tensor shows them.
+    buckets = sum(p.numel() * p.itemsize for p in trained_params(sharded)) if sharded.impl == "ddp" else 0
+    return sum(storages.values()) + buckets
+
+
+def open_record(args: Namespace, ranks: Ranks) -> Callable[[dict], None]:
+    """Rank 0: a function that appends a row to --metrics-path; the first row says what runs where."""
+    def write(row: dict) -> None:
+        if ranks.is_main and args.metrics_path:
+            with open(args.metrics_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    if ranks.is_main and args.metrics_path:
+        Path(args.metrics_path).parent.mkdir(parents=True, exist_ok=True)
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--exclude=*"]
+    with contextlib.suppress(FileNotFoundError):
+        git = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    cuda = ranks.device.type == "cuda"
+    write({"event": "start", "args": vars(args), "world_size": ranks.world_size, "torch": torch.__version__,
+           "device": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores",
+           "commit": git if isinstance(git, str) else ""})
+    return write
+
+
+# ------------------------------------------------------------------------------------------------
+# 10. Training
+
+def forward_backward(sharded: Sharded, data: Tensor, args: Namespace, ranks: Ranks, progress: dict) -> Tensor:
+    """Gradients of one step's mean loss, in place (all ranks). Returns this rank's mean loss.
+
+    Each sequence has the same number of tokens, so that a mean of means is the mean over all tokens."""
+    total = torch.zeros((), device=ranks.device)
+    per_micro_batch = args.batch_size * ranks.world_size
+    # DDP has no precision of its own; the others hold weights in the compute dtype.
+    cast = args.impl == "ddp" and args.precision != "fp32"
+    for micro in range(args.grad_accum):
+        inputs, labels = take_batch(data, progress["samples"] + micro * per_micro_batch, args, ranks)
+        with reducing(sharded, is_last=micro == args.grad_accum - 1):
+            with torch.autocast(ranks.device.type, DTYPES[args.precision], enabled=cast):
+                logits = sharded.model(inputs)
+            loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten()) / args.grad_accum
+            (loss * progress["loss_scale"]).backward()
+        total += loss.detach()
+    if sharded.manual:
+        finish_backward(sharded.manual)
+    return total
+
+
+def show(row: dict, total_steps: int, bar) -> None:
+    bar.write(f"step {row['step']:>6}/{total_steps}  loss {row['train/loss']:.4f}  "
+              f"norm {row['train/grad_norm'] or math.nan:.3f}  {row['perf/tokens_per_s']:,.0f} tokens/s  "
+              f"collectives {row['time/collectives_s'] * 1e3:.1f} ms  {row['perf/peak_mem_gib']:.3f} GiB",
+              file=sys.stdout)
+
+
+def main() -> None:
+    # Set-up ---------------------------------------------------------------------------------
+    from tqdm import tqdm
+    args = parse_args()
+    ranks = init_distributed(args)
+    torch.manual_seed(args.seed)  # the same weights on all ranks
+    sharded = shard_model(Decoder(args), args, ranks)
+    optimizer = build_optimizer(sharded, args)
+    params = trained_params(sharded)
+    data = make_data(args)
+    torch.manual_seed(args.seed + 1 + ranks.rank)  # other dropout on each rank
+    progress = {"step": 0, "samples": 0, "skipped_steps": 0, "good_steps": 0,  # all of it survives a resume
+                "loss_scale": 2.0**16 if args.precision == "fp16" else 1.0}
+    if checkpoint_folder := find_checkpoint(args):
+        load_tensors(checkpoint_folder, sharded, optimizer, ranks)
+        progress = json.loads((checkpoint_folder / "progress.json").read_text())
+    samples_per_step = args.batch_size * args.grad_accum * ranks.world_size
+    total_steps = args.max_steps or max(1, args.epochs * args.num_samples // samples_per_step)
+    trace = None
+    if ranks.is_main:
+        trace = Path(args.trace) if args.trace else Path(tempfile.mkdtemp()) / "trace.json"
+        print(f"{args.impl}, {args.sharding}, {ranks.world_size} processes, {ranks.device.type}, "
+              f"{args.precision}; no model gets below a loss of {BEST_LOSS:.3f}", flush=True)
+    record = open_record(args, ranks)
+    bar = tqdm(total=total_steps, initial=progress["step"], desc=args.impl, unit="step",
+               disable=not (ranks.is_main and sys.stderr.isatty()))
+    times = []  # of the steps since the last row that were not profiled
+
+    # Loop ------------------------------------------------------------------------------------
+    while progress["step"] < total_steps:
+        step = progress["step"] + 1
+        is_logged = step % args.log_every == 0 or step == total_steps
+        started = time.perf_counter()
+
+        # Forward, backward, update (all ranks)
+        with profiled(trace if is_logged else None):
+            loss = forward_backward(sharded, data, args, ranks, progress)
+            lr = args.lr * min(1.0, step / max(1, args.warmup_steps))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            grads = [local_part(param.grad) for param in params if param.grad is not None]
+            mean_loss, grad_norm = reduce_stats(grads, loss, ranks.mesh.size(0), ranks)
+            grad_norm = clip_and_step(optimizer, grads, grad_norm, progress, args.grad_clip)
+
+        # Count
+        seconds = time.perf_counter() - started
+        if not is_logged or not times:
+            times.append(seconds)
+        progress |= {"step": step, "samples": progress["samples"] + samples_per_step}
+        bar.update()
+
+        # Log (rank 0)
+        if is_logged and ranks.is_main:
+            communication, allocated = read_trace(trace, ranks)
+            peak = held_bytes(sharded, optimizer) + allocated
+            if ranks.device.type == "cuda":
+                peak = torch.cuda.max_memory_allocated()
+            step_s = sum(times) / len(times)
+            row = {
+                "event": "log", "step": step, "samples": progress["samples"], "train/loss": mean_loss,
+                "train/grad_norm": grad_norm if math.isfinite(grad_norm) else None, "train/lr": lr,
+                "train/skipped_steps": progress["skipped_steps"],
+                "perf/tokens_per_s": samples_per_step * args.seq_len / step_s,
+                "perf/peak_mem_gib": peak / 2**30, "time/step_s": step_s, **communication,
+            }
+            record(row)
+            show(row, total_steps, bar)
+        if is_logged:
+            times.clear()
+
+        # Save (all ranks)
+        is_last = step == total_steps
+        if args.ckpt_dir and (is_last or (args.save_every and step % args.save_every == 0)):
+            started = time.perf_counter()
+            tensors = checkpoint_tensors(sharded, optimizer, ranks)
+            folder = save_checkpoint(Path(args.ckpt_dir), tensors, progress, ranks)
+            record({"event": "checkpoint", "step": step, "checkpoint": str(folder),
+                    "time/checkpoint_s": time.perf_counter() - started})
+
+    # End -------------------------------------------------------------------------------------
+    bar.close()
+    record({"event": "end", "step": progress["step"], "samples": progress["samples"]})
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{NAME}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
