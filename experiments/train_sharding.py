@@ -4,10 +4,10 @@
     torchrun --standalone --nproc_per_node=2 experiments/train_sharding.py --impl manual
     torchrun --standalone --nproc_per_node=2 experiments/train_sharding.py --impl fsdp2 --precision bf16
 
-`--impl` chooses who shards; model, data, optimizer and loop stay the same, so that runs can be compared.
-`manual` is fully sharded data parallelism written out: section 5, which is to be read from top to bottom.
-README.md beside this file explains it. Left out on purpose: what a real training needs besides (train_llm.py
-has it): text data, evaluation, export, and models that do not fit on one device before they are sharded.
+`--impl` chooses who shards; model, data, optimizer and loop are the same for all. `manual` is fully sharded
+data parallelism written out, in section 5; README.md beside this file explains it and the metrics. What a real
+training needs besides is left out (train_llm.py has it): text data, evaluation, export, models that do not fit
+on one device before they are sharded.
 
 Contents: 1 Arguments, 2 Distributed, 3 Data, 4 Model, 5 Manual FSDP, 6 All implementations, 7 Update,
 8 Checkpoints, 9 Run record, 10 Training. `EDIT:` marks the lines that people change. "(all ranks)" means that
@@ -20,18 +20,17 @@ import dataclasses
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
 import types
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# The profiler of the logged steps announces itself on the terminal otherwise. Read when torch is imported.
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+# Read when torch is imported. The profiler of the logged steps would announce itself on the terminal.
+os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 import torch
 import torch.distributed as dist
@@ -42,19 +41,22 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
-NAME = Path(__file__).name
+# torch 2.13 has other names for collectives that 2.11 does not know yet, and FSDP1 has been superseded.
+warnings.filterwarnings("ignore", module=r"torch\.", category=(FutureWarning))
+warnings.filterwarnings("ignore", module=r"torch\.", category=UserWarning)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class UserError(Exception):
-    """A problem that the user can solve; its message is the only line shown."""
+class UserError(Exception):  # a problem that the user can solve; shown as one line
+    pass
 
 
 # ------------------------------------------------------------------------------------------------
 # 1. Arguments: flags, and a YAML or JSON file with sections, read as a saved command line
 
 def build_parser() -> argparse.ArgumentParser:
-    """Each group is also a section of the config file: `model: {embed_dim: 768}` is `--embed-dim 768`."""
+    """Each group is a section of the config file: `model: {embed_dim: 768}` is `--embed-dim 768`. Of flags of
+    "fsdp", None means: not given."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON with the sections below; flags win")
     onoff = argparse.BooleanOptionalAction
@@ -88,13 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ckpt-dir", metavar="DIR", help="save here at the end, and every --save-every steps")
     add("--save-every", type=int, default=0, help="steps between checkpoints; 0: only the last")
     add("--resume", metavar="{auto,FOLDER}", help="auto: the newest checkpoint in --ckpt-dir, if any")
-    add_sharding_flags(parser.add_argument_group("fsdp"))
-    return parser
-
-
-def add_sharding_flags(group: argparse._ArgumentGroup) -> None:
-    """None means: not given. `fill_defaults` then takes what suits the implementation."""
-    onoff, add = argparse.BooleanOptionalAction, group.add_argument
+    add = parser.add_argument_group("fsdp").add_argument
     add("--impl", choices=["ddp", "manual", "fsdp1", "fsdp2"], default="manual")
     add("--sharding", choices=["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD"],
         help="FULL_SHARD frees gathered weights after the forward, SHARD_GRAD_OP after the backward; "
@@ -108,6 +104,7 @@ def add_sharding_flags(group: argparse._ArgumentGroup) -> None:
     add("--prefetch", action=onoff, help="gather the next unit while this one computes")
     add("--limit-all-gathers", action=onoff, help="at most two units gathered ahead (fsdp1)")
     add("--use-orig-params", action=onoff, help="the optimizer sees the model's own parameters")
+    return parser
 
 
 RENAMED = {"mixed_precision": "precision", "sharding_strategy": "sharding", "auto_wrap_policy": "auto_wrap",
@@ -127,15 +124,13 @@ def config_tokens(path: str, parser: argparse.ArgumentParser) -> list[str]:
     sections = {group.title: {action.dest for action in group._group_actions}
                 for group in parser._action_groups[2:]}
     everywhere = set().union(*sections.values())  # at the top level any flag may stand
-    flat = []
+    flat, tokens = [], []
     for name, value in entries.items():
-        inner = value if name in sections and isinstance(value, dict) else {name: value}
-        known = sections[name] if inner is value else everywhere
-        flat += [(name, RENAMED.get(key, key), item, known) for key, item in inner.items()]
-    tokens = []
-    for place, key, value, known in flat:
+        inner, known = (value, sections[name]) if name in sections else ({name: value}, everywhere)
+        flat += [(RENAMED.get(key, key), item, known) for key, item in dict(inner).items()]
+    for key, value, known in flat:
         if key not in known or isinstance(value, (dict, list)):
-            parser.error(f"--config {path}: unknown key or value in {place!r}: {key}: {value}")
+            parser.error(f"--config {path}: unknown, or not in this section: {key}: {value}")
         flag = "--" + key.replace("_", "-")
         if isinstance(value, bool):
             tokens.append(flag if value else "--no-" + flag[2:])
@@ -150,14 +145,19 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     args = parser.parse_args(argv)
     if args.config:
         args = parser.parse_args([*config_tokens(args.config, parser), *argv])
-    problems = list(find_problems(args))
-    if problems:
+    if problems := [*find_problems(args), *find_missing_switches(args)]:
         parser.error("\n".join(problems))
-    return fill_defaults(args)
+    # `prefetch` may stay None: the official implementations then do as they see fit.
+    args.sharding = args.sharding or ("NO_SHARD" if args.impl == "ddp" else "FULL_SHARD")
+    args.auto_wrap = args.auto_wrap or "transformer"
+    args.min_unit_params = args.min_unit_params or 100_000
+    args.prefetch = True if args.impl == "manual" and args.prefetch is None else args.prefetch
+    args.limit_all_gathers = args.limit_all_gathers is not False
+    args.use_orig_params = args.impl != "manual" and args.use_orig_params is not False
+    return args
 
 
 def find_problems(args: Namespace) -> Iterator[str]:
-    """Every argument that cannot work, and every switch that the implementation does not have."""
     for name in ("vocab_size embed_dim num_layers num_heads ff_hidden_dim seq_len num_samples batch_size "
                  "epochs max_steps grad_accum log_every shard_size min_unit_params").split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -176,17 +176,15 @@ def find_problems(args: Namespace) -> Iterator[str]:
         yield "--shard-size goes with --sharding HYBRID_SHARD"
     if args.min_unit_params and args.auto_wrap != "size":
         yield "--min-unit-params goes with --auto-wrap size"
-    yield from find_missing_switches(args)
 
 
 def find_missing_switches(args: Namespace) -> Iterator[str]:
-    if args.impl == "ddp":
-        given = [name for name in ("auto_wrap", "prefetch", "limit_all_gathers", "use_orig_params")
-                 if getattr(args, name) is not None]
-        for name in given:
+    """What the implementation cannot do otherwise is refused, never ignored."""
+    for name in ("auto_wrap", "prefetch", "limit_all_gathers", "use_orig_params"):
+        if args.impl == "ddp" and getattr(args, name) is not None:
             yield f"--impl ddp gathers no weights and has no units: leave --{name.replace('_', '-')} out"
-        if args.sharding not in (None, "NO_SHARD"):
-            yield f"--impl ddp keeps all weights on each process: --sharding {args.sharding} needs another"
+    if args.impl == "ddp" and args.sharding not in (None, "NO_SHARD"):
+        yield f"--impl ddp keeps all weights on each process: --sharding {args.sharding} needs another"
     if args.impl in ("manual", "fsdp2") and args.limit_all_gathers is False:
         yield f"--impl {args.impl} never gathers more than one unit ahead: leave --no-limit-all-gathers out"
     if args.impl == "manual" and args.use_orig_params:
@@ -197,36 +195,18 @@ def find_missing_switches(args: Namespace) -> Iterator[str]:
         yield "--impl fsdp1 can --compile only with --use-orig-params"
 
 
-def fill_defaults(args: Namespace) -> Namespace:
-    """What was not given. `prefetch` may stay None: the official implementations then do as they see fit."""
-    is_ddp = args.impl == "ddp"
-    args.sharding = args.sharding or ("NO_SHARD" if is_ddp else "FULL_SHARD")
-    args.auto_wrap = args.auto_wrap or ("none" if is_ddp else "transformer")
-    args.min_unit_params = args.min_unit_params or 100_000
-    args.limit_all_gathers = args.limit_all_gathers is not False
-    args.use_orig_params = args.impl != "manual" and args.use_orig_params is not False
-    if args.impl == "manual" and args.prefetch is None:
-        args.prefetch = True
-    return args
-
-
 # ------------------------------------------------------------------------------------------------
 # 2. Distributed: who am I, which device, which mesh
 
 @dataclasses.dataclass
 class Ranks:
-    """This process among the others; rank, local_rank and world_size mean what torchrun's variables mean.
+    """This process among the others; rank and world_size mean what torchrun's variables mean.
 
     `mesh` has two dimensions: weights are sharded over "shard" and replicated over "replicate"."""
     rank: int
-    local_rank: int
     world_size: int
     device: torch.device
-    mesh: dist.DeviceMesh | None = None
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
+    mesh: dist.DeviceMesh
 
 
 def init_distributed(args: Namespace) -> Ranks:
@@ -239,10 +219,9 @@ def init_distributed(args: Namespace) -> Ranks:
     if use_cuda and local_size > torch.cuda.device_count():
         raise UserError(f"{local_size} processes, {torch.cuda.device_count()} GPUs: start fewer")
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    options = {"backend": "cpu:gloo,cuda:nccl" if use_cuda else "gloo"}
+    options = {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if use_cuda else {"backend": "gloo"}
     if use_cuda:
         torch.cuda.set_device(device)
-        options["device_id"] = device
     if "RANK" not in os.environ:  # alone: no port, no address
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     shard_size = {"NO_SHARD": 1, "HYBRID_SHARD": args.shard_size or local_size}.get(args.sharding, world_size)
@@ -251,7 +230,7 @@ def init_distributed(args: Namespace) -> Ranks:
     dist.init_process_group(**options)
     mesh = dist.init_device_mesh(device.type, (world_size // shard_size, shard_size),
                                  mesh_dim_names=("replicate", "shard"))
-    return Ranks(rank, local_rank, world_size, device, mesh)
+    return Ranks(rank, world_size, device, mesh)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -308,11 +287,8 @@ class Block(nn.Module):
         q, k, v = (part.view(B, T, self.num_heads, -1).transpose(1, 2)
                    for part in self.qkv(self.attention_norm(x)).chunk(3, dim=-1))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.drop(self.out(attended.transpose(1, 2).reshape(B, T, D)))
-        return x + self.drop(self.down(F.gelu(self.up(self.mlp_norm(x)))))
-
-    def drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        x = x + F.dropout(self.out(attended.transpose(1, 2).reshape(B, T, D)), self.dropout, self.training)
+        return x + F.dropout(self.down(F.gelu(self.up(self.mlp_norm(x)))), self.dropout, self.training)
 
 
 class Decoder(nn.Module):
@@ -336,14 +312,13 @@ class Decoder(nn.Module):
         return self.head(self.norm(x)).float()
 
 
-def recomputed(block: Block, x: Tensor) -> Tensor:
-    return checkpoint(Block.forward, block, x, use_reentrant=False)
-
-
 def dress_blocks(model: Decoder, args: Namespace) -> None:
     """Recomputation and compilation go inside what is sharded, so that gathering stays outside the graph.
 
     All blocks share one compiled function: bound methods would be compiled once for each block."""
+    def recomputed(block: Block, x: Tensor) -> Tensor:
+        return checkpoint(Block.forward, block, x, use_reentrant=False)
+
     forward = recomputed if args.activation_checkpoint else Block.forward
     forward = torch.compile(forward) if args.compile else forward
     for block in model.blocks:
@@ -560,27 +535,22 @@ class Sharded:
     model: nn.Module  # to be called
     manual: ManualFSDP | None = None  # for --impl manual
 
+    def params(self) -> list[nn.Parameter]:
+        """What the optimizer updates: flat shards for `manual`, else the model's parameters as they are."""
+        return [unit.shard for unit in self.manual.units] if self.manual else list(self.model.parameters())
+
 
 def find_units(model: Decoder, args: Namespace) -> dict[str, nn.Module]:
     """{name: module} of what is gathered at once; the root, with all that is left, comes last."""
     units = {}
     if args.auto_wrap == "transformer":
         units = {f"block {i}": block for i, block in enumerate(model.blocks)}
-    elif args.auto_wrap == "size":
-        collect_big(model, "model", args.min_unit_params, units)
-    units.pop("model", None)
-    return units | {"root": model}
-
-
-def collect_big(module: nn.Module, name: str, min_params: int, units: dict[str, nn.Module]) -> int:
-    """A module with `min_params` outside of the units in it becomes a unit. Returns its parameters outside."""
-    own = sum(param.numel() for param in module.parameters(recurse=False))
-    own += sum(collect_big(child, f"{name}.{key}", min_params, units)
-               for key, child in module.named_children())
-    if own < min_params or isinstance(module, nn.ModuleList):  # a list has no forward to gather for
-        return own
-    units[name] = module
-    return 0
+    elif args.auto_wrap == "size":  # the smallest modules that are big enough; a list has no forward
+        big = {name: module for name, module in model.named_modules() if not isinstance(module, nn.ModuleList)
+               and sum(param.numel() for param in module.parameters()) >= args.min_unit_params}
+        units = {name: module for name, module in big.items()
+                 if not any(inner is not module and inner in module.modules() for inner in big.values())}
+    return {name: module for name, module in units.items() if module is not model} | {"root": model}
 
 
 def shard_model(model: Decoder, args: Namespace, ranks: Ranks) -> Sharded:
@@ -639,11 +609,6 @@ def apply_fsdp2(units: dict[str, nn.Module], args: Namespace, ranks: Ranks) -> n
     return root
 
 
-def trained_params(sharded: Sharded) -> list[nn.Parameter]:
-    """What the optimizer updates: flat shards for `manual`, else the model's parameters as they are."""
-    return [unit.shard for unit in sharded.manual.units] if sharded.manual else list(sharded.model.parameters())
-
-
 def reducing(sharded: Sharded, is_last: bool) -> contextlib.AbstractContextManager:
     """Around a micro-batch: gradients are reduced with the last one of a step, and added up before."""
     if sharded.manual:
@@ -660,12 +625,6 @@ def reducing(sharded: Sharded, is_last: bool) -> contextlib.AbstractContextManag
 
 def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def build_optimizer(sharded: Sharded, args: Namespace) -> torch.optim.Optimizer:
-    """AdamW on fp32 shards. Decay is the same for all, because a flat shard mixes matrices and biases."""
-    return torch.optim.AdamW(trained_params(sharded), lr=args.lr, betas=(0.9, 0.95),
-                             weight_decay=args.weight_decay, fused=True)
 
 
 @torch.no_grad()
@@ -690,18 +649,16 @@ def clip_and_step(optimizer: torch.optim.Optimizer, grads: list[Tensor], grad_no
     at an overflow and doubled after 1000 good steps. Other precisions keep the scale 1."""
     scale = progress["loss_scale"]
     grad_norm /= scale
-    if not math.isfinite(grad_norm):
-        progress["skipped_steps"] += 1
-        progress["good_steps"] = 0
-        progress["loss_scale"] = max(1.0, scale / 2)
-    else:
+    if math.isfinite(grad_norm):
         factor = min(1.0, grad_clip / (grad_norm + 1e-6) if grad_clip else 1.0) / scale
         if factor != 1.0:
             torch._foreach_mul_(grads, factor)
         optimizer.step()
         progress["good_steps"] += 1
-        if scale > 1.0 and progress["good_steps"] % 1000 == 0:
-            progress["loss_scale"] = scale * 2
+        progress["loss_scale"] *= 2 if scale > 1 and progress["good_steps"] % 1000 == 0 else 1
+    else:
+        progress |= {"skipped_steps": progress["skipped_steps"] + 1, "good_steps": 0,
+                     "loss_scale": max(1.0, scale / 2)}
     optimizer.zero_grad()
     return grad_norm
 
@@ -723,25 +680,27 @@ def checkpoint_tensors(sharded: Sharded, optimizer: torch.optim.Optimizer, ranks
         return {"model": model, "optim": optim["state"], "random": random}
     model, optim = {}, {}
     for unit in sharded.manual.units:
+        state = adam_state(optimizer, unit.shard)
         model |= whole_tensors(sharded.manual, unit, unit.shard)
-        state = optimizer.state[unit.shard] or new_state(unit.shard)
-        optim |= {name: {"step": state["step"].clone()} for name in unit.names}
-        for key in ("exp_avg", "exp_avg_sq"):
-            for name, tensor in whole_tensors(sharded.manual, unit, state[key]).items():
-                optim[name][key] = tensor
+        means = whole_tensors(sharded.manual, unit, state["exp_avg"])
+        squares = whole_tensors(sharded.manual, unit, state["exp_avg_sq"])
+        optim |= {name: {"step": state["step"].clone(), "exp_avg": means[name], "exp_avg_sq": squares[name]}
+                  for name in unit.names}
     return {"model": model, "optim": optim, "random": random}
 
 
-def new_state(shard: Tensor) -> dict[str, Tensor]:
-    """What AdamW will keep of a parameter that it has not updated yet."""
-    return {"step": torch.zeros((), device=shard.device), "exp_avg": torch.zeros_like(shard),
-            "exp_avg_sq": torch.zeros_like(shard)}
+def adam_state(optimizer: torch.optim.Optimizer, shard: Tensor) -> dict[str, Tensor]:
+    """What AdamW keeps of a parameter; zeros before the first update."""
+    if not optimizer.state[shard]:
+        optimizer.state[shard] = {"step": torch.zeros((), device=shard.device),
+                                  "exp_avg": torch.zeros_like(shard), "exp_avg_sq": torch.zeros_like(shard)}
+    return optimizer.state[shard]
 
 
 def load_tensors(folder: Path, sharded: Sharded, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
     """Weights, optimizer and random states of a checkpoint, in place (all ranks)."""
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import set_state_dict
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_state_dict
     state = checkpoint_tensors(sharded, optimizer, ranks)
     saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     # A rank that the saved run did not have begins with the random state of its seed.
@@ -753,23 +712,18 @@ def load_tensors(folder: Path, sharded: Sharded, optimizer: torch.optim.Optimize
         raise UserError(f"{folder} does not fit this model, or is damaged: {reason}") from error
     if sharded.manual:
         for unit in sharded.manual.units:
-            own = optimizer.state[unit.shard] = new_state(unit.shard)
+            own = adam_state(optimizer, unit.shard)
             fill_slice(sharded.manual, unit, unit.shard, state["model"])
             for key in ("exp_avg", "exp_avg_sq"):
-                rows = {name: state["optim"][name][key] for name in unit.names}
-                fill_slice(sharded.manual, unit, own[key], rows)
+                fill_slice(sharded.manual, unit, own[key],
+                           {name: state["optim"][name][key] for name in unit.names})
             own["step"].copy_(state["optim"][unit.names[0]]["step"])
     else:
-        groups = get_param_groups(sharded, optimizer)
+        groups = get_optimizer_state_dict(sharded.model, optimizer)["param_groups"]
         set_state_dict(sharded.model, optimizer, model_state_dict=state["model"],
                        optim_state_dict={"state": state["optim"], "param_groups": groups})
     for key, value in state["random"].items():
         (torch.set_rng_state if key.startswith("cpu") else torch.cuda.set_rng_state)(value)
-
-
-def get_param_groups(sharded: Sharded, optimizer: torch.optim.Optimizer) -> list[dict]:
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-    return get_optimizer_state_dict(sharded.model, optimizer)["param_groups"]
 
 
 def save_checkpoint(folder: Path, tensors: dict, progress: dict, ranks: Ranks) -> Path:
@@ -778,7 +732,7 @@ def save_checkpoint(folder: Path, tensors: dict, progress: dict, ranks: Ranks) -
     final = folder / f"step_{progress['step']:06d}"
     partial = folder / f"partial_{progress['step']:06d}"
     dcp.save(tensors, checkpoint_id=partial)
-    if ranks.is_main and not final.exists():
+    if ranks.rank == 0 and not final.exists():
         (partial / "progress.json").write_text(json.dumps(progress))
         partial.rename(final)
     dist.barrier()
@@ -792,33 +746,11 @@ def find_checkpoint(args: Namespace) -> Path | None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. Run record: what a row holds, and how communication and memory are measured
+# 9. Run record: how communication and memory are measured (README.md lists the metrics)
 #
 # Rank 0 runs each logged step under torch.profiler and reads collectives and allocations from the trace, in
-# the same way for each implementation. That step is slower, so it does not count for tokens/s.
-METRICS = {
-    "event": "start (versions and arguments), log, checkpoint or end",
-    "step": "optimizer steps completed",
-    "samples": "sequences seen by all ranks, which is the position in the global order",
-    "train/loss": "mean cross-entropy of this step's tokens over all ranks, in nats",
-    "train/grad_norm": "L2 norm of the whole gradient before clipping; null if it is not finite",
-    "train/lr": "learning rate of this step",
-    "train/skipped_steps": "steps since the start without an update, because the gradient was not finite",
-    "perf/tokens_per_s": "tokens of all ranks a second, over the steps since the last row that were not "
-                         "profiled (with --log-every 1: the profiled step itself)",
-    "perf/peak_mem_gib": "rank 0: largest memory in tensors during the logged step. CUDA: the allocator's "
-                         "figure. CPU: weights and optimizer by their sizes, plus what the step allocated",
-    "time/step_s": "seconds a step, over the same steps as tokens/s",
-    "time/collectives_s": "seconds of the logged step in which at least one collective ran on rank 0, waiting "
-                          "for other ranks included, hidden behind computation or not",
-    "comm/all_gather_mib": "MiB that rank 0 has to send in the logged step, with a ring: (N-1)/N of the "
-                           "gathered tensors",
-    "comm/reduce_scatter_mib": "the same: (N-1)/N of the tensors that are reduced and scattered",
-    "comm/all_reduce_mib": "the same: 2 (N-1)/N of the tensors that are reduced",
-    "comm/other_mib": "the size of all other tensors that are sent",
-    "time/checkpoint_s": "seconds that writing this checkpoint took",
-    "checkpoint": "its folder",
-}
+# the same way for each implementation. That step is slower, so it does not count for tokens/s (unless all
+# steps are logged).
 ITEM_SIZES = {"float": 4, "c10::BFloat16": 2, "bfloat16": 2, "c10::Half": 2, "half": 2, "double": 8,
               "int": 4, "long": 8, "long int": 8}
 
@@ -874,7 +806,7 @@ def covered(intervals: list[tuple[float, float]]) -> float:
 
 
 def read_trace(path: Path, ranks: Ranks) -> tuple[dict[str, float], int]:
-    """(time and traffic in collectives as METRICS says, largest sum of bytes allocated in host memory)."""
+    """(time and traffic in collectives, largest sum of bytes that were allocated in host memory)."""
     events = [event for event in json.loads(path.read_text())["traceEvents"] if "args" in event]
     num_replicas, num_shards = ranks.mesh.shape
     num_reducing = num_replicas if num_replicas > 1 else ranks.world_size  # else only two numbers are
@@ -899,30 +831,26 @@ def read_trace(path: Path, ranks: Ranks) -> tuple[dict[str, float], int]:
 
 def held_bytes(sharded: Sharded, optimizer: torch.optim.Optimizer) -> int:
     """Bytes of weights and optimizer on this rank between two steps, each storage once."""
-    tensors = [*sharded.model.parameters(), *trained_params(sharded)]
+    tensors = [*sharded.model.parameters(), *sharded.params()]
     tensors += [value for state in optimizer.state.values() for value in state.values()]
     storages = {s.data_ptr(): s.nbytes() for s in (local_part(t).untyped_storage() for t in tensors)}
     # DDP allocates its gradient buckets once, in C++, where no tensor shows them.
-    buckets = sum(p.numel() * p.itemsize for p in trained_params(sharded)) if sharded.impl == "ddp" else 0
+    buckets = sum(p.numel() * p.itemsize for p in sharded.params()) if sharded.impl == "ddp" else 0
     return sum(storages.values()) + buckets
 
 
 def open_record(args: Namespace, ranks: Ranks) -> Callable[[dict], None]:
     """Rank 0: a function that appends a row to --metrics-path; the first row says what runs where."""
     def write(row: dict) -> None:
-        if ranks.is_main and args.metrics_path:
+        if ranks.rank == 0 and args.metrics_path:
             with open(args.metrics_path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
-    if ranks.is_main and args.metrics_path:
+    if ranks.rank == 0 and args.metrics_path:
         Path(args.metrics_path).parent.mkdir(parents=True, exist_ok=True)
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--exclude=*"]
-    with contextlib.suppress(FileNotFoundError):
-        git = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    cuda = ranks.device.type == "cuda"
+    device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     write({"event": "start", "args": vars(args), "world_size": ranks.world_size, "torch": torch.__version__,
-           "device": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores",
-           "commit": git if isinstance(git, str) else ""})
+           "device": device})
     return write
 
 
@@ -950,13 +878,6 @@ def forward_backward(sharded: Sharded, data: Tensor, args: Namespace, ranks: Ran
     return total
 
 
-def show(row: dict, total_steps: int, bar) -> None:
-    bar.write(f"step {row['step']:>6}/{total_steps}  loss {row['train/loss']:.4f}  "
-              f"norm {row['train/grad_norm'] or math.nan:.3f}  {row['perf/tokens_per_s']:,.0f} tokens/s  "
-              f"collectives {row['time/collectives_s'] * 1e3:.1f} ms  {row['perf/peak_mem_gib']:.3f} GiB",
-              file=sys.stdout)
-
-
 def main() -> None:
     # Set-up ---------------------------------------------------------------------------------
     from tqdm import tqdm
@@ -964,8 +885,9 @@ def main() -> None:
     ranks = init_distributed(args)
     torch.manual_seed(args.seed)  # the same weights on all ranks
     sharded = shard_model(Decoder(args), args, ranks)
-    optimizer = build_optimizer(sharded, args)
-    params = trained_params(sharded)
+    # One weight decay for all: a flat shard mixes matrices and biases.
+    optimizer = torch.optim.AdamW(sharded.params(), args.lr, (0.9, 0.95), weight_decay=args.weight_decay,
+                                  fused=True)
     data = make_data(args)
     torch.manual_seed(args.seed + 1 + ranks.rank)  # other dropout on each rank
     progress = {"step": 0, "samples": 0, "skipped_steps": 0, "good_steps": 0,  # all of it survives a resume
@@ -976,13 +898,13 @@ def main() -> None:
     samples_per_step = args.batch_size * args.grad_accum * ranks.world_size
     total_steps = args.max_steps or max(1, args.epochs * args.num_samples // samples_per_step)
     trace = None
-    if ranks.is_main:
+    if ranks.rank == 0:
         trace = Path(args.trace) if args.trace else Path(tempfile.mkdtemp()) / "trace.json"
         print(f"{args.impl}, {args.sharding}, {ranks.world_size} processes, {ranks.device.type}, "
               f"{args.precision}; no model gets below a loss of {BEST_LOSS:.3f}", flush=True)
     record = open_record(args, ranks)
     bar = tqdm(total=total_steps, initial=progress["step"], desc=args.impl, unit="step",
-               disable=not (ranks.is_main and sys.stderr.isatty()))
+               disable=ranks.rank > 0 or not sys.stderr.isatty())
     times = []  # of the steps since the last row that were not profiled
 
     # Loop ------------------------------------------------------------------------------------
@@ -997,7 +919,7 @@ def main() -> None:
             lr = args.lr * min(1.0, step / max(1, args.warmup_steps))
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            grads = [local_part(param.grad) for param in params if param.grad is not None]
+            grads = [local_part(param.grad) for param in sharded.params() if param.grad is not None]
             mean_loss, grad_norm = reduce_stats(grads, loss, ranks.mesh.size(0), ranks)
             grad_norm = clip_and_step(optimizer, grads, grad_norm, progress, args.grad_clip)
 
@@ -1009,7 +931,7 @@ def main() -> None:
         bar.update()
 
         # Log (rank 0)
-        if is_logged and ranks.is_main:
+        if is_logged and ranks.rank == 0:
             communication, allocated = read_trace(trace, ranks)
             peak = held_bytes(sharded, optimizer) + allocated
             if ranks.device.type == "cuda":
@@ -1023,7 +945,9 @@ def main() -> None:
                 "perf/peak_mem_gib": peak / 2**30, "time/step_s": step_s, **communication,
             }
             record(row)
-            show(row, total_steps, bar)
+            bar.write(f"step {step:>6}/{total_steps}  loss {mean_loss:.4f}  norm {grad_norm:.3f}  "
+                      f"{row['perf/tokens_per_s']:,.0f} tokens/s  collectives "
+                      f"{row['time/collectives_s'] * 1e3:.1f} ms  {peak / 2**30:.3f} GiB", file=sys.stdout)
         if is_logged:
             times.clear()
 
@@ -1047,5 +971,5 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{NAME}: error: {error}", file=sys.stderr, flush=True)
+            print(f"train_sharding.py: error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
