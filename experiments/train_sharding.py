@@ -17,6 +17,8 @@ every rank must make the call, because it communicates. At a "sync point" the ho
 import argparse
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import os
@@ -26,7 +28,7 @@ import time
 import types
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 # Read when torch is imported. The profiler of the logged steps would announce itself on the terminal.
@@ -61,12 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON with the sections below; flags win")
     onoff = argparse.BooleanOptionalAction
     add = parser.add_argument_group("model").add_argument
-    add("--vocab-size", type=int, default=512)
-    add("--embed-dim", type=int, default=256)
-    add("--num-layers", type=int, default=4)
-    add("--num-heads", type=int, default=4)
-    add("--ff-hidden-dim", type=int, default=1024)
-    add("--dropout", type=float, default=0.0)
+    for name, default in (("vocab-size", 512), ("embed-dim", 256), ("num-layers", 4), ("num-heads", 4),
+                          ("ff-hidden-dim", 1024), ("dropout", 0.0)):
+        add(f"--{name}", type=type(default), default=default)
     add = parser.add_argument_group("data").add_argument
     add("--seq-len", type=int, default=128, help="tokens in a sequence")
     add("--num-samples", type=int, default=4096, help="sequences in one epoch")
@@ -119,18 +118,17 @@ def config_tokens(path: str, parser: argparse.ArgumentParser) -> list[str]:
         entries = yaml.safe_load(Path(path).read_bytes())  # JSON is YAML
     except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(f"--config {path}: {' '.join(str(error).split())}")
-    if not isinstance(entries, dict):
-        parser.error(f"--config {path}: expected sections such as 'model:' with lines 'key: value'")
     sections = {group.title: {action.dest for action in group._group_actions}
                 for group in parser._action_groups[2:]}
     everywhere = set().union(*sections.values())  # at the top level any flag may stand
     flat, tokens = [], []
-    for name, value in entries.items():
-        inner, known = (value, sections[name]) if name in sections else ({name: value}, everywhere)
-        flat += [(RENAMED.get(key, key), item, known) for key, item in dict(inner).items()]
+    for name, value in entries.items() if isinstance(entries, dict) else [("file", [])]:
+        is_section = name in sections and isinstance(value, dict)
+        inner, known = (value, sections[name]) if is_section else ({name: value}, everywhere)
+        flat += [(RENAMED.get(key, key), item, known) for key, item in inner.items()]
     for key, value, known in flat:
         if key not in known or isinstance(value, (dict, list)):
-            parser.error(f"--config {path}: unknown, or not in this section: {key}: {value}")
+            parser.error(f"--config {path}: not known, or not in this place: {key}: {value}")
         flag = "--" + key.replace("_", "-")
         if isinstance(value, bool):
             tokens.append(flag if value else "--no-" + flag[2:])
@@ -215,13 +213,13 @@ def init_distributed(args: Namespace) -> Ranks:
         ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
-    use_cuda = args.device != "cpu" and torch.cuda.is_available()
-    if use_cuda and local_size > torch.cuda.device_count():
-        raise UserError(f"{local_size} processes, {torch.cuda.device_count()} GPUs: start fewer")
-    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    options = {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if use_cuda else {"backend": "gloo"}
-    if use_cuda:
+    device, options = torch.device("cpu"), {"backend": "gloo"}
+    if args.device != "cpu" and torch.cuda.is_available():
+        if local_size > torch.cuda.device_count():
+            raise UserError(f"{local_size} processes, {torch.cuda.device_count()} GPUs: start fewer")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        options = {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
     if "RANK" not in os.environ:  # alone: no port, no address
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     shard_size = {"NO_SHARD": 1, "HYBRID_SHARD": args.shard_size or local_size}.get(args.sharding, world_size)
@@ -257,17 +255,12 @@ def make_data(args: Namespace) -> Tensor:
 
 
 def take_batch(data: Tensor, start: int, args: Namespace, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """(inputs, labels), each (B, T): this rank's part of the micro-batch whose first sample has number
-    `start`.
+    """(inputs, labels), each (B, T): this rank's part of the micro-batch that begins with sample `start`.
 
-    A sample's place depends on the seed and its number alone. So a resumed run goes on exactly, also with
-    another number of processes."""
-    numbers = range(start + ranks.rank * args.batch_size, start + (ranks.rank + 1) * args.batch_size)
-    rows = []
-    for epoch in sorted({number // len(data) for number in numbers}):
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed * 100_003 + epoch))
-        rows += [order[number % len(data)] for number in numbers if number // len(data) == epoch]
-    tokens = data[torch.stack(rows)].to(ranks.device)
+    Samples are random and their order is fixed, so that a resumed run goes on exactly, also with another
+    number of processes."""
+    first = start + ranks.rank * args.batch_size
+    tokens = data[torch.arange(first, first + args.batch_size) % len(data)].to(ranks.device)
     return tokens[:, :-1], tokens[:, 1:]
 
 
@@ -547,23 +540,21 @@ def find_units(model: Decoder, args: Namespace) -> dict[str, nn.Module]:
         units = {f"block {i}": block for i, block in enumerate(model.blocks)}
     elif args.auto_wrap == "size":  # the smallest modules that are big enough; a list has no forward
         big = {name: module for name, module in model.named_modules() if not isinstance(module, nn.ModuleList)
-               and sum(param.numel() for param in module.parameters()) >= args.min_unit_params}
+               and name and sum(param.numel() for param in module.parameters()) >= args.min_unit_params}
         units = {name: module for name, module in big.items()
-                 if not any(inner is not module and inner in module.modules() for inner in big.values())}
-    return {name: module for name, module in units.items() if module is not model} | {"root": model}
+                 if not any(other.startswith(f"{name}.") for other in big)}
+    return units | {"root": model}
 
 
 def shard_model(model: Decoder, args: Namespace, ranks: Ranks) -> Sharded:
-    """(all ranks) Every rank enters with the same weights.
-
-    All compute in --precision, keep fp32 weights, reduce fp32 gradients and average them over the ranks."""
+    """Every rank enters with the same weights (all ranks). All implementations compute in --precision, keep
+    fp32 weights, and average fp32 gradients over the ranks."""
     dress_blocks(model, args)
     model.to(ranks.device)
     if args.impl == "ddp":
         ids = [ranks.device] if ranks.device.type == "cuda" else None
-        # Gradients live in DDP's buckets, not in a second copy.
-        return Sharded("ddp", nn.parallel.DistributedDataParallel(
-            model, device_ids=ids, gradient_as_bucket_view=True))
+        ddp = nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        return Sharded("ddp", ddp)
     units = find_units(model, args)
     if args.impl == "manual":
         reshards = args.sharding in ("FULL_SHARD", "HYBRID_SHARD")
@@ -574,8 +565,8 @@ def shard_model(model: Decoder, args: Namespace, ranks: Ranks) -> Sharded:
 
 
 def wrap_fsdp1(units: dict[str, nn.Module], args: Namespace, ranks: Ranks) -> nn.Module:
-    from torch.distributed.fsdp import BackwardPrefetch, FullyShardedDataParallel, MixedPrecision
-    from torch.distributed.fsdp import ShardingStrategy
+    from torch.distributed.fsdp import (
+        BackwardPrefetch, FullyShardedDataParallel, MixedPrecision, ShardingStrategy)
     from torch.distributed.fsdp.wrap import CustomPolicy
     *inner, root = units.values()
     dtype = DTYPES[args.precision]
@@ -645,8 +636,8 @@ def clip_and_step(optimizer: torch.optim.Optimizer, grads: list[Tensor], grad_no
                   grad_clip: float) -> float:
     """One update, or none where the gradient is not finite. Returns the gradient's norm without loss scale.
 
-    fp16 cannot hold small gradients, so the loss is multiplied before the backward: by a scale that is halved
-    at an overflow and doubled after 1000 good steps. Other precisions keep the scale 1."""
+    fp16 cannot hold small gradients, so the loss is multiplied before the backward, by a scale that is halved
+    after an overflow. Other precisions have the scale 1."""
     scale = progress["loss_scale"]
     grad_norm /= scale
     if math.isfinite(grad_norm):
@@ -654,11 +645,9 @@ def clip_and_step(optimizer: torch.optim.Optimizer, grads: list[Tensor], grad_no
         if factor != 1.0:
             torch._foreach_mul_(grads, factor)
         optimizer.step()
-        progress["good_steps"] += 1
-        progress["loss_scale"] *= 2 if scale > 1 and progress["good_steps"] % 1000 == 0 else 1
     else:
-        progress |= {"skipped_steps": progress["skipped_steps"] + 1, "good_steps": 0,
-                     "loss_scale": max(1.0, scale / 2)}
+        progress["skipped_steps"] += 1
+        progress["loss_scale"] = max(1.0, scale / 2)
     optimizer.zero_grad()
     return grad_norm
 
@@ -740,9 +729,9 @@ def save_checkpoint(folder: Path, tensors: dict, progress: dict, ranks: Ranks) -
 
 
 def find_checkpoint(args: Namespace) -> Path | None:
-    if args.resume != "auto":
-        return Path(args.resume) if args.resume else None
-    return max(Path(args.ckpt_dir).glob("step_*/progress.json"), default=Path()).parent or None
+    if args.resume == "auto":
+        return max((file.parent for file in Path(args.ckpt_dir).glob("step_*/progress.json")), default=None)
+    return Path(args.resume) if args.resume else None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -761,11 +750,9 @@ def profiled(path: Path | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
         torch.cuda.reset_peak_memory_stats()
-    with torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:
+    with torch.profiler.profile(record_shapes=True, profile_memory=True) as profiler:
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # sync point
@@ -774,25 +761,23 @@ def profiled(path: Path | None) -> Iterator[None]:
 
 def find_collectives(events: list[dict]) -> list[tuple[str, float]]:
     """(kind, bytes) of each collective in a trace: of a gather one rank's part, else the whole tensor."""
-    def size(event: dict) -> int:
-        return math.prod(event["args"]["Input Dims"][0])
-
     # gloo carries out a reduce-scatter as an all-reduce; what was asked for tells them apart.
     scattered = [math.prod(event["args"]["Input Dims"][1]) for event in events
                  if event["name"] == "c10d::_reduce_scatter_base_"]
     found = []
     for event in events:
-        if event["name"].startswith("gloo:"):
-            kind = event["name"].removeprefix("gloo:")
-            if kind == "all_reduce" and size(event) in scattered:
-                scattered.remove(size(event))
+        args, is_nccl = event["args"], event["name"] == "record_param_comms" and "dtype" in event["args"]
+        if is_nccl:
+            kind, size, dtype = args["Collective name"].strip("_"), args["In msg nelems"], args["dtype"].lower()
+            kind = kind.removesuffix("_base").replace("allgather", "all_gather").replace("allr", "all_r")
+        elif event["name"].startswith("gloo:"):
+            kind, size, dtype = event["name"][5:], math.prod(args["Input Dims"][0]), args["Input type"][0]
+            if kind == "all_reduce" and size in scattered:
+                scattered.remove(size)
                 kind = "reduce_scatter"
-            found.append((kind, size(event) * ITEM_SIZES[event["args"]["Input type"][0]]))
-        elif event["name"] == "record_param_comms" and event["args"].get("In msg nelems"):  # NCCL
-            kind = event["args"]["Collective name"].strip("_").removesuffix("_base")
-            kind = {"allgather": "all_gather", "allreduce": "all_reduce"}.get(kind, kind)
-            item_size = ITEM_SIZES[event["args"]["dtype"].lower()]
-            found.append((kind, event["args"]["In msg nelems"] * item_size))
+        else:
+            continue
+        found.append((kind, size * ITEM_SIZES[dtype]))
     return found
 
 
@@ -820,13 +805,9 @@ def read_trace(path: Path, ranks: Ranks) -> tuple[dict[str, float], int]:
              or (event.get("cat") == "kernel" and "nccl" in event["name"].lower())]
     row = {"time/collectives_s": covered(spans) / 1e6,
            **{f"comm/{kind}_mib": num_bytes / 2**20 for kind, num_bytes in sent.items()}}
-    allocated = peak = 0
-    changes = [(event["ts"], event["args"]["Ev Idx"], event["args"]["Bytes"]) for event in events
-               if event["name"] == "[memory]" and event["args"]["Device Type"] == 0]
-    for _, _, num_bytes in sorted(changes):
-        allocated += num_bytes
-        peak = max(peak, allocated)
-    return row, peak
+    changes = sorted((event["ts"], event["args"]["Ev Idx"], event["args"]["Bytes"]) for event in events
+                     if event["name"] == "[memory]" and event["args"]["Device Type"] == 0)
+    return row, max(itertools.accumulate(num_bytes for _, _, num_bytes in changes), default=0)
 
 
 def held_bytes(sharded: Sharded, optimizer: torch.optim.Optimizer) -> int:
@@ -839,19 +820,11 @@ def held_bytes(sharded: Sharded, optimizer: torch.optim.Optimizer) -> int:
     return sum(storages.values()) + buckets
 
 
-def open_record(args: Namespace, ranks: Ranks) -> Callable[[dict], None]:
-    """Rank 0: a function that appends a row to --metrics-path; the first row says what runs where."""
-    def write(row: dict) -> None:
-        if ranks.rank == 0 and args.metrics_path:
-            with open(args.metrics_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-
-    if ranks.rank == 0 and args.metrics_path:
-        Path(args.metrics_path).parent.mkdir(parents=True, exist_ok=True)
-    device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    write({"event": "start", "args": vars(args), "world_size": ranks.world_size, "torch": torch.__version__,
-           "device": device})
-    return write
+def write_row(path: str | None, row: dict) -> None:
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -890,21 +863,24 @@ def main() -> None:
                                   fused=True)
     data = make_data(args)
     torch.manual_seed(args.seed + 1 + ranks.rank)  # other dropout on each rank
-    progress = {"step": 0, "samples": 0, "skipped_steps": 0, "good_steps": 0,  # all of it survives a resume
+    progress = {"step": 0, "samples": 0, "skipped_steps": 0,  # all of it survives a resume
                 "loss_scale": 2.0**16 if args.precision == "fp16" else 1.0}
     if checkpoint_folder := find_checkpoint(args):
         load_tensors(checkpoint_folder, sharded, optimizer, ranks)
         progress = json.loads((checkpoint_folder / "progress.json").read_text())
     samples_per_step = args.batch_size * args.grad_accum * ranks.world_size
     total_steps = args.max_steps or max(1, args.epochs * args.num_samples // samples_per_step)
-    trace = None
-    if ranks.rank == 0:
-        trace = Path(args.trace) if args.trace else Path(tempfile.mkdtemp()) / "trace.json"
-        print(f"{args.impl}, {args.sharding}, {ranks.world_size} processes, {ranks.device.type}, "
-              f"{args.precision}; no model gets below a loss of {BEST_LOSS:.3f}", flush=True)
-    record = open_record(args, ranks)
+    is_main, scratch = ranks.rank == 0, tempfile.TemporaryDirectory()
+    trace = Path(args.trace or f"{scratch.name}/trace.json") if is_main else None
+    record = functools.partial(write_row, args.metrics_path if is_main else None)
+    record({"event": "start", "args": vars(args), "world_size": ranks.world_size, "torch": torch.__version__,
+            "device": f"{os.cpu_count()} CPU cores" if ranks.device.type == "cpu"
+                      else torch.cuda.get_device_name()})
     bar = tqdm(total=total_steps, initial=progress["step"], desc=args.impl, unit="step",
-               disable=ranks.rank > 0 or not sys.stderr.isatty())
+               disable=not is_main or not sys.stderr.isatty())
+    if is_main:
+        bar.write(f"{args.impl}, {args.sharding}, {ranks.world_size} processes, {ranks.device.type}, "
+                  f"{args.precision}; no model gets below a loss of {BEST_LOSS:.3f}", file=sys.stdout)
     times = []  # of the steps since the last row that were not profiled
 
     # Loop ------------------------------------------------------------------------------------
@@ -931,11 +907,10 @@ def main() -> None:
         bar.update()
 
         # Log (rank 0)
-        if is_logged and ranks.rank == 0:
+        if is_logged and is_main:
             communication, allocated = read_trace(trace, ranks)
             peak = held_bytes(sharded, optimizer) + allocated
-            if ranks.device.type == "cuda":
-                peak = torch.cuda.max_memory_allocated()
+            peak = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else peak
             step_s = sum(times) / len(times)
             row = {
                 "event": "log", "step": step, "samples": progress["samples"], "train/loss": mean_loss,
