@@ -49,8 +49,8 @@ warnings.filterwarnings("ignore", module=r"torch\.", category=UserWarning)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class UserError(Exception):  # a problem that the user can solve; shown as one line
-    pass
+class UserError(Exception):
+    """A problem that the user can solve, shown as one line."""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     args = parser.parse_args(argv)
     if args.config:
         args = parser.parse_args([*config_tokens(args.config, parser), *argv])
-    if problems := [*find_problems(args), *find_missing_switches(args)]:
+    if problems := list(find_problems(args)):
         parser.error("\n".join(problems))
     # `prefetch` may stay None: the official implementations then do as they see fit.
     args.sharding = args.sharding or ("NO_SHARD" if args.impl == "ddp" else "FULL_SHARD")
@@ -174,37 +174,37 @@ def find_problems(args: Namespace) -> Iterator[str]:
         yield "--shard-size goes with --sharding HYBRID_SHARD"
     if args.min_unit_params and args.auto_wrap != "size":
         yield "--min-unit-params goes with --auto-wrap size"
-
-
-def find_missing_switches(args: Namespace) -> Iterator[str]:
-    """What the implementation cannot do otherwise is refused, never ignored."""
-    for name in ("auto_wrap", "prefetch", "limit_all_gathers", "use_orig_params"):
-        if args.impl == "ddp" and getattr(args, name) is not None:
-            yield f"--impl ddp gathers no weights and has no units: leave --{name.replace('_', '-')} out"
-    if args.impl == "ddp" and args.sharding not in (None, "NO_SHARD"):
-        yield f"--impl ddp keeps all weights on each process: --sharding {args.sharding} needs another"
-    if args.impl in ("manual", "fsdp2") and args.limit_all_gathers is False:
-        yield f"--impl {args.impl} never gathers more than one unit ahead: leave --no-limit-all-gathers out"
-    if args.impl == "manual" and args.use_orig_params:
-        yield "--impl manual gives the optimizer one flat shard a unit: leave --use-orig-params out"
-    if args.impl == "fsdp2" and args.use_orig_params is False:
-        yield "--impl fsdp2 always keeps the model's own parameters: leave --no-use-orig-params out"
     if args.impl == "fsdp1" and args.compile and args.use_orig_params is False:
         yield "--impl fsdp1 can --compile only with --use-orig-params"
+    for (impl, name, value), reason in REFUSED.items():
+        if args.impl == impl and getattr(args, name) == value:
+            flag = f"--{'no-' * (value is False)}{name.replace('_', '-')}"
+            yield f"--impl {impl} {reason}: leave {flag} out"
+
+
+# What an implementation cannot do otherwise is refused, never ignored.
+REFUSED = {
+    ("manual", "limit_all_gathers", False): "never gathers more than one unit ahead",
+    ("manual", "use_orig_params", True): "gives the optimizer one flat shard a unit",
+    ("fsdp2", "limit_all_gathers", False): "never gathers more than one unit ahead",
+    ("fsdp2", "use_orig_params", False): "always keeps the model's own parameters",
+    **{("ddp", name, value): "gathers no weights and has no units" for value in (True, False)
+       for name in ("prefetch", "limit_all_gathers", "use_orig_params")},
+    **{("ddp", "sharding", name): "keeps all weights on each process"
+       for name in ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD")},
+    **{("ddp", "auto_wrap", name): "has no units" for name in ("transformer", "size", "none")},
+}
 
 
 # ------------------------------------------------------------------------------------------------
 # 2. Distributed: who am I, which device, which mesh
 
 @dataclasses.dataclass
-class Ranks:
-    """This process among the others; rank and world_size mean what torchrun's variables mean.
-
-    `mesh` has two dimensions: weights are sharded over "shard" and replicated over "replicate"."""
+class Ranks:  # this process among the others
     rank: int
     world_size: int
     device: torch.device
-    mesh: dist.DeviceMesh
+    mesh: dist.DeviceMesh  # ("replicate", "shard"): weights are sharded over the second dimension
 
 
 def init_distributed(args: Namespace) -> Ranks:
@@ -590,13 +590,10 @@ def apply_fsdp2(units: dict[str, nn.Module], args: Namespace, ranks: Ranks) -> n
     for module in inner:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards)
     fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for before, module, after in zip([None, *inner], inner, [*inner[1:], None]):
-        if args.prefetch and after:
-            module.set_modules_to_forward_prefetch([after])
-        if args.prefetch is False:  # an empty list would mean its default, which is to prefetch
-            module.set_modules_to_backward_prefetch([module])
-        elif args.prefetch and before:
-            module.set_modules_to_backward_prefetch([before])
+    for i, module in enumerate(inner if args.prefetch is not None else []):
+        module.set_modules_to_forward_prefetch(inner[i + 1:i + 2] if args.prefetch else [])
+        # An empty list would mean the default, which is to prefetch; itself is gathered already.
+        module.set_modules_to_backward_prefetch(inner[i - 1:i] if args.prefetch else [module])
     return root
 
 
@@ -622,13 +619,13 @@ def local_part(tensor: Tensor) -> Tensor:
 def reduce_stats(grads: list[Tensor], loss: Tensor, num_copies: int, ranks: Ranks) -> tuple[float, float]:
     """(mean loss, gradient norm) over all ranks, by one collective (all ranks).
 
-    In fp64, so that the norm does not depend on how the gradient is cut into shards. `num_copies` ranks hold
-    the same gradient."""
+    Summed in fp64, rounded to fp32: the norm does not depend on how the gradient is cut into shards.
+    `num_copies` ranks hold the same gradient."""
     norms = torch._foreach_norm(grads, dtype=torch.float64)
     stats = torch.stack([loss.double(), torch.stack(norms).square().sum()])
     dist.all_reduce(stats)
-    loss_sum, square = stats.tolist()  # sync point
-    return loss_sum / ranks.world_size, math.sqrt(square / num_copies)
+    loss, square = stats / torch.tensor([ranks.world_size, num_copies], device=stats.device)
+    return tuple(torch.stack([loss, square.sqrt()]).float().tolist())  # sync point
 
 
 @torch.no_grad()
@@ -745,11 +742,8 @@ ITEM_SIZES = {"float": 4, "c10::BFloat16": 2, "bfloat16": 2, "c10::Half": 2, "ha
 
 
 @contextlib.contextmanager
-def profiled(path: Path | None) -> Iterator[None]:
-    """Write a trace of what happens inside to `path`; None: measure nothing."""
-    if path is None:
-        yield
-        return
+def profiled(path: Path) -> Iterator[None]:
+    """Write a trace of what happens inside to `path`."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with torch.profiler.profile(record_shapes=True, profile_memory=True) as profiler:
@@ -822,7 +816,6 @@ def held_bytes(sharded: Sharded, optimizer: torch.optim.Optimizer) -> int:
 
 def write_row(path: str | None, row: dict) -> None:
     if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -851,10 +844,10 @@ def forward_backward(sharded: Sharded, data: Tensor, args: Namespace, ranks: Ran
     return total
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     # Set-up ---------------------------------------------------------------------------------
     from tqdm import tqdm
-    args = parse_args()
+    args = parse_args(argv)
     ranks = init_distributed(args)
     torch.manual_seed(args.seed)  # the same weights on all ranks
     sharded = shard_model(Decoder(args), args, ranks)
@@ -871,7 +864,7 @@ def main() -> None:
     samples_per_step = args.batch_size * args.grad_accum * ranks.world_size
     total_steps = args.max_steps or max(1, args.epochs * args.num_samples // samples_per_step)
     is_main, scratch = ranks.rank == 0, tempfile.TemporaryDirectory()
-    trace = Path(args.trace or f"{scratch.name}/trace.json") if is_main else None
+    trace = Path(args.trace or f"{scratch.name}/trace.json")
     record = functools.partial(write_row, args.metrics_path if is_main else None)
     record({"event": "start", "args": vars(args), "world_size": ranks.world_size, "torch": torch.__version__,
             "device": f"{os.cpu_count()} CPU cores" if ranks.device.type == "cpu"
@@ -890,7 +883,7 @@ def main() -> None:
         started = time.perf_counter()
 
         # Forward, backward, update (all ranks)
-        with profiled(trace if is_logged else None):
+        with profiled(trace) if is_main and is_logged else contextlib.nullcontext():
             loss = forward_backward(sharded, data, args, ranks, progress)
             lr = args.lr * min(1.0, step / max(1, args.warmup_steps))
             for group in optimizer.param_groups:
@@ -900,17 +893,16 @@ def main() -> None:
             grad_norm = clip_and_step(optimizer, grads, grad_norm, progress, args.grad_clip)
 
         # Count
-        seconds = time.perf_counter() - started
         if not is_logged or not times:
-            times.append(seconds)
+            times.append(time.perf_counter() - started)
         progress |= {"step": step, "samples": progress["samples"] + samples_per_step}
         bar.update()
 
         # Log (rank 0)
         if is_logged and is_main:
             communication, allocated = read_trace(trace, ranks)
-            peak = held_bytes(sharded, optimizer) + allocated
-            peak = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else peak
+            on_cpu = held_bytes(sharded, optimizer) + allocated
+            peak = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else on_cpu
             step_s = sum(times) / len(times)
             row = {
                 "event": "log", "step": step, "samples": progress["samples"], "train/loss": mean_loss,
@@ -927,8 +919,7 @@ def main() -> None:
             times.clear()
 
         # Save (all ranks)
-        is_last = step == total_steps
-        if args.ckpt_dir and (is_last or (args.save_every and step % args.save_every == 0)):
+        if args.ckpt_dir and (step == total_steps or (args.save_every and step % args.save_every == 0)):
             started = time.perf_counter()
             tensors = checkpoint_tensors(sharded, optimizer, ranks)
             folder = save_checkpoint(Path(args.ckpt_dir), tensors, progress, ranks)
