@@ -225,7 +225,8 @@ def init_distributed(args: Namespace) -> Ranks:
     shard_size = {"NO_SHARD": 1, "HYBRID_SHARD": args.shard_size or local_size}.get(args.sharding, world_size)
     if world_size % shard_size:
         raise UserError(f"--shard-size {shard_size} does not divide the {world_size} processes")
-    dist.init_process_group(**options)
+    if not dist.is_initialized():
+        dist.init_process_group(**options)
     mesh = dist.init_device_mesh(device.type, (world_size // shard_size, shard_size),
                                  mesh_dim_names=("replicate", "shard"))
     return Ranks(rank, world_size, device, mesh)
@@ -929,12 +930,12 @@ def main(argv: list[str] | None = None) -> None:
     # End -------------------------------------------------------------------------------------
     bar.close()
     record({"event": "end", "step": progress["step"], "samples": progress["samples"]})
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     try:
         main()
+        dist.destroy_process_group()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"train_sharding.py: error: {error}", file=sys.stderr, flush=True)

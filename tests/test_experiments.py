@@ -56,7 +56,7 @@ def difference(tmp_path, one, other, step):
 def one(tmp_path_factory):
     """One process: four implementations with dropout, recomputation and two micro-batches."""
     tmp_path = tmp_path_factory.mktemp("one")
-    common = ["--max-steps", 6, "--log-every", 1, "--dropout", 0.1, "--grad-accum", 2,
+    common = ["--max-steps", 4, "--log-every", 1, "--dropout", 0.1, "--grad-accum", 2,
               "--activation-checkpoint"]
     train(tmp_path, 1, {impl: [*common, "--impl", impl] for impl in IMPLS})
     return tmp_path
@@ -64,15 +64,15 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """Two processes: 8 steps straight, and 4 more from the checkpoint after 4 that `manual` or another wrote."""
+    """Two processes: 4 steps straight, and 2 more from the checkpoint after 2 that `manual` or another wrote."""
     tmp_path = tmp_path_factory.mktemp("two")
-    common = ["--max-steps", 8, "--log-every", 1, "--grad-accum", 2, "--dropout", 0.1]
-    runs = {impl: [*common, "--save-every", 4, "--impl", impl] for impl in IMPLS}
+    common = ["--max-steps", 4, "--log-every", 1, "--grad-accum", 2, "--dropout", 0.1]
+    runs = {impl: [*common, "--save-every", 2, "--impl", impl] for impl in IMPLS}
     for impl in IMPLS:
         resumed = [*common, "--impl", impl, "--resume"]
-        runs[f"{impl}_from_manual"] = [*resumed, tmp_path / "manual" / "step_000004"]
-        runs[f"{impl}_from_itself"] = [*resumed, tmp_path / impl / "step_000004"]
-        runs[f"manual_from_{impl}"] = [*common, "--impl", "manual", "--resume", tmp_path / impl / "step_000004"]
+        runs[f"{impl}_from_manual"] = [*resumed, tmp_path / "manual" / "step_000002"]
+        runs[f"{impl}_from_itself"] = [*resumed, tmp_path / impl / "step_000002"]
+        runs[f"manual_from_{impl}"] = [*common, "--impl", "manual", "--resume", tmp_path / impl / "step_000002"]
     runs["grad_op"] = [*common, "--impl", "manual", "--sharding", "SHARD_GRAD_OP", "--no-prefetch"]
     runs["none"] = [*common, "--impl", "manual", "--auto-wrap", "none"]
     runs["size"] = [*common, "--impl", "manual", "--auto-wrap", "size", "--min-unit-params", 2000]
@@ -89,30 +89,30 @@ def two(tmp_path_factory):
 @pytest.mark.parametrize("impl", ["manual", "fsdp1", "fsdp2"])
 def test_one_process_bitwise(one, impl):
     assert curve(one, impl) == curve(one, "ddp")
-    assert difference(one, impl, "ddp", 6) == 0
+    assert difference(one, impl, "ddp", 4) == 0
 
 
 @pytest.mark.parametrize("impl", ["manual", "fsdp1", "fsdp2"])
 def test_two_processes_agree(two, impl):
     for row, expected in zip(curve(two, impl), curve(two, "ddp"), strict=True):
         assert row == pytest.approx(expected, rel=1e-6)
-    assert difference(two, impl, "ddp", 8) < 1e-6
+    assert difference(two, impl, "ddp", 4) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["grad_op", "none", "size"])
 def test_manual_sharding_changes_no_number(two, name):
     assert curve(two, name) == curve(two, "manual")
-    assert difference(two, name, "manual", 8) == 0
+    assert difference(two, name, "manual", 4) == 0
 
 
 def test_bf16_agrees_with_fsdp2(two):
     assert curve(two, "manual_bf16") == curve(two, "fsdp2_bf16")
-    assert difference(two, "manual_bf16", "fsdp2_bf16", 8) == 0
+    assert difference(two, "manual_bf16", "fsdp2_bf16", 4) == 0
 
 
 def test_loss_falls(two):
     losses = [loss for _, loss, _ in curve(two, "manual")]
-    assert losses[-1] < losses[0] - 0.2
+    assert losses[-1] < losses[0] - 0.005
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -120,16 +120,16 @@ def test_loss_falls(two):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_exact_resume(two, impl):
-    assert curve(two, f"{impl}_from_itself") == curve(two, impl)[4:]
-    assert difference(two, f"{impl}_from_itself", impl, 8) == 0
+    assert curve(two, f"{impl}_from_itself") == curve(two, impl)[2:]
+    assert difference(two, f"{impl}_from_itself", impl, 4) == 0
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_checkpoints_load_in_each_other(two, impl):
     for name in (f"{impl}_from_manual", f"manual_from_{impl}"):
-        for row, expected in zip(curve(two, name), curve(two, impl)[4:], strict=True):
+        for row, expected in zip(curve(two, name), curve(two, impl)[2:], strict=True):
             assert row == pytest.approx(expected, rel=1e-6)
-        assert difference(two, name, impl, 8) < 1e-6
+        assert difference(two, name, impl, 4) < 1e-6
 
 
 # ----------------------------------------------------------------------------------------------------
