@@ -31,7 +31,7 @@ def train(tmp_path, nproc, runs, timeout=300):
         [*map(str, [*SMALL, *args]), "--metrics-path", str(tmp_path / f"{name}.jsonl"),
          "--ckpt-dir", str(tmp_path / name)] for name, args in runs.items()
     ]))
-    run_script([file], nproc=nproc, script="tests/sharding_runs.py", timeout=timeout)
+    run_script(["--runs", file], nproc=nproc, script="experiments/smoke_test.py", timeout=timeout)
 
 
 def log_rows(tmp_path, name):
@@ -108,11 +108,6 @@ def test_manual_sharding_changes_no_number(two, name):
 def test_bf16_agrees_with_fsdp2(two):
     assert curve(two, "manual_bf16") == curve(two, "fsdp2_bf16")
     assert difference(two, "manual_bf16", "fsdp2_bf16", 4) == 0
-
-
-def test_loss_falls(two):
-    losses = [loss for _, loss, _ in curve(two, "manual")]
-    assert losses[-1] < losses[0] - 0.005
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -235,6 +230,8 @@ def test_fifty_steps(tmp_path, nproc):
         for row, expected in zip(curve(tmp_path, impl), curve(tmp_path, "ddp"), strict=True):
             assert row == (expected if nproc == 1 else pytest.approx(expected, rel=1e-6))
         assert difference(tmp_path, impl, "ddp", 50) <= (0 if nproc == 1 else 1e-6)
+    losses = [loss for _, loss, _ in curve(tmp_path, "manual")]
+    assert losses[-1] < losses[0] - 0.5
 
 
 @pytest.mark.slow
