@@ -3,13 +3,13 @@
     python experiments/run_experiments.py --launcher "torchrun --standalone --nproc_per_node=2" \\
         --output-dir artifacts/experiments --execute
 
-Without --execute it writes the configs only. It goes on when an experiment fails. Stop it with Ctrl-C and start
-it again with the same command: it goes on with what is not finished. Then look at the results:
+Without --execute it writes the configs only. It goes on when an experiment fails. Stop it with Ctrl-C; the
+same command goes on with what is not finished. Then look at the results:
 
     python experiments/analyze_metrics.py --experiment-dir artifacts/experiments --baseline ddp_fp32
 
-Files of the output folder, for each run NAME_seedN: configs/NAME_seedN.json, NAME_seedN_metrics.jsonl (one row
-a logged step), NAME_seedN.log (what it printed); sweep.json says what was run where, and in which order.
+Files of the output folder for each run NAME_seedN: configs/NAME_seedN.json, NAME_seedN_metrics.jsonl (one
+row a logged step), NAME_seedN.log (what it printed); sweep.json says what was run where and in which order.
 """
 
 import argparse
@@ -157,8 +157,8 @@ def main() -> None:
             failed.append(run)
             bar.write(f"{run} failed (exit code {code}): {reason or 'see its log'}", file=sys.stdout)
     bar.close()
-    print(f"{len(runs) - len(failed)} of {len(runs)} runs finished; now: python experiments/analyze_metrics.py "
-          f"--experiment-dir {args.output_dir} --baseline ddp_fp32")
+    print(f"{len(runs) - len(failed)} of {len(runs)} runs finished; now: python "
+          f"experiments/analyze_metrics.py --experiment-dir {args.output_dir} --baseline ddp_fp32")
     sys.exit(1 if failed else 0)
 
 

@@ -5,19 +5,18 @@
     torchrun --standalone --nproc_per_node=2 experiments/train_sharding.py --impl fsdp2 --precision bf16
 
 `--impl` chooses who shards; model, data, optimizer and loop are the same for all. `manual` is fully sharded
-data parallelism written out, in section 5; README.md beside this file explains it and the metrics. What a real
-training needs besides is left out (train_llm.py has it): text data, evaluation, export, models that do not fit
-on one device before they are sharded.
+data parallelism written out, in section 4; README.md beside this file explains it and the metrics. What else
+a real training needs is left out (train_llm.py has it): text data, evaluation, export, models that do not
+fit on one device before they are sharded.
 
-Contents: 1 Arguments, 2 Distributed, 3 Data, 4 Model, 5 Manual FSDP, 6 All implementations, 7 Update,
-8 Checkpoints, 9 Run record, 10 Training. `EDIT:` marks the lines that people change. "(all ranks)" means that
-every rank must make the call, because it communicates. At a "sync point" the host waits for the device.
+Contents: 1 Arguments, 2 Distributed, 3 Data and model, 4 Manual FSDP, 5 All implementations, 6 Checkpoints,
+7 Run record, 8 Training. `EDIT:` marks the lines that people change. "(all ranks)" means that every rank must
+make the call, because it communicates. At a "sync point" the host waits for the device.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -44,7 +43,7 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 # torch 2.13 has other names for collectives that 2.11 does not know yet, and FSDP1 has been superseded.
-warnings.filterwarnings("ignore", module=r"torch\.", category=(FutureWarning))
+warnings.filterwarnings("ignore", module=r"torch\.", category=FutureWarning)
 warnings.filterwarnings("ignore", module=r"torch\.", category=UserWarning)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -92,12 +91,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("fsdp").add_argument
     add("--impl", choices=["ddp", "manual", "fsdp1", "fsdp2"], default="manual")
     add("--sharding", choices=["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD"],
-        help="FULL_SHARD frees gathered weights after the forward, SHARD_GRAD_OP after the backward; "
-             "HYBRID_SHARD shards within groups and replicates over them; NO_SHARD replicates")
-    add("--shard-size", type=int, metavar="N", help="processes in one group of HYBRID_SHARD (default: those "
-        "of one node)")
-    add("--auto-wrap", choices=["transformer", "size", "none"], help="a unit is gathered at once: a block, "
-        "a module with --min-unit-params, or the whole model (default: transformer)")
+        help="gathered weights are freed after the forward, after the backward, never; HYBRID_SHARD: "
+             "sharded within groups, replicated over them (default: FULL_SHARD; ddp: NO_SHARD)")
+    add("--shard-size", type=int, metavar="N", help="processes in a HYBRID_SHARD group (default: a node's)")
+    add("--auto-wrap", choices=["transformer", "size", "none"], help="what is gathered at once: a block "
+        "(default), a module with --min-unit-params, or the whole model")
     add("--min-unit-params", type=int, metavar="N", help="for --auto-wrap size (default: 100000)")
     add("--activation-checkpoint", action=onoff, default=False, help="recompute blocks in the backward")
     add("--prefetch", action=onoff, help="gather the next unit while this one computes")
@@ -107,12 +105,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 RENAMED = {"mixed_precision": "precision", "sharding_strategy": "sharding", "auto_wrap_policy": "auto_wrap",
-           "activation_checkpointing": "activation_checkpoint", "checkpoint_dir": "ckpt_dir",
-           "grad_accum_steps": "grad_accum"}
+           "activation_checkpointing": "activation_checkpoint", "checkpoint_dir": "ckpt_dir"}
 
 
 def config_tokens(path: str, parser: argparse.ArgumentParser) -> list[str]:
-    """A config file as command-line tokens, so that one parser checks both."""
     import yaml
     try:
         entries = yaml.safe_load(Path(path).read_bytes())  # JSON is YAML
@@ -121,19 +117,17 @@ def config_tokens(path: str, parser: argparse.ArgumentParser) -> list[str]:
     sections = {group.title: {action.dest for action in group._group_actions}
                 for group in parser._action_groups[2:]}
     everywhere = set().union(*sections.values())  # at the top level any flag may stand
-    flat, tokens = [], []
+    tokens = []
     for name, value in entries.items() if isinstance(entries, dict) else [("file", [])]:
         is_section = name in sections and isinstance(value, dict)
         inner, known = (value, sections[name]) if is_section else ({name: value}, everywhere)
-        flat += [(RENAMED.get(key, key), item, known) for key, item in inner.items()]
-    for key, value, known in flat:
-        if key not in known or isinstance(value, (dict, list)):
-            parser.error(f"--config {path}: not known, or not in this place: {key}: {value}")
-        flag = "--" + key.replace("_", "-")
-        if isinstance(value, bool):
-            tokens.append(flag if value else "--no-" + flag[2:])
-        elif value is not None:
-            tokens.append(f"{flag}={value}")
+        for key, item in inner.items():
+            flag = RENAMED.get(key, str(key)).replace("_", "-")
+            if flag.replace("-", "_") not in known or isinstance(item, (dict, list)):
+                parser.error(f"--config {path}: not known, or not in this place: {key}: {item}")
+            if item is not None:
+                is_switch = isinstance(item, bool)
+                tokens.append(f"--{'' if item else 'no-'}{flag}" if is_switch else f"--{flag}={item}")
     return tokens
 
 
@@ -170,10 +164,9 @@ def find_problems(args: Namespace) -> Iterator[str]:
         yield "--resume auto looks into --ckpt-dir: give one"
     if args.resume not in (None, "auto") and not (Path(args.resume) / "progress.json").is_file():
         yield f"--resume {args.resume}: not a checkpoint (a folder such as DIR/step_000100)"
-    if args.shard_size and args.sharding != "HYBRID_SHARD":
-        yield "--shard-size goes with --sharding HYBRID_SHARD"
-    if args.min_unit_params and args.auto_wrap != "size":
-        yield "--min-unit-params goes with --auto-wrap size"
+    if (args.shard_size and args.sharding != "HYBRID_SHARD") or (args.min_unit_params
+                                                                 and args.auto_wrap != "size"):
+        yield "--shard-size goes with --sharding HYBRID_SHARD, --min-unit-params with --auto-wrap size"
     if args.impl == "fsdp1" and args.compile and args.use_orig_params is False:
         yield "--impl fsdp1 can --compile only with --use-orig-params"
     for (impl, name, value), reason in REFUSED.items():
@@ -233,7 +226,7 @@ def init_distributed(args: Namespace) -> Ranks:
 
 
 # ------------------------------------------------------------------------------------------------
-# 3. Data: a language that a program speaks, in one global order
+# 3. Data and model: random sentences of a small language, and a decoder of pre-norm blocks
 
 BRANCH_PROBS = (0.6, 0.2, 0.1, 0.1)
 # No model can do better on average, in nats a token; the first token of a sequence is given.
@@ -241,9 +234,8 @@ BEST_LOSS = -sum(p * math.log(p) for p in BRANCH_PROBS)
 
 
 def make_data(args: Namespace) -> Tensor:
-    """(samples, tokens + 1) of a Markov chain: each token has four successors, some more probable.
-
-    EDIT: return token ids of your own text here. All ranks hold the same."""
+    """(samples, tokens + 1) of a Markov chain: each token has four successors, some more probable."""
+    # EDIT: return token ids of your own text, the same on all ranks, in random order.
     random = torch.Generator().manual_seed(args.seed)
     successors = torch.randint(args.vocab_size, (args.vocab_size, len(BRANCH_PROBS)), generator=random)
     S, T = args.num_samples, args.seq_len
@@ -256,17 +248,12 @@ def make_data(args: Namespace) -> Tensor:
 
 
 def take_batch(data: Tensor, start: int, args: Namespace, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """(inputs, labels), each (B, T): this rank's part of the micro-batch that begins with sample `start`.
-
-    Samples are random and their order is fixed, so that a resumed run goes on exactly, also with another
-    number of processes."""
+    """(inputs, labels), each (B, T): this rank's part of the micro-batch that begins with sample `start`. The
+    order is fixed, so that a resumed run goes on exactly, also with another number of processes."""
     first = start + ranks.rank * args.batch_size
     tokens = data[torch.arange(first, first + args.batch_size) % len(data)].to(ranks.device)
     return tokens[:, :-1], tokens[:, 1:]
 
-
-# ------------------------------------------------------------------------------------------------
-# 4. Model: a decoder of pre-norm blocks
 
 class Block(nn.Module):
     def __init__(self, args: Namespace):
@@ -307,9 +294,8 @@ class Decoder(nn.Module):
 
 
 def dress_blocks(model: Decoder, args: Namespace) -> None:
-    """Recomputation and compilation go inside what is sharded, so that gathering stays outside the graph.
-
-    All blocks share one compiled function: bound methods would be compiled once for each block."""
+    """Recomputation and compilation go inside what is sharded, so that gathering stays outside the graph. All
+    blocks share one compiled function: bound methods would be compiled once for each block."""
     def recomputed(block: Block, x: Tensor) -> Tensor:
         return checkpoint(Block.forward, block, x, use_reentrant=False)
 
@@ -320,7 +306,7 @@ def dress_blocks(model: Decoder, args: Namespace) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. Manual FSDP
+# 4. Manual FSDP
 #
 # The model is cut into units, here: each block, and a root with all the rest. A rank keeps 1/N of each unit:
 # a slice of one flat vector, in which all parameters of the unit stand end to end. A step goes like this:
@@ -373,10 +359,9 @@ def shard_manually(fsdp: ManualFSDP, modules: dict[str, nn.Module], full_names: 
         slots = [(owner, key, param) for owner in module.modules()
                  for key, param in owner.named_parameters(recurse=False) if param in full_names]
         if slots:
-            unit = make_unit(fsdp, name, module, slots)
-            unit.names = [full_names.pop(param) for _, _, param in slots]
-            add_hooks(fsdp, unit)
-            fsdp.units.append(unit)
+            fsdp.units.append(make_unit(fsdp, name, module, slots))
+            fsdp.units[-1].names = [full_names.pop(param) for _, _, param in slots]
+            add_hooks(fsdp, fsdp.units[-1])
 
 
 def make_unit(fsdp: ManualFSDP, name: str, module: nn.Module, slots: list[tuple]) -> Unit:
@@ -498,7 +483,7 @@ def finish_backward(fsdp: ManualFSDP) -> None:
     finish_reduce(fsdp)
     missing = [name for unit in fsdp.units if unit.shard.grad is None for name in unit.names]
     if missing:
-        raise UserError(f"no gradient for some of {', '.join(missing)}: each parameter of a unit must be used")
+        raise UserError(f"no gradient for some of {', '.join(missing)}: use each parameter of a unit")
 
 
 def whole_tensors(fsdp: ManualFSDP, unit: Unit, local: Tensor) -> dict[str, DTensor]:
@@ -521,7 +506,7 @@ def fill_slice(fsdp: ManualFSDP, unit: Unit, local: Tensor, tensors: dict[str, D
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. All implementations: the same units, precision and reductions, each in its own words
+# 5. All implementations: the same units, precision and reductions, each in its own words; one update
 
 @dataclasses.dataclass
 class Sharded:
@@ -609,19 +594,14 @@ def reducing(sharded: Sharded, is_last: bool) -> contextlib.AbstractContextManag
     return contextlib.nullcontext()
 
 
-# ------------------------------------------------------------------------------------------------
-# 7. Update: one norm over all ranks, clipping, a loss scale for fp16
-
 def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def reduce_stats(grads: list[Tensor], loss: Tensor, num_copies: int, ranks: Ranks) -> tuple[float, float]:
-    """(mean loss, gradient norm) over all ranks, by one collective (all ranks).
-
-    Summed in fp64, rounded to fp32: the norm does not depend on how the gradient is cut into shards.
-    `num_copies` ranks hold the same gradient."""
+    """(mean loss, gradient norm) over all ranks, by one collective (all ranks). `num_copies` ranks hold the
+    same gradient. Sums are fp64, rounded to fp32: how the gradient is cut into shards makes no difference."""
     norms = torch._foreach_norm(grads, dtype=torch.float64)
     stats = torch.stack([loss.double(), torch.stack(norms).square().sum()])
     dist.all_reduce(stats)
@@ -632,10 +612,9 @@ def reduce_stats(grads: list[Tensor], loss: Tensor, num_copies: int, ranks: Rank
 @torch.no_grad()
 def clip_and_step(optimizer: torch.optim.Optimizer, grads: list[Tensor], grad_norm: float, progress: dict,
                   grad_clip: float) -> float:
-    """One update, or none where the gradient is not finite. Returns the gradient's norm without loss scale.
+    """One update, or none where the gradient is not finite. Returns its norm without the loss scale.
 
-    fp16 cannot hold small gradients, so the loss is multiplied before the backward, by a scale that is halved
-    after an overflow. Other precisions have the scale 1."""
+    fp16 cannot hold small gradients: the loss is scaled up before the backward, half as much after overflow."""
     scale = progress["loss_scale"]
     grad_norm /= scale
     if math.isfinite(grad_norm):
@@ -651,13 +630,11 @@ def clip_and_step(optimizer: torch.optim.Optimizer, grads: list[Tensor], grad_no
 
 
 # ------------------------------------------------------------------------------------------------
-# 8. Checkpoints: DCP, torch's distributed checkpoint, under the model's own names, whoever has sharded it
+# 6. Checkpoints: DCP, torch's distributed checkpoint, under the model's own names, whoever has sharded it
 
 def checkpoint_tensors(sharded: Sharded, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
-    """{"model": {name: tensor}, "optim": {name: its state}, "random": {rank: state}} (all ranks).
-
-    DCP stores whole tensors by name and reads any part of them: what one implementation has saved, each other
-    one loads, with any number of processes."""
+    """{"model": {name: tensor}, "optim": {name: its state}, "random": {rank: state}} (all ranks). DCP reads
+    any part of a tensor by name, so each loads what another saved, on any number of processes."""
     from torch.distributed.checkpoint.state_dict import get_state_dict
     random = {f"cpu_{ranks.rank}": torch.get_rng_state()}
     if ranks.device.type == "cuda":
@@ -695,8 +672,7 @@ def load_tensors(folder: Path, sharded: Sharded, optimizer: torch.optim.Optimize
     try:
         dcp.load(state, checkpoint_id=folder)
     except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"{folder} does not fit this model, or is damaged: {reason}") from error
+        raise UserError(f"{folder} is damaged, or of another model: {str(error).splitlines()[-1]}") from error
     if sharded.manual:
         for unit in sharded.manual.units:
             own = adam_state(optimizer, unit.shard)
@@ -726,18 +702,11 @@ def save_checkpoint(folder: Path, tensors: dict, progress: dict, ranks: Ranks) -
     return final
 
 
-def find_checkpoint(args: Namespace) -> Path | None:
-    if args.resume == "auto":
-        return max((file.parent for file in Path(args.ckpt_dir).glob("step_*/progress.json")), default=None)
-    return Path(args.resume) if args.resume else None
-
-
 # ------------------------------------------------------------------------------------------------
-# 9. Run record: how communication and memory are measured (README.md lists the metrics)
+# 7. Run record: how communication and memory are measured (README.md lists the metrics)
 #
-# Rank 0 runs each logged step under torch.profiler and reads collectives and allocations from the trace, in
-# the same way for each implementation. That step is slower, so it does not count for tokens/s (unless all
-# steps are logged).
+# Rank 0 runs each logged step under torch.profiler and reads collectives and allocations from the trace, the
+# same way for each implementation. That slower step does not count for tokens/s, unless all are logged.
 ITEM_SIZES = {"float": 4, "c10::BFloat16": 2, "bfloat16": 2, "c10::Half": 2, "half": 2, "double": 8,
               "int": 4, "long": 8, "long int": 8}
 
@@ -763,8 +732,9 @@ def find_collectives(events: list[dict]) -> list[tuple[str, float]]:
     for event in events:
         args, is_nccl = event["args"], event["name"] == "record_param_comms" and "dtype" in event["args"]
         if is_nccl:
-            kind, size, dtype = args["Collective name"].strip("_"), args["In msg nelems"], args["dtype"].lower()
-            kind = kind.removesuffix("_base").replace("allgather", "all_gather").replace("allr", "all_r")
+            kind = args["Collective name"].strip("_").removesuffix("_base")
+            kind = kind.replace("allgather", "all_gather").replace("allreduce", "all_reduce")
+            size, dtype = args["In msg nelems"], args["dtype"].lower()
         elif event["name"].startswith("gloo:"):
             kind, size, dtype = event["name"][5:], math.prod(args["Input Dims"][0]), args["Input type"][0]
             if kind == "all_reduce" and size in scattered:
@@ -776,29 +746,21 @@ def find_collectives(events: list[dict]) -> list[tuple[str, float]]:
     return found
 
 
-def covered(intervals: list[tuple[float, float]]) -> float:
-    """Length of the union of (start, end)."""
-    total, reached = 0.0, -math.inf
-    for start, end in sorted(intervals):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
-
-
 def read_trace(path: Path, ranks: Ranks) -> tuple[dict[str, float], int]:
     """(time and traffic in collectives, largest sum of bytes that were allocated in host memory)."""
     events = [event for event in json.loads(path.read_text())["traceEvents"] if "args" in event]
     num_replicas, num_shards = ranks.mesh.shape
-    num_reducing = num_replicas if num_replicas > 1 else ranks.world_size  # else only two numbers are
     factors = {"all_gather": num_shards - 1, "reduce_scatter": (num_shards - 1) / num_shards,
-               "all_reduce": 2 * (num_reducing - 1) / num_reducing}
+               "all_reduce": 2 * (num_replicas - 1) / num_replicas}  # without replicas only two numbers are
     sent = dict.fromkeys([*factors, "other"], 0.0)
     for kind, num_bytes in find_collectives(events):
         sent[kind if kind in factors else "other"] += num_bytes * factors.get(kind, 1)
-    spans = [(event["ts"], event["ts"] + event["dur"]) for event in events
-             if event["name"].startswith("gloo:")
-             or (event.get("cat") == "kernel" and "nccl" in event["name"].lower())]
-    row = {"time/collectives_s": covered(spans) / 1e6,
+    busy = reached = 0.0  # microseconds with at least one collective; where they end
+    for start, end in sorted((event["ts"], event["ts"] + event["dur"]) for event in events
+                             if event["name"].startswith(("gloo:", "ncclDevKernel"))):
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    row = {"time/collectives_s": busy / 1e6,
            **{f"comm/{kind}_mib": num_bytes / 2**20 for kind, num_bytes in sent.items()}}
     changes = sorted((event["ts"], event["args"]["Ev Idx"], event["args"]["Bytes"]) for event in events
                      if event["name"] == "[memory]" and event["args"]["Device Type"] == 0)
@@ -815,14 +777,8 @@ def held_bytes(sharded: Sharded, optimizer: torch.optim.Optimizer) -> int:
     return sum(storages.values()) + buckets
 
 
-def write_row(path: str | None, row: dict) -> None:
-    if path:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-
 # ------------------------------------------------------------------------------------------------
-# 10. Training
+# 8. Training
 
 def forward_backward(sharded: Sharded, data: Tensor, args: Namespace, ranks: Ranks, progress: dict) -> Tensor:
     """Gradients of one step's mean loss, in place (all ranks). Returns this rank's mean loss.
@@ -859,14 +815,21 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed + 1 + ranks.rank)  # other dropout on each rank
     progress = {"step": 0, "samples": 0, "skipped_steps": 0,  # all of it survives a resume
                 "loss_scale": 2.0**16 if args.precision == "fp16" else 1.0}
-    if checkpoint_folder := find_checkpoint(args):
-        load_tensors(checkpoint_folder, sharded, optimizer, ranks)
-        progress = json.loads((checkpoint_folder / "progress.json").read_text())
+    found = Path(args.ckpt_dir).glob("step_*") if args.resume == "auto" else [args.resume]
+    if newest := max(map(str, filter(None, found)), default=None):
+        load_tensors(Path(newest), sharded, optimizer, ranks)
+        progress = json.loads((Path(newest) / "progress.json").read_text())
     samples_per_step = args.batch_size * args.grad_accum * ranks.world_size
     total_steps = args.max_steps or max(1, args.epochs * args.num_samples // samples_per_step)
     is_main, scratch = ranks.rank == 0, tempfile.TemporaryDirectory()
     trace = Path(args.trace or f"{scratch.name}/trace.json")
-    record = functools.partial(write_row, args.metrics_path if is_main else None)
+    path = Path(args.metrics_path if is_main and args.metrics_path else os.devnull)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a", buffering=1)
+
+    def record(row: dict) -> None:
+        file.write(json.dumps(row) + "\n")
+
     record({"event": "start", "args": vars(args), "world_size": ranks.world_size, "torch": torch.__version__,
             "device": f"{os.cpu_count()} CPU cores" if ranks.device.type == "cpu"
                       else torch.cuda.get_device_name()})
@@ -905,18 +868,13 @@ def main(argv: list[str] | None = None) -> None:
             on_cpu = held_bytes(sharded, optimizer) + allocated
             peak = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else on_cpu
             step_s = sum(times) / len(times)
-            row = {
-                "event": "log", "step": step, "samples": progress["samples"], "train/loss": mean_loss,
-                "train/grad_norm": grad_norm if math.isfinite(grad_norm) else None, "train/lr": lr,
-                "train/skipped_steps": progress["skipped_steps"],
-                "perf/tokens_per_s": samples_per_step * args.seq_len / step_s,
-                "perf/peak_mem_gib": peak / 2**30, "time/step_s": step_s, **communication,
-            }
-            record(row)
+            tokens_per_s = samples_per_step * args.seq_len / step_s
+            record({"event": "log", "step": step, "samples": progress["samples"], "train/loss": mean_loss,
+                    "train/grad_norm": grad_norm if math.isfinite(grad_norm) else None, "train/lr": lr,
+                    "train/skipped_steps": progress["skipped_steps"], "perf/tokens_per_s": tokens_per_s,
+                    "perf/peak_mem_gib": peak / 2**30, "time/step_s": step_s, **communication})
             bar.write(f"step {step:>6}/{total_steps}  loss {mean_loss:.4f}  norm {grad_norm:.3f}  "
-                      f"{row['perf/tokens_per_s']:,.0f} tokens/s  collectives "
-                      f"{row['time/collectives_s'] * 1e3:.1f} ms  {peak / 2**30:.3f} GiB", file=sys.stdout)
-        if is_logged:
+                      f"{tokens_per_s:,.0f} tokens/s  {peak / 2**30:.3f} GiB", file=sys.stdout)
             times.clear()
 
         # Save (all ranks)
