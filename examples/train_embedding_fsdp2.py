@@ -775,8 +775,8 @@ def build_model(args: Namespace, folder: Path, vocab_size: int) -> nn.Module:
     if limit and args.seq_len > limit:
         raise UserError(f"--seq-len {args.seq_len}: {args.model} knows {limit} positions; "
                         f"use --seq-len {limit}")
-    if getattr(model, "pooler", None) is not None:  # BERT's, of another objective: it stays as it is
-        model.pooler.requires_grad_(False)
+    if getattr(model, "pooler", None) is not None:  # BERT's, of another objective: kept as it is, if there
+        model.pooler = model.pooler.requires_grad_(False) if is_on_disk(folder, "pooler") else None
     backbone = model.forward
 
     # As an attribute, not as a wrapping module: parameter names stay those of the files on disk.
@@ -788,6 +788,12 @@ def build_model(args: Namespace, folder: Path, vocab_size: int) -> nn.Module:
     model.forward, model.pooling = forward, args.pooling or default_pooling(folder, is_decoder(config))
     args.pooling = model.pooling
     return model
+
+
+def is_on_disk(folder: Path, word: str) -> bool:
+    import torch.distributed.checkpoint as dcp
+    names = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return any(word in name for name in names)
 
 
 def is_decoder(config: object) -> bool:
