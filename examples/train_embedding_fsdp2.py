@@ -2,8 +2,8 @@
 
 One file, no Trainer: it shards the model with `fully_shard`, pools its last hidden states to one vector a
 text, and pulls each query to its document and away from the documents of all ranks (InfoNCE, with hard
-negatives and Matryoshka dimensions), or orders scored pairs (CoSENT). With a gradient cache the batch does not
-have to fit in memory. It evaluates retrieval while sharded, resumes exactly, and ends with a folder that
+negatives and Matryoshka dimensions), or orders scored pairs (CoSENT). With a gradient cache the batch does
+not have to fit in memory. It evaluates retrieval while sharded, resumes exactly, and ends with a folder that
 `SentenceTransformer(folder)` loads. Left out on purpose: distillation, several data sets at once, sparse and
 multi-vector embeddings, images.
 
@@ -110,8 +110,8 @@ def add_model_and_data_flags(model: argparse._ArgumentGroup, data: argparse._Arg
     add("--seq-len", type=int, default=512, help="tokens of a text, prompt included; longer ones are cut")
     add("--trust-remote-code", action=onoff, default=False, help="run code that comes with the model")
     add = data.add_argument
-    add("--dataset", metavar="NAME_OR_PATH", help="hub name, folder, or .jsonl .json .parquet .csv file; rows "
-        "have query and positive, and negatives (a list of texts) or score (a number)")
+    add("--dataset", metavar="NAME_OR_PATH", help="hub name, folder, or .jsonl .json .parquet .csv file; "
+        "rows have query and positive, and negatives (a list of texts) or score (a number)")
     add("--dataset-config", metavar="NAME", help="configuration of a hub data set")
     add("--dataset-split", default="train", help="split to train on")
     add("--eval-split", metavar="SPLIT_OR_FILE", help="split, or file, that is held out")
@@ -554,8 +554,9 @@ def to_pair(row: dict, where: str) -> dict:  # EDIT: what one of your rows becom
     UserError that names the row."""
     pair = {"query": row["query"], "positive": row["positive"], "negatives": row.get("negatives") or [],
             "score": row.get("score")}
-    negatives = pair["negatives"] if isinstance(pair["negatives"], list) else [None]
-    if not all(isinstance(text, str) and text.strip() for text in (pair["query"], pair["positive"], *negatives)):
+    texts = [pair["query"], pair["positive"]]
+    texts += pair["negatives"] if isinstance(pair["negatives"], list) else [None]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
         raise UserError(f"{where}: query, positive and each of the list negatives must be texts, not empty")
     if pair["score"] is not None and not (
             isinstance(pair["score"], int | float) and math.isfinite(pair["score"])):
@@ -580,7 +581,7 @@ class PairDataset(torch.utils.data.Dataset):
                 num_scored += pair["score"] is not None
         self.digest, self.scored = f"{len(rows)}-{digest:08x}", num_scored > 0
         if len(rows) < 2 or num_scored not in (0, len(rows)):
-            raise UserError(f"{where}: {len(rows)} rows, {num_scored} with a score: expected at least two rows, "
+            raise UserError(f"{where}: {len(rows)} rows, {num_scored} with a score: expected at least two, "
                             "and a score in all or in none")
 
     def __len__(self) -> int:
@@ -685,8 +686,8 @@ def make_batch(pairs: list[dict], tokenizer, args: Namespace, device: torch.devi
         bounds = [*range(0, len(texts), args.grad_cache_chunk), len(texts)]
     else:
         order, bounds = list(range(len(texts))), [0, len(queries), len(texts)]
-    parts = [pad_texts([token_ids[i] for i in order[start:stop]], tokenizer.pad_token_id, args.seq_len, device)
-             for start, stop in zip(bounds, bounds[1:])]
+    parts = [pad_texts([token_ids[i] for i in order[start:stop]], tokenizer.pad_token_id, args.seq_len,
+                       device) for start, stop in zip(bounds, bounds[1:])]
     ids = torch.tensor([text_id(text) if text else 0 for text in queries + documents])
     scores = None if pairs[0]["score"] is None else torch.tensor([float(pair["score"]) for pair in pairs])
     return Batch(parts, torch.tensor(order).to(device), ids.to(device),
@@ -750,7 +751,7 @@ def default_pooling(folder: Path, is_causal: bool) -> str:
         key.removeprefix("pooling_mode_") for key, value in found.items() if value is True]
     known = [names[mode] for mode in modes if mode in names]
     if len(known) != 1:
-        raise UserError(f"{folder}/1_Pooling asks for a pooling that is not known here: choose one, --pooling")
+        raise UserError(f"{folder}/1_Pooling asks for a pooling that is not known here: give --pooling")
     return known[0]
 
 
@@ -762,7 +763,7 @@ def build_model(args: Namespace, folder: Path, vocab_size: int) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
     refuse_quantised(folder, config)
     if config.is_encoder_decoder:
-        raise UserError(f"--model {args.model} has an encoder and a decoder: such models cannot be trained here")
+        raise UserError(f"--model {args.model} has an encoder and a decoder, which cannot be trained here")
     config.use_cache = False  # keys and values are kept for generation only
     if args.attention:
         config.is_causal = config.get_text_config().is_causal = args.attention == "causal"
@@ -1215,8 +1216,8 @@ def info_nce(queries: Tensor, documents: Tensor, masks: tuple[Tensor, Tensor], f
     """InfoNCE (van den Oord et al. 2018, arXiv:1807.03748) summed over B queries, first of all N at `first`:
     from query to document and from document to query; and how many queries score their own document highest.
 
-    queries (N, D); documents (M, D): the positives in the same order, then hard negatives. `masks`, (B, M) and
-    (B, N), are true where a score must not count, see `masked_scores`."""
+    queries (N, D); documents (M, D): the positives in the same order, then hard negatives. `masks`, (B, M)
+    and (B, N), are true where a score must not count, see `masked_scores`."""
     B = len(masks[0])
     labels, own = torch.arange(first, first + B, device=queries.device), slice(first, first + B)
     scores = (scale * queries[own] @ documents.T).masked_fill(masks[0], -math.inf)
@@ -1252,7 +1253,7 @@ def cosent(cosines: Tensor, scores: Tensor, scale: Tensor) -> Tensor:
 
 def batch_loss(embeddings: Tensor, text_ids: Tensor, scores: Tensor | None, rank: int, scale: Tensor,
                objective: Objective) -> Tensor:  # EDIT: the objective
-    """This rank's part of the loss, which all ranks' parts add up to, and its hits: (2,), summed over B pairs.
+    """This rank's part of the loss, which all ranks' parts add up to, and its hits: (2,), sums over B pairs.
     embeddings (W, R, D), text_ids (W, R) and scores (W, B) of all W ranks."""
     W, B = len(embeddings), objective.batch_size
     by_kind = lambda x: (x[:, :B].flatten(0, 1), torch.cat([x[:, B:2 * B].flatten(0, 1),  # noqa: E731
@@ -1286,7 +1287,7 @@ def embedding_gradients(embeddings: Tensor, scale: Tensor, batch: Batch, objecti
     the scale) (all ranks). Each rank scores its own queries against everybody's documents; what it finds for
     their embeddings goes back to them by one reduce-scatter."""
     everything = gather(embeddings, ranks).requires_grad_()
-    scale = scale.clone().requires_grad_()
+    scale = scale.detach().clone().requires_grad_()
     scores = None if batch.scores is None else gather(batch.scores, ranks)
     terms = batch_loss(everything, gather(batch.text_ids, ranks), scores, ranks.rank, scale, objective)
     terms[0].backward()
@@ -1308,7 +1309,7 @@ def forward_backward(model: nn.Module, batch: Batch, objective: Objective, args:
             states.append(random_states(ranks) if cached else {})
             outputs.append(model(**part))
     is_learned, sizes = outputs[0][1] is not None, [len(out) for out, _ in outputs]
-    scale = outputs[0][1].detach() if is_learned else torch.tensor([1 / args.temperature], device=ranks.device)
+    scale = outputs[0][1] if is_learned else torch.tensor([1 / args.temperature], device=ranks.device)
     found = torch.cat([out.detach() for out, _ in outputs])
     embeddings = torch.empty_like(found)
     embeddings[batch.order] = found
@@ -1717,8 +1718,8 @@ def verify_export(folder: Path, pairs: list[dict], expected: Tensor, args: Names
     error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
     bound = 1e-5 if next(loaded.parameters()).dtype == torch.float32 else 0.05
     if not error <= bound:
-        raise UserError(f"{folder}, loaded again, is not the trained model: embeddings are off by {error:.1e} "
-                        f"(bound {bound:.0e}). The checkpoint is intact, please report this")
+        raise UserError(f"{folder}, loaded again, is not the trained model: embeddings are off by "
+                        f"{error:.1e} (bound {bound:.0e}). The checkpoint is intact, please report this")
     return f"SentenceTransformer loads it: embeddings within {error:.0e}"
 
 
@@ -1730,8 +1731,8 @@ def verify_export(folder: Path, pairs: list[dict], expected: Tensor, args: Names
 METRICS = {
     "step": "optimizer steps completed",
     "samples": "pairs seen, the position in the global order",
-    "train/loss": "of this step over all ranks, a pair: InfoNCE in nats (for scored pairs CoSENT of the whole "
-                  "batch), summed over --mrl-dims by their weights",
+    "train/loss": "of this step over all ranks, a pair: InfoNCE in nats (for scored pairs CoSENT of the "
+                  "whole batch), summed over --mrl-dims by their weights",
     "train/accuracy": "share of this step's queries whose own document scores highest of the batch",
     "train/temperature": "by which scores are divided",
     "train/lr": "learning rate of this step",
@@ -1874,8 +1875,8 @@ def embed_texts(model: nn.Module, tokenizer, texts: list[str], args: Namespace, 
 
 
 def retrieval_ranks(queries: Tensor, documents: Tensor, own: Tensor, also_right: Tensor) -> Tensor:
-    """(N, D), (M, D), (N,) the index of each query's document -> (N,) its rank, from 1; ties count against it.
-    Documents `also_right` (K, 2), pairs of a query and a document, are left out."""
+    """(N, D), (M, D), (N,) the index of each query's document -> (N,) its rank, from 1; ties count against
+    it. Documents `also_right` (K, 2), pairs of a query and a document, are left out."""
     scores = queries @ documents.T
     mine = scores.gather(1, own[:, None])
     scores[also_right[:, 0], also_right[:, 1]] = -math.inf
@@ -2004,11 +2005,11 @@ def prove_embeddings(model: nn.Module, args: Namespace, ranks: Ranks) -> None:
     if not torch.isfinite(alone).all():
         raise UserError("the model's embeddings are not finite on a plain input: its weights are broken")
     if not (beside - alone).abs().mean() <= 0.05 * (alone[0] - alone[1]).abs().mean():
-        raise UserError(f"padding changes the embeddings of {type(model).__bases__[-1].__name__}: this family "
-                        "cannot be trained here")
+        raise UserError(f"padding changes the embeddings of {type(model).__bases__[-1].__name__}: this "
+                        "family cannot be trained here")
     sees = bool((first[0] - first[1]).abs().max() > 1e-3 * first[0].abs().mean())
     if args.attention and sees != (args.attention == "bidirectional"):
-        raise UserError(f"--attention {args.attention}: {type(model).__bases__[-1].__name__} does not take it")
+        raise UserError(f"--attention {args.attention}: {type(model).__bases__[-1].__name__} cannot do it")
 
 
 def note_bad_step(is_bad: float, progress: dict, bar, ranks: Ranks) -> None:

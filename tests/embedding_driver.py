@@ -2,8 +2,8 @@
 
     python -m torch.distributed.run --nproc-per-node 2 tests/embedding_driver.py OUT SPEC.json
 
-SPEC is a list of {"name", "model", "case", "flags"}. OUT/NAME.pt holds the mean loss, whole gradients, and how
-often gradients were reduced for each FSDP unit and how far the second forward was from the first.
+SPEC is a list of {"name", "model", "case", "flags"}. OUT/NAME.pt holds the mean loss, whole gradients, how
+often gradients were reduced, and how far the second forward of a text was from the first.
 """
 
 import json
@@ -33,7 +33,8 @@ def run_case(spec, out, mesh, ranks):
     model.register_forward_hook(lambda _, __, result: outputs.append(result[0].detach()))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         terms = script.forward_backward(model, batch, objective, args, ranks)
-    reductions = sum(event.count for event in profile.key_averages() if event.key == "c10d::_reduce_scatter_base_")
+    reductions = sum(event.count for event in profile.key_averages()
+                     if event.key == "c10d::_reduce_scatter_base_")
     units = len(script.find_blocks(model)) + args.learn_temperature
     count = torch.tensor(float(args.batch_size))
     means, total, _, _ = script.reduce_stats(model, terms, count, 1, torch.zeros(1))

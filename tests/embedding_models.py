@@ -91,7 +91,8 @@ def plain_embeddings(model, tokenizer, texts, pooling="mean"):
 
     rows = []
     for text in texts:
-        hidden = model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).last_hidden_state[0]
+        inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+        hidden = model(**inputs).last_hidden_state[0]
         rows.append({"mean": hidden.mean(0), "cls": hidden[0], "last": hidden[-1]}[pooling])
     return torch.stack(rows)
 
@@ -153,7 +154,8 @@ CASES = {
                                       "--mrl-dims", "64,32,8", "--mrl-weights", "1,0.5,0.25"]),
     "equal_texts": (twice(make_pairs(8, 1)), ["--grad-cache-chunk", "3", "--num-negatives", "1",
                                               "--symmetric"]),
-    "temperature": (make_pairs(8), ["--grad-cache-chunk", "3", "--learn-temperature", "--temperature", "0.1"]),
+    "temperature": (make_pairs(8), ["--grad-cache-chunk", "3", "--learn-temperature",
+                                    "--temperature", "0.1"]),
     "temperature_uncached": (make_pairs(8), ["--learn-temperature", "--temperature", "0.1"]),
     "scored": (make_pairs(8, scored=True), ["--grad-cache-chunk", "3", "--mrl-dims", "64,16"]),
     "recomputed": (make_pairs(8), ["--grad-cache-chunk", "3", "--activation-checkpointing", "full"]),

@@ -2,15 +2,12 @@
 
 import json
 import shutil
-import sys
 
 import embedding_models as em
 import pytest
 import torch
+import train_embedding_fsdp2 as script
 from helpers import REPO, read_metrics, run_script
-
-sys.path.insert(0, str(REPO / "examples"))
-import train_embedding_fsdp2 as script  # noqa: E402  (the path comes first)
 
 SCRIPT = "examples/train_embedding_fsdp2.py"
 

@@ -1,4 +1,4 @@
-"""Make pairs for an embedding model from Python's own standard library: a docstring, and its function's source.
+"""Make pairs for an embedding model from Python's own standard library: a docstring, and its function.
 
     python tools/make_docstring_pairs.py runs/docstrings    # a few seconds; train.jsonl and test.jsonl
     python examples/train_embedding_fsdp2.py --model runs/minilm --dataset runs/docstrings --eval-split test

