@@ -117,9 +117,9 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def start(args: argparse.Namespace, side: str, batch_size: int, steps: int) -> dict:
-    command = [sys.executable, __file__, "measure", "--side", side, "--batch-size", str(batch_size), "--steps",
-               str(steps), "--model", str(args.model), "--pairs", str(args.pairs), "--seq-len",
-               str(args.seq_len), "--chunk", str(args.chunk)]
+    command = [sys.executable, __file__, "measure", "--side", side, "--batch-size", str(batch_size),
+               "--steps", str(steps), "--model", str(args.model), "--pairs", str(args.pairs),
+               "--seq-len", str(args.seq_len), "--chunk", str(args.chunk)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr[-3000:])

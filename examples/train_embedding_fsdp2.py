@@ -765,6 +765,8 @@ def build_model(args: Namespace, folder: Path, vocab_size: int) -> nn.Module:
     if config.is_encoder_decoder:
         raise UserError(f"--model {args.model} has an encoder and a decoder, which cannot be trained here")
     config.use_cache = False  # keys and values are kept for generation only
+    if args.attention and not is_decoder(config):
+        raise UserError(f"--attention is for decoders, and {args.model} is an encoder")
     if args.attention:
         config.is_causal = config.get_text_config().is_causal = args.attention == "causal"
     with naming(f"--model {args.model}"), torch.device("meta"):
