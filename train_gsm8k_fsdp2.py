@@ -1126,8 +1126,7 @@ def fill_buffers(model: nn.Module) -> None:
         for param in module.parameters(recurse=False):
             param._is_hf_initialized = True
     # FSDP's class looks like custom code, of which modules without parameters would be skipped.
-    own_class = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
-    model.is_custom_code = own_class.is_custom_code
+    model.is_custom_code = type(model).__bases__[-1].is_custom_code  # FSDP put a class before the model's own
     model.initialize_weights()
 
 
@@ -1140,8 +1139,10 @@ def load_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ran
         reader = dcp.HuggingFaceStorageReader(str(folder))
         with naming(f"the safetensors files in {folder}"):  # a download that is not complete, for one
             on_disk = reader.read_metadata().state_dict_metadata
-        there = {name: tensor for name, tensor in named
-                 if name in on_disk and on_disk[name].size == tensor.shape}
+        # A base model's tensors stand under its prefix in the files of a model with a head.
+        names = {name: name if name in on_disk else f"{model.base_model_prefix}.{name}" for name, _ in named}
+        there = {names[name]: tensor for name, tensor in named
+                 if names[name] in on_disk and on_disk[names[name]].size == tensor.shape}
         refuse_quantised(folder, None, on_disk.keys() - there.keys())
     # Tied parameters are one tensor under several names: a file may hold any of them, and mostly just one.
     if {id(tensor) for name, tensor in named if name in persistent} <= set(map(id, there.values())):
@@ -1162,12 +1163,11 @@ def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool
     code: the whole model in rank 0's host memory, then one tensor at a time to everybody (all ranks)."""
     source = {}
     if ranks.is_main:
-        from transformers import AutoModelForCausalLM
         from transformers.utils import logging
         logging.disable_progress_bar()
         logging.set_verbosity_error()  # its report on missing tensors: the error below says it
         with naming(f"the weights in {folder}"):
-            full, info = AutoModelForCausalLM.from_pretrained(
+            full, info = type(model).__bases__[-1].from_pretrained(
                 folder, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True,
                 ignore_mismatched_sizes=True)  # they are refused below
         lacking = sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]})

@@ -6,8 +6,8 @@ import sys
 import pytest
 from helpers import REPO
 
-# Scripts stand at the top level and are imported by name, just as a reader runs them.
-sys.path.insert(0, str(REPO))
+# Scripts stand at the top level and in examples/ and are imported by name, just as a reader runs them.
+sys.path[:0] = [str(REPO), str(REPO / "examples")]
 
 # Also for a pytest that was not started by run.sh. Before transformers is imported, which reads it once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -16,6 +16,7 @@
 #   PYTHON=python3.11   the interpreter that the environments are made with; default python3
 #   VLLM_PYTHON=FILE    the Python of an environment that has vLLM, in place of .venv-vllm
 #   REAL_MODEL=FOLDER   SmolLM2-135M-Instruct as tools/make_smollm2.py makes it, in place of .real-model
+#   REAL_EMBEDDER=FOLDER   all-MiniLM-L6-v2 as tools/make_minilm.py makes it, in place of .real-embedder
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
@@ -75,6 +76,11 @@ make_model() {
         "$python" tools/make_smollm2.py .real-model/SmolLM2-135M-Instruct
 }
 
+make_embedder() {
+    rm -rf .real-embedder && mkdir .real-embedder && echo '*' >.real-embedder/.gitignore &&
+        "$python" tools/make_minilm.py .real-embedder/all-MiniLM-L6-v2
+}
+
 # A failure says so, and the tests skip what it was for.
 make_once() {
     local folder=$1 make=$2
@@ -95,6 +101,10 @@ fi
 if [[ -z ${REAL_MODEL:-} ]]; then
     wanted=$(sha256sum tools/make_smollm2.py)
     ! make_once .real-model make_model || export REAL_MODEL=$PWD/.real-model/SmolLM2-135M-Instruct
+fi
+if [[ -z ${REAL_EMBEDDER:-} ]]; then
+    wanted=$(sha256sum tools/make_minilm.py)
+    ! make_once .real-embedder make_embedder || export REAL_EMBEDDER=$PWD/.real-embedder/all-MiniLM-L6-v2
 fi
 
 export PATH=$PATH:/usr/sbin:/sbin

@@ -5,8 +5,8 @@
     python tools/copy_twins.py train_llm.py --all --check    # writes nothing, shows differences, exit code 1
 
 A block stands between `# >>> shared: NAME` and `# <<< shared: NAME` and is the same in each script that has
-it. The scripts are the Python files in the folder of the named one, in a git repository those that it tracks:
-nobody's own copy is changed. Change a block where you like, run this.
+it. The scripts are the Python files in the folder of the named one and in examples/, in a git repository
+those that it tracks: nobody's own copy is changed. Change a block where you like, run this.
 """
 
 import argparse
@@ -54,12 +54,15 @@ def lines_of(path: Path) -> tuple[list[str], dict[str, tuple[int, int]]]:
 
 
 def scripts_beside(script: Path) -> list[Path]:
-    """Those that git tracks: a user's own copy is left alone. Without git all Python files in the folder."""
-    folder = script.parent
+    """The Python files in its folder, which may be examples/, and in examples/ beside it. In a git repository
+    those that it tracks: a user's own copy is left alone."""
+    folder = script.parent.parent if script.resolve().parent.name == "examples" else script.parent
     git = ["git", "-C", str(folder), "ls-files", "--", "*.py"]
     listed = subprocess.run(git, capture_output=True, text=True, check=False) if shutil.which("git") else None
-    tracked = [folder / name for name in listed.stdout.splitlines() if "/" not in name] if listed else []
-    return [path for path in tracked if path.is_file()] or sorted(folder.glob("*.py"))
+    names = [name for name in listed.stdout.splitlines() if name.removeprefix("examples/").count("/") == 0
+             ] if listed else []
+    tracked = [folder / name for name in names if (folder / name).is_file()]
+    return tracked or sorted([*folder.glob("*.py"), *folder.glob("examples/*.py")])
 
 
 def main() -> None:

@@ -1,0 +1,382 @@
+"""examples/train_embedding_fsdp2.py: losses, gradients over ranks, evaluation, data, export, runs."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import embedding_models as em
+import pytest
+import torch
+import train_embedding_fsdp2 as script
+from helpers import REPO, read_metrics, run_script
+
+SCRIPT = "examples/train_embedding_fsdp2.py"
+
+
+# ----------------------------------------------------------------------------------------------------
+# 1. Gradients: two ranks against one process with plain autograd
+
+def run_driver(folder, specs):
+    (folder / "specs.json").write_text(json.dumps(specs))
+    run_script([folder, folder / "specs.json"], nproc=2, script="tests/embedding_driver.py", timeout=900)
+    return {spec["name"]: torch.load(folder / f"{spec['name']}.pt") for spec in specs}
+
+
+def check_gradients(found, spec):
+    """Against plain autograd in fp64."""
+    args = em.case_args(script, spec["model"], spec["case"], *spec.get("flags", []))
+    args.pooling = found["pooling"]
+    loss, wanted = em.plain_gradients(script, spec["model"], spec["case"], args, torch.float64)
+    assert found["loss"] == pytest.approx(loss, rel=1e-5)
+    worst = errors(found["gradients"], wanted)
+    assert max(worst.values()) <= 1e-5, (spec["name"], max(worst, key=worst.get), max(worst.values()))
+
+
+def errors(found, wanted):
+    """{name: relative error}; what nearly cancels out, like a bias's sum over all texts, has the rounding of
+    what it is added up from: it is held to 5 % of the whole gradient's norm."""
+    assert found.keys() == wanted.keys()
+    whole = torch.stack([grad.norm() for grad in wanted.values()]).norm()
+    return {name: ((found[name] - grad).norm() / max(grad.norm(), 0.05 * whole)).item()
+            for name, grad in wanted.items()}
+
+
+def test_gradients_of_two_ranks_are_those_of_the_whole_batch(tmp_path):
+    model = em.make_embedder("bert", tmp_path / "bert")
+    specs = [{"name": case, "model": str(model), "case": case} for case in em.CASES if "real" not in case]
+    for spec, found in zip(specs, run_driver(tmp_path, specs).values()):
+        check_gradients(found, spec)
+        num_rounds = 3 if spec["name"] == "reduced_always" else 1  # 8 texts in chunks of 3 on each rank
+        # A unit is reduced once, however many parts there are; BERT's root has no gradient of its own.
+        assert found["reductions"] == found["units"] * num_rounds, spec
+        assert found["again"] == 0.0, "the second forward differs from the first"
+
+
+@pytest.mark.slow
+def test_gradients_of_families(tmp_path):
+    """Encoders and decoders, from files with and without a head, poolings, attention in both directions."""
+    specs = []
+    for family in em.FAMILIES:
+        for head in (False, True):
+            model = em.make_embedder(family, tmp_path / f"{family}_{head}", head=head)
+            pooling = ["mean", "cls", "last"][len(specs) % 3]
+            flags = ["--pooling", pooling] if head else []
+            if family in ("qwen3", "llama", "gemma3") and head:
+                flags += ["--attention", "bidirectional"]
+            specs.append({"name": model.name, "model": str(model), "case": "cached", "flags": flags})
+    for spec, found in zip(specs, run_driver(tmp_path, specs).values()):
+        if "--pooling" not in spec["flags"]:
+            decoder = any(name in spec["name"] for name in ("qwen3", "llama", "gemma3"))
+            assert found["pooling"] == ("last" if decoder else "mean")
+        check_gradients(found, spec)
+
+
+def test_dropout_is_replayed(tmp_path):
+    model = em.make_embedder("bert", tmp_path / "bert", hidden_dropout_prob=0.2,
+                             attention_probs_dropout_prob=0.2)
+    specs = [{"name": case, "model": str(model), "case": case} for case in ("cached", "recomputed")]
+    one, other = run_driver(tmp_path, specs).values()
+    assert one["again"] == other["again"] == 0.0
+    for name, grad in one["gradients"].items():  # the same seed: the same masks
+        assert torch.equal(grad, other["gradients"][name]), name
+
+
+def st_gradients(folder, case):
+    """(loss, {name: gradient}) of sentence-transformers' own loss on the whole batch."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import losses
+
+    model, rows = SentenceTransformer(str(folder), device="cpu"), em.CASES[case][0]
+    columns = [[row["query"] for row in rows], [row["positive"] for row in rows]]
+    columns += [list(column) for column in zip(*(row.get("negatives", []) for row in rows))]
+    loss_fn = losses.MultipleNegativesRankingLoss(model)
+    if case == "real_matryoshka":
+        loss_fn = losses.MatryoshkaLoss(model, loss_fn, [384, 192, 48], [1, 0.5, 2])
+    elif case == "real_scored":
+        loss_fn = losses.CoSENTLoss(model)
+    elif case != "real_plain":
+        loss_fn = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=3)
+    model.train()
+    features = [model.preprocess(column) for column in columns]
+    labels = torch.tensor([row.get("score", 0.0) for row in rows])
+    loss = loss_fn(features, labels)
+    loss.backward()
+    return loss.item(), {name.removeprefix("0.auto_model.").removeprefix("0.model."): param.grad
+                         for name, param in model.named_parameters() if param.grad is not None}
+
+
+def test_gradients_are_those_of_sentence_transformers(tmp_path):
+    """The real MiniLM on two ranks, against the losses of that library in one process."""
+    folder = tmp_path / "minilm"
+    shutil.copytree(em.minilm(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    specs = [{"name": case, "model": str(folder), "case": case} for case in em.CASES if "real" in case]
+    for spec, found in zip(specs, run_driver(tmp_path, specs).values()):
+        loss, wanted = st_gradients(folder, spec["case"])
+        assert found["loss"] == pytest.approx(loss, rel=1e-5)
+        worst = errors(found["gradients"], wanted)
+        assert max(worst.values()) <= 1e-5, (spec["name"], max(worst, key=worst.get), max(worst.values()))
+
+
+# ----------------------------------------------------------------------------------------------------
+# 2. Functions
+
+def test_masked_scores():
+    """Ids: query 1 stands twice, positive 11 twice, 2 is a query and a document, 0 no text."""
+    queries, documents = torch.tensor([1, 2, 1, 4]), torch.tensor([10, 11, 12, 11, 21, 2, 0, 10])
+    to_documents, to_queries = script.masked_scores(queries, documents, 0, 4)
+    assert [row.nonzero().flatten().tolist() for row in to_documents] == [
+        [2, 6, 7], [3, 5, 6], [0, 6], [1, 6]]
+    assert [row.nonzero().flatten().tolist() for row in to_queries] == [[2], [3], [0], [1]]
+    parts = [script.masked_scores(queries, documents, first, 2) for first in (0, 2)]
+    assert torch.equal(torch.cat([part[0] for part in parts]), to_documents)
+    assert torch.equal(torch.cat([part[1] for part in parts]), to_queries)
+
+
+def test_retrieval_ranks():
+    queries, documents = torch.eye(3), torch.tensor([[1.0, 0, 0], [0.9, 1, 0], [0.9, 1, 0], [0, 0.5, 0.5]])
+    none = torch.empty(0, 2, dtype=torch.int64)
+    own = torch.tensor([0, 1, 0])
+    # Ties count against the own document.
+    assert script.retrieval_ranks(queries, documents, own, none).tolist() == [1, 2, 4]
+    also_right = torch.tensor([[1, 2]])
+    assert script.retrieval_ranks(queries, documents, own, also_right).tolist() == [1, 1, 4]
+
+
+def test_spearman_with_ties():
+    from scipy.stats import spearmanr
+    one, other = torch.tensor([1.0, 2, 2, 3, 5, 5, 5]), torch.tensor([0.1, 0.3, 0.2, 0.2, 0.9, 0.2, 0.8])
+    assert script.spearman(one, other) == pytest.approx(spearmanr(one, other).statistic, abs=1e-12)
+
+
+def test_pooling():
+    hidden, mask = torch.arange(12.0).view(2, 3, 2), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    assert script.pool(hidden, mask, "mean").tolist() == [[2, 3], [7, 8]]
+    assert script.pool(hidden, mask, "cls").tolist() == [[0, 1], [6, 7]]
+    assert script.pool(hidden, mask, "last").tolist() == [[4, 5], [8, 9]]
+
+
+def test_a_batch(tmp_path):
+    """Prompts, a negative that a row lacks, texts in parts of like length."""
+    folder = em.make_embedder("bert", tmp_path / "bert")
+    prompts = ["--query-prompt", "query: ", "--document-prompt", "doc: "]
+    args = em.case_args(script, folder, "negatives", *prompts)
+    tokenizer = script.load_tokenizer(args)
+    pairs = [script.to_pair(row, "row") for row in em.make_pairs(3, 2)]
+    batch = script.make_batch(pairs, tokenizer, args, torch.device("cpu"))
+    assert batch.order.sort().values.tolist() == list(range(12))
+    assert [len(part["input_ids"]) for part in batch.parts] == [3, 3, 3, 3]
+    texts = [tokenizer.decode(ids[mask == 1]) for part in batch.parts
+             for ids, mask in zip(part["input_ids"], part["attention_mask"])]
+    texts = [texts[batch.order.tolist().index(i)] for i in range(12)]
+    assert texts[:3] == ["query: " + pair["query"] for pair in pairs]
+    assert texts[3] == "doc: " + pairs[0]["positive"] and texts[9] == "doc: "
+    assert (batch.text_ids == 0).nonzero().flatten().tolist() == [9] and batch.text_ids.unique().numel() == 12
+    assert batch.num_tokens == sum(int(part["attention_mask"].sum()) for part in batch.parts)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 3. Bad input
+
+GOOD = {"query": "what", "positive": "that"}
+
+
+@pytest.mark.parametrize("rows, message", [
+    ([GOOD, {"query": "what", "positive": ""}], "row 2: query, positive and each of the list negatives"),
+    ([GOOD, {"query": None, "positive": "that"}], "row 2: query, positive"),
+    ([GOOD | {"negatives": ["no"]}, GOOD | {"negatives": [" "]}], "row 2: query, positive"),
+    ([GOOD | {"negatives": "no"}, GOOD | {"negatives": "no"}], "row 1: query, positive"),
+    ([GOOD | {"score": float("nan")}] * 2, "row 1: score must be a number, not nan"),
+    ([GOOD | {"score": 1.0}, GOOD | {"score": None}], "2 rows, 1 with a score"),
+    ([GOOD], "1 rows, 0 with a score: expected at least two"),
+    ([{"query": "what", "answer": "that"}] * 2, "no column 'positive'; it has: query, answer"),
+])
+def test_bad_rows(rows, message):
+    import datasets
+    with pytest.raises(script.UserError) as raised:
+        script.PairDataset(datasets.Dataset.from_list(rows), "my.jsonl")
+    assert str(raised.value).startswith("my.jsonl") and message in str(raised.value)
+
+
+def test_files_folders_and_digests(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    rows = em.make_pairs(6, 1)
+    file = em.write_pairs(tmp_path / "pairs/train.jsonl", rows)
+    em.write_pairs(tmp_path / "pairs/test.jsonl", rows[:3])
+
+    def open_data(dataset, *more):
+        flags = ["--model", str(tmp_path), "--dataset", str(dataset), *more]
+        return script.open_data(script.parse_args(flags))
+
+    whole, held_out = open_data(tmp_path / "pairs", "--eval-split", "test")
+    single, other = open_data(file, "--eval-split", str(tmp_path / "pairs/test.jsonl"))
+    assert (len(whole), len(held_out)) == (6, 3) and whole.digest == single.digest != held_out.digest
+    assert other.digest == held_out.digest and whole.take([4])[0]["negatives"] == rows[4]["negatives"]
+    (tmp_path / "broken.jsonl").write_text('{"query": "a", "positive": "b"}\n{"query": \n')
+    with pytest.raises(script.UserError, match="broken.jsonl"):
+        open_data(tmp_path / "broken.jsonl")
+    em.write_pairs(tmp_path / "scored.jsonl", em.make_pairs(4, scored=True))
+    with pytest.raises(script.UserError, match="do not go with scored pairs"):
+        open_data(tmp_path / "scored.jsonl", "--symmetric")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--dataset", "."], "--model is needed"),
+    (["--model", ".", "--dataset", "./none.jsonl"], "no such file or folder"),
+    (["--temperature", "0"], "--temperature must be above 0"),
+    (["--mrl-dims", "64,64"], "each dimension once"),
+    (["--mrl-dims", "64,a"], "are numbers with commas"),
+    (["--mrl-dims", "64,32", "--mrl-weights", "1"], "as many weights as dimensions"),
+    (["--learn-temperature", "--cpu-offload"], "--learn-temperature goes neither with --cpu-offload"),
+    (["--eval-first"], "need something held out: --eval-split"),
+    (["--grad-cache-chunk", "0"], "--grad-cache-chunk must be at least 1"),
+])
+def test_bad_flags(flags, message, capsys):
+    flags = flags if "--dataset" in flags else ["--model", ".", "--dataset", ".", *flags]
+    with pytest.raises(SystemExit) as ended:
+        script.parse_args(flags)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------
+# 4. Runs
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a small BERT and pairs: 23 to train, not a multiple of any batch, and 9 to evaluate."""
+    folder = tmp_path_factory.mktemp("embedding")
+    em.make_embedder("bert", folder / "bert")
+    em.write_pairs(folder / "pairs/train.jsonl", em.make_pairs(23, 1))
+    em.write_pairs(folder / "pairs/test.jsonl", em.make_pairs(32)[23:])
+    return folder
+
+
+def flags_for(place, run_dir, *flags):
+    return ["--model", place / "bert", "--dataset", place / "pairs", "--seq-len", 64, "--device", "cpu",
+            "--no-mixed-precision", "--max-lr", "1e-3", "--warmup-steps", 0, "--log-interval", 1,
+            "--max-steps", 6, "--checkpoint-dir", run_dir, *flags]
+
+
+def train(place, run_dir, *flags, nproc=1, **options):
+    return run_script(flags_for(place, run_dir, *flags), nproc=nproc, script=SCRIPT, **options)
+
+
+FLAGS = ["--eval-split", "test", "--eval-first", "--num-negatives", 1, "--mrl-dims", "64,16",
+         "--grad-cache-chunk", 5, "--query-prompt", "find: ", "--learn-temperature", "--eval-batch-size", 4]
+
+
+@pytest.fixture(scope="module")
+def straight(place):
+    run_dir = place / "straight"
+    done = train(place, run_dir, *FLAGS, "--batch-size", 4, "--checkpoint-interval", 2, nproc=2)
+    return run_dir, done
+
+
+def losses(run_dir):
+    return {row["step"]: row["train/loss"] for row in read_metrics(run_dir) if "train/loss" in row}
+
+
+def test_metrics_are_those_that_are_documented(straight):
+    rows = read_metrics(straight[0])
+    keys = {key.removesuffix("_16") for row in rows for key in row}
+    assert keys == set(script.METRICS) - {"eval/spearman"}
+    evaluations = {row["step"]: row for row in rows if "eval/recall@10" in row}
+    assert set(evaluations) == {0, 6} and "eval/ndcg@10_16" in evaluations[6]
+    assert evaluations[6]["eval/mrr@10"] > evaluations[0]["eval/mrr@10"]
+    assert losses(straight[0])[6] < losses(straight[0])[1]
+    summary = json.loads((straight[0] / "summary.json").read_text())
+    assert summary["best_eval"] == max(row["eval/recall@10"] for row in evaluations.values())
+
+
+def test_sentence_transformers_loads_the_export(place, straight):
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel, AutoTokenizer
+    assert "SentenceTransformer loads it: embeddings within" in straight[1].stdout
+    folder = straight[0] / "hf"
+    loaded = SentenceTransformer(str(folder), device="cpu")
+    assert loaded.prompts == {"query": "find: ", "document": ""} and loaded.max_seq_length == 64
+    texts = [row["query"] for row in em.make_pairs(5)]
+    found = loaded.encode(texts, prompt_name="query", convert_to_tensor=True)
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    plain = em.plain_embeddings(model, tokenizer, ["find: " + text for text in texts])
+    assert torch.allclose(found, torch.nn.functional.normalize(plain, dim=-1), atol=1e-5)
+    assert not (folder / "generation_config.json").exists()
+    assert not [name for name in json.loads((folder / "config.json").read_text()) if "scale" in name]
+
+
+@pytest.mark.parametrize("nproc, batch_size", [(1, 8), (2, 4)])
+def test_resume_on_another_number_of_ranks(place, straight, tmp_path, nproc, batch_size):
+    """From the middle, the steps that follow are those of the straight run."""
+    shutil.copytree(straight[0] / "checkpoints/step_000002", tmp_path / "run/checkpoints/step_000002")
+    done = train(place, tmp_path / "run", *FLAGS, "--batch-size", batch_size, "--checkpoint-interval", 2,
+                 nproc=nproc)
+    assert "step 2, 16 samples seen" in done.stdout
+    found, wanted = losses(tmp_path / "run"), losses(straight[0])
+    assert list(found) == [3, 4, 5, 6]
+    assert all(value == pytest.approx(wanted[step], rel=1e-5) for step, value in found.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal_name, code", [("SIGKILL", -9), ("SIGTERM", 143)])
+def test_ended_and_started_again(place, straight, tmp_path, signal_name, code):
+    """A signal saves and ends the run, a kill just ends it; the same command goes on, here on two ranks."""
+    run_dir = tmp_path / "run"
+    command = [sys.executable, REPO / SCRIPT, *flags_for(place, run_dir, *FLAGS), "--batch-size", 8,
+               "--checkpoint-interval", 1, "--no-async-checkpoint"]
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step       2/"):
+                process.send_signal(getattr(signal, signal_name))
+                break
+        process.stdout.read()
+        assert process.wait(timeout=120) == code
+    done = train(place, run_dir, *FLAGS, "--batch-size", 4, "--checkpoint-interval", 1, nproc=2)
+    assert "resumed" in done.stdout
+    wanted = losses(straight[0])
+    assert all(value == pytest.approx(wanted[step], rel=1e-5) for step, value in losses(run_dir).items())
+    assert max(losses(run_dir)) == 6
+
+
+def test_scored_pairs(place, tmp_path):
+    em.write_pairs(tmp_path / "pairs/train.jsonl", em.make_pairs(16, scored=True))
+    em.write_pairs(tmp_path / "pairs/test.jsonl", em.make_pairs(16, scored=True))
+    train(place, tmp_path / "run", "--dataset", tmp_path / "pairs", "--eval-split", "test", "--eval-first",
+          "--batch-size", 8, "--no-export")
+    found = [row["eval/spearman"] for row in read_metrics(tmp_path / "run") if "eval/spearman" in row]
+    assert len(found) == 2 and found[1] > found[0] + 0.1
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--seq-len", 1000], "knows 256 positions; use --seq-len 256"),
+    (["--mrl-dims", "128"], "the model's embeddings have 64 numbers"),
+    (["--attention", "causal"], "--attention is for decoders"),
+])
+def test_one_line_for_a_wrong_model(place, tmp_path, flags, message):
+    done = train(place, tmp_path / "run", *flags, check=False)
+    assert done.returncode == 1 and message in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", em.FAMILIES)
+def test_families_are_exported(family, tmp_path):
+    """Two ranks, from files of a model with a head; decoders with attention in both directions."""
+    em.make_embedder(family, tmp_path / "bert", head=True)
+    em.write_pairs(tmp_path / "pairs/train.jsonl", em.make_pairs(12))
+    flags = ["--attention", "bidirectional"] if family in ("qwen3", "llama", "gemma3") else []
+    done = train(tmp_path, tmp_path / "run", "--max-steps", 2, "--batch-size", 4, *flags, nproc=2)
+    assert "SentenceTransformer loads it: embeddings within" in done.stdout
+
+
+@pytest.mark.slow
+def test_accelerate_launch(place, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+               "--main_process_port", "0", REPO / SCRIPT, *flags_for(place, tmp_path / "run"),
+               "--max-steps", 2, "--no-export", "--batch-size", 4]
+    done = subprocess.run(list(map(str, command)), text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run/env.json").read_text())["world_size"] == 2
