@@ -623,6 +623,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, object]]:
 
 def to_question(row: object, where: str) -> dict:
     texts = [row.get(key) if isinstance(row, dict) else None for key in ("question", "answer")]
+    texts = [str(text) if isinstance(text, (int, float)) and not isinstance(text, bool) else text for text in texts]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         held = f"has: {', '.join(map(str, row))}" if isinstance(row, dict) else f"is a {type(row).__name__}"
         raise UserError(f"{where}: expected texts called 'question' and 'answer', the row {held}")
@@ -701,6 +702,10 @@ NUMBER = re.compile(
     rf"(?P<times>(?: ?(?:hundred|thousand|million|billion)s?\b)*)"
     rf"[$€£¥%¢° ]*(?P<unit>(?:/ ?)?{WORD}(?:(?: ?/ ?| ){WORD}){{0,5}})?", re.IGNORECASE)
 MAGNITUDES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+SPACED = re.compile(r"(?<![0-9.,/] )(?<![0-9.,/])[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9/]|[.,][0-9]| [0-9])")
+POWER = re.compile(  # 1.5e3, 10^3, 1.5 x 10^3; of two digits at most, which bounds the time that it takes
+    r"(?P<first>[-+]?[0-9]+(?:\.[0-9]*)?)[eE](?P<e>[-+]?[0-9]{1,2})|"
+    r"(?:(?P<times>[-+]?[0-9]+(?:\.[0-9]*)?) ?(?:×|x|\*|\\times|\\cdot) ?)?10\^\{?(?P<p>-?[0-9]{1,2})\}?")
 # Words behind a number that change its value or go on talking: not its unit.
 NOT_UNITS = {*MAGNITUDES, "trillion", "k", "bn", "mn", "M", "B", "x", "y", "n", "and", "or", "to", "is",
              "not", "plus", "minus", "half", "halves", "third", "thirds", "fourths", "fifths", "tenths",
@@ -710,7 +715,8 @@ NOT_UNITS = {*MAGNITUDES, "trillion", "k", "bn", "mn", "M", "B", "x", "y", "n", 
 def parse_number(text: str) -> Fraction | None:
     """The exact value of a text that is one number, whatever its dress and unit; None for anything else.
 
-    3/4, 1 1/2 and \\frac{1}{2} are fractions, 50% is 50, 2 thousand is 2000; of 'x = 5' the right side."""
+    3/4, 1 1/2 and \\frac{1}{2} are fractions, 50% is 50, 2 thousand is 2000, 8 000 is 8000, (18) is 18, 1.5e3
+    and 1.5 x 10^3 are 1500; of 'x = 5' the right side."""
     if len(text) > 200:  # no number, and it bounds the time that the patterns take
         return None
     left, equals, text = text.replace("−", "-").rpartition("=")
@@ -719,7 +725,12 @@ def parse_number(text: str) -> Fraction | None:
     for pattern, plain in UNDRESS * 2:  # \text may stand in \textbf
         text = pattern.sub(plain, text)
     dressing = " $*_`{}"
-    match = NUMBER.fullmatch(text.strip(dressing).removesuffix(".").strip(dressing))
+    text = text.strip(dressing).removesuffix(".").strip(dressing)
+    if text.startswith("(") and text.endswith(")"):
+        text = text[1:-1].strip(dressing)
+    if power := POWER.fullmatch(text):
+        return Fraction(power["first"] or power["times"] or 1) * Fraction(10) ** int(power["e"] or power["p"])
+    match = NUMBER.fullmatch(SPACED.sub(lambda found: found[0].replace(" ", ","), text))
     if match is None:
         return None
     words = re.findall(r"[^\W\d_]+", match["unit"] or "")
@@ -2152,8 +2163,10 @@ def micro_batch_loss(model: nn.Module, batch: dict[str, Tensor], args: Namespace
 
 
 def update_stats(totals: list[float]) -> dict[str, float]:
-    """Rows of metrics from the sums over all ranks, micro-batches and updates of a step."""
-    tokens = max(1.0, totals[0])
+    """Metrics from the sums over all ranks, micro-batches and updates of a step; {} where none was trained."""
+    tokens = totals[0]
+    if not tokens:
+        return {}
     keys = ("entropy", "clip_frac", "mismatch_kl", "tis_capped_frac", "ref_kl")
     stats = {f"train/{key}": total / tokens for key, total in zip(keys, totals[1:6])}
     cumulative = list(itertools.accumulate(totals[6:]))
@@ -2598,11 +2611,24 @@ def rollout_metrics(groups: list[Group], step: int) -> dict[str, float]:
     }
 
 
+def first_answers(groups: list[Group], tokenizer) -> str:
+    """The first question as the model meets it, and a right and a wrong answer to one of these questions."""
+    parts = [("first question", groups[0].prompt_ids)]
+    for wanted, name in ((True, "a right answer"), (False, "a wrong answer")):
+        found = (completion.ids for group in groups for completion, right in zip(group.completions, group.correct)
+                 if right is wanted)
+        parts.append((name, next(found, None)))
+    return "\n".join(f"--- {name}\n{tokenizer.decode(ids)}" if ids else f"--- {name}: none yet"
+                     for name, ids in parts)
+
+
 def format_row(row: dict, total_steps: int) -> str:
-    """One fixed-width line a step. Not the loss: on-policy it is 0 whatever is learnt."""
+    """One fixed-width line a step. Not the loss: on-policy it is 0 whatever is learnt. A step without a group
+    whose rewards differ trains nothing."""
+    trained = (f"entropy {row['train/entropy']:6.3f}  norm {row['train/grad_norm']:7.3f}"
+               if "train/grad_norm" in row else "nothing to train on".ljust(29))
     return (f"step {row['step']:>6,}/{total_steps:,}  reward {row['rollout/reward_mean']:6.3f}  right "
-            f"{row['rollout/accuracy']:6.1%}  length {row['rollout/length_mean']:6.1f}  entropy "
-            f"{row['train/entropy']:6.3f}  norm {row['train/grad_norm']:7.3f}  "
+            f"{row['rollout/accuracy']:6.1%}  length {row['rollout/length_mean']:6.1f}  {trained}  "
             f"{row['time/step_s']:6.2f} s (generate {row['time/generate_s']:.2f}, train "
             f"{row['time/train_s']:.2f}, sync {row['time/sync_s']:.2f})")
 
@@ -3084,8 +3110,8 @@ def main() -> None:
         num_generated = sum(len(c.ids) for group in groups for c in group.completions)
         row = {
             "step": progress["step"], "samples": progress["samples"], **rollout_metrics(groups, step),
-            "rollout/groups": len(chosen), "train/loss": 0.0 if is_skipped else loss_value, "train/lr": lr,
-            "train/grad_norm": 0.0 if is_skipped else norm_value,
+            "rollout/groups": len(chosen), "train/lr": lr,
+            **({} if is_skipped else {"train/loss": loss_value, "train/grad_norm": norm_value}),
             "train/skipped_updates": progress["skipped_updates"], "train/tokens": progress["tokens"],
             **update_stats(values[:len(totals)]), "sync/probe_error": probe_error,
             "perf/completion_tokens_per_s": num_generated / seconds,
@@ -3096,6 +3122,8 @@ def main() -> None:
         for track in trackers:
             track(row)
         console.show(row, args.train_steps)
+        if progress["step"] == 1:
+            console.say(first_answers(groups, tasks.tokenizer))
         if args.log_level == "DEBUG":
             console.say(tasks.tokenizer.decode(groups[0].prompt_ids + groups[0].completions[0].ids))
         stall_after(None)
@@ -3119,6 +3147,9 @@ def main() -> None:
     torch.distributed.destroy_process_group()  # rank 0 works alone from here: the others must not time out
     if ranks.is_main:
         write_summary(run_dir, progress, row | evaluation, time.perf_counter() - started)
+        if progress["skipped_updates"] >= args.train_steps * args.updates_per_batch:
+            say("note       nothing was learnt: in no step did a group's rewards differ. Are the questions too "
+                "hard or too easy, or the answers never in the expected form?")
         for path in checkpoints_in(saver.folder)[-1:]:
             say(f"checkpoint {path}")
         say(f"record     {run_dir / 'metrics.jsonl'}, {run_dir / ROLLOUT_LOG.format(rank=0)}")

@@ -6,10 +6,10 @@ shards its blocks with `fully_shard`, runs the loop that you see in `main()`, wr
 folder that any tool loads. Left out on purpose: tensor, pipeline and expert parallelism, LoRA, reinforcement
 learning.
 
-    python train_llm.py --from-scratch --model-size test --max-steps 20         # one CPU process, or all GPUs
+    python train_llm.py --hf-model Qwen/Qwen2.5-0.5B --dataset my_texts.jsonl   # one CPU process, or all GPUs
     python train_llm.py --nproc 2 --config configs/train_llm/quickstart.yaml    # two processes
     torchrun --nproc_per_node 8 train_llm.py --hf-model meta-llama/Llama-2-7b-hf --dataset my_chats.jsonl
-    sbatch --nodes 4 launch_slurm.sh --from-scratch --model-size 7B --dataset my_texts
+    sbatch --nodes 4 launch_slurm.sh --from-scratch --model-size 7B --dataset my_texts --tokenizer openai-community/gpt2
 
 Contents: 1 Arguments, 2 Distributed, 3 Data, 4 Model, 5 Optimizer and schedule, 6 Loss, 7 Checkpoints and
 export, 8 Run record, 9 Evaluation, 10 Training. What a row of your data becomes is decided in section 3, the
@@ -1096,8 +1096,8 @@ class TokenDataset(torch.utils.data.Dataset):
     document of a sample; with mask_documents attention tells them apart by that."""
 
     def __init__(self, parts: list[tuple], args: Namespace) -> None:
-        self.tables, weights = [table for table, *_ in parts], [weight for _, weight, _ in parts]
-        self.sizes = [len(table) for table in self.tables]
+        weights, self.sizes = [weight for _, weight, _ in parts], [len(table) for table, *_ in parts]
+        self.columns = [{name: table.column(name) for name in table.column_names} for table, *_ in parts]
         self.counts = [size if weight is None else round(sum(self.sizes) * weight / sum(weights))
                        for size, weight in zip(self.sizes, weights)]
         self.length, self.mask_documents = args.seq_len if args.packing else 0, args.mask_documents
@@ -1111,34 +1111,38 @@ class TokenDataset(torch.utils.data.Dataset):
         return self.sample(i, 0)
 
     def sample(self, i: int, epoch: int) -> dict[str, Tensor]:
-        for table, size, count in zip(self.tables, self.sizes, self.counts):
+        for columns, size, count in zip(self.columns, self.sizes, self.counts):
             if i < count == size:
-                return self.read(table, i)
+                return self.read(columns, i)
             if i < count:  # in steps of some 0.6 of its size that have no divisor in common with it
                 step = next(n for n in itertools.count(int(0.618 * size) + 1) if math.gcd(n, size) == 1)
-                return self.read(table, (epoch * count + i) * step % size)
+                return self.read(columns, (epoch * count + i) * step % size)
             i -= count
         raise IndexError(i)
 
-    def read(self, table, i: int) -> dict[str, Tensor]:
-        """Sample i from the memory-mapped Arrow table."""
-        row = {name: torch.from_numpy(table.column(name)[i].values.to_numpy().astype("int64"))
-               for name in table.column_names}
+    def read(self, columns: dict, i: int) -> dict[str, Tensor]:
+        """Sample i from the memory-mapped Arrow columns."""
+        row = {name: torch.from_numpy(column[i].values.to_numpy().astype("int64"))
+               for name, column in columns.items()}
         return unpack(row, self.length, self.mask_documents)
 
 
 def unpack(row: dict[str, Tensor], length: int, mask_documents: bool) -> dict[str, Tensor]:
     """A sample of `pack`, each (T,) int64, padded on the right to `length` with untrained tokens."""
     ids, labelled, starts = row["ids"], row["labelled"], row["starts"]
-    labels = torch.where(labelled == 1, ids[1:], IGNORE)
+    labels = ids[1:].masked_fill(labelled == 0, IGNORE)
     positions = torch.arange(len(labels))
     if mask_documents:
         labels[starts[1:] - 1] = IGNORE
-        positions -= starts[torch.searchsorted(starts, positions, right=True) - 1]
-    short = max(0, length - len(labels))
+        starts = starts[starts < len(labels)]
+        positions -= starts.repeat_interleave(torch.diff(starts, append=torch.tensor([len(labels)])))
     # Padding is no position: rotary factors that depend on the largest one (Phi-4) must not see it.
-    return {"input_ids": F.pad(ids[:-1], (0, short)), "labels": F.pad(labels, (0, short), value=IGNORE),
-            "position_ids": F.pad(positions, (0, short))}
+    return {"input_ids": pad_to(ids[:-1], length, 0), "labels": pad_to(labels, length, IGNORE),
+            "position_ids": pad_to(positions, length, 0)}
+
+
+def pad_to(tensor: Tensor, length: int, value: int) -> Tensor:
+    return F.pad(tensor, (0, length - len(tensor)), value=value) if len(tensor) < length else tensor
 
 
 def pack_datasets(parts: list[tuple], args: Namespace, split: str) -> TokenDataset:
@@ -1165,7 +1169,7 @@ def collate(samples: list[dict[str, Tensor]], device: torch.device, mask_documen
         T = max(T, min(seq_len, math.ceil(T / 128) * 128))
     several = mask_documents and any((sample["position_ids"][1:] == 0).any() for sample in samples)
     fill_with = {"input_ids": 0, "labels": IGNORE} | ({"position_ids": 0} if several else {})
-    batch = {key: torch.stack([F.pad(s[key], (0, T - len(s[key])), value=value) for s in samples])
+    batch = {key: torch.stack([pad_to(sample[key], T, value) for sample in samples])
              for key, value in fill_with.items()}
     if device.type == "cuda":
         if several:

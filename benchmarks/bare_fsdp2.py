@@ -4,17 +4,16 @@ Same model, same tokens in the same order, same initial weights, so that the fir
 logits, F.cross_entropy, AdamW and clip_grad_norm_ as they come. No data preparation, no checkpoints, no
 evaluation, no record. The caller says in which precision it computes.
 
-    torchrun --nproc_per_node 2 benchmarks/bare_fsdp2.py --tokens data_cache/tokens-KEY --precision fp32 \
+    torchrun --nproc_per_node 2 benchmarks/bare_fsdp2.py --tokens data_cache/pack-KEY.arrow --precision fp32 \
         --model-size quickstart --vocab-size 4096 --seq-len 256 --batch-size 4 --steps 40
 """
 
 import argparse
-import json
-import math
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -49,16 +48,15 @@ def main() -> None:
     init_from_scratch(model, 0, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
-    meta = json.loads((args.tokens / "meta.json").read_text())
-    size, path = meta["train"]["tokens"], args.tokens / "train/tokens.bin"
-    tokens = torch.from_file(str(path), size=size, dtype=torch.uint16)
-    num_samples = math.ceil((len(tokens) - 1) / args.seq_len)
-    order, last = epoch_order(num_samples, 0, 0), len(tokens) - args.seq_len - 1
+    samples = datasets.Dataset.from_file(str(args.tokens))["ids"]  # of seq_len tokens and one more
+    order = epoch_order(len(samples), 0, 0)
     for step in range(args.steps):
         first = (step * world_size + rank) * args.batch_size
-        samples = order[torch.arange(first, first + args.batch_size) % num_samples]
-        starts = (samples * args.seq_len).clamp(max=last).tolist()
-        batch = torch.stack([tokens[i:i + args.seq_len + 1].long() for i in starts]).to(device)
+        chosen = order[torch.arange(first, first + args.batch_size) % len(samples)].tolist()
+        batch = torch.zeros(args.batch_size, args.seq_len + 1, dtype=torch.long)
+        for row, i in enumerate(chosen):  # the last one of a batch of documents is shorter
+            batch[row, :len(samples[i])] = torch.tensor(samples[i])
+        batch = batch.to(device)
         logits = model(batch[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
         loss.backward()

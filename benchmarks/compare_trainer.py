@@ -74,13 +74,15 @@ def write_texts(path: Path, count: int) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:count]))
 
 
-def write_rows(tokens: Path, path: Path, count: int) -> None:
+def write_rows(flags: list, path: Path, count: int) -> None:
     """The rows that train_llm.py trains on, in its order, with labels as transformers' models shift them."""
     sys.path.insert(0, str(ROOT))
     import torch
 
     import train_llm
-    dataset = train_llm.TokenDataset(tokens, "train", SEQ_LEN, packing=True, mask_documents=True)
+    args = train_llm.parse_args([str(flag) for flag in flags])
+    args.mask_documents = True
+    dataset, *_ = train_llm.open_datasets(args, train_llm.prepare_data(args))
     samples = [dataset[train_llm.sample_at(i, len(dataset), 0)] for i in range(count)]
     ids, labels = (torch.stack([sample[key] for sample in samples]) for key in ("input_ids", "labels"))
     assert (labels[:, -1] == IGNORE).all()
@@ -138,8 +140,8 @@ def prepare(folder: Path, args: argparse.Namespace) -> dict[str, tuple[Path, lis
     warm = [*ours, "--max-steps", 1, "--checkpoint-interval", 0]
     subprocess.run([sys.executable, ROOT / "train_llm.py", *map(str, warm)], cwd=folder, check=True,
                    stdout=subprocess.DEVNULL)
-    tokens = next((folder / "data_cache").glob("tokens-*[0-9a-f]/meta.json")).parent
-    write_rows(tokens, folder / "rows.pt", num_rows)
+    texts = ["--dataset", folder / "texts.jsonl", "--data-cache", folder / "data_cache"]
+    write_rows([*ours, *texts], folder / "rows.pt", num_rows)
     theirs = {"rows": str(folder / "rows.pt"), "folder": str(folder / "theirs"), "steps": args.steps,
               "save_step": first_save}
     ours += ["--max-steps", args.steps, "--checkpoint-interval", first_save]

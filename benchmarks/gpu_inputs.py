@@ -137,8 +137,7 @@ def prepare_run(flags: list[str]) -> float | None:
     args = train_llm.parse_args(flags)
     data = train_llm.prepare_data(args)
     args.loss_chunk_tokens = args.loss_chunk_tokens or 512  # which needs a device; no FLOPs depend on it
-    vocab_size = json.loads((data / "meta.json").read_text())["vocab_size"]
-    model = train_llm.build_model(args, Path(args.hf_model) if args.hf_model else None, vocab_size)
+    model = train_llm.build_model(args, Path(args.hf_model) if args.hf_model else None, data["rows"])
     return train_llm.flops_per_token(model, args.seq_len)
 
 

@@ -178,7 +178,7 @@ device=$("${table[@]}" start "$out")
 declare -A flags_of
 sized="--log-interval 5 --no-export"
 if [[ $device == cuda ]]; then
-    patience=1 tiny=() corpus=(--dataset stdlib) workers=5 num_train=100000 num_test=100000
+    patience=1 tiny=() corpus=(--dataset "$work/stdlib" --tokenizer "$work/stdlib_tokenizer") workers=5 num_train=100000 num_test=100000
     last_second=$((${ON_GPU_SECONDS:-540} - 15))  # the table and the logs take some
     flags_of=(
         [smoke]="--model-size 125M --batch-size 8 --max-steps 20 --log-interval 1 --checkpoint-interval 10"

@@ -35,7 +35,8 @@ def run(folder: Path, name: str, arguments: list, script: Path = ROOT / "train_l
     """One observed run on 2 processes in folder/name; what observe.py found of each rank."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                ROOT / "benchmarks/observe.py", folder / name / "observed", script, "--from-scratch",
-               "--no-export", "--warmup-steps", 1, "--tokenizer", folder / "tokenizer",
+               "--no-export", "--warmup-steps", 1, "--tokenizer", folder / "stdlib_tokenizer", "--dataset",
+               folder / "stdlib",
                "--data-cache", folder / "cache", "--checkpoint-dir", folder / name, *arguments]
     done = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -45,11 +46,9 @@ def run(folder: Path, name: str, arguments: list, script: Path = ROOT / "train_l
 
 
 def make_tokenizer(folder: Path) -> None:
-    """By train_llm.py itself, from the standard library's sources."""
-    sys.path.insert(0, str(ROOT))
-    import train_llm
-    args = train_llm.parse_args(["--from-scratch", "--vocab-size", "8192", "--data-cache", f"{folder}/cache"])
-    train_llm.load_tokenizer(args).save_pretrained(folder / "tokenizer")
+    """The standard library's sources, and a tokenizer of them."""
+    make = [sys.executable, ROOT / "tools/make_stdlib_data.py", "--folder", folder, "--vocab-size", "8192"]
+    subprocess.run(list(map(str, make)), check=True)
 
 
 def turns(names: list[str], rounds: int) -> list[str]:

@@ -40,7 +40,7 @@ def flags_for(script, place, folder):
 
 
 def losses(run_dir):
-    return {row["step"]: row["train/loss"] for row in read_metrics(run_dir) if "train/loss" in row}
+    return {row["step"]: row.get("train/loss", 0.0) for row in read_metrics(run_dir) if "time/step_s" in row}
 
 
 VALUES = ["", " ", "abc", "nan", "inf", "-1", "0", "1", "3", "1.5", HUGE, "-" + HUGE, "~/x", "/dev/null",

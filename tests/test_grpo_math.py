@@ -506,7 +506,7 @@ def test_empty_micro_batches_do_not_count():
         assert backward(script.micro_batch_loss(model, batches[0], args, totals)) == 0
         assert script.loss_denominator(batches[0], kind) == 0
         assert not totals.any() and not gradients(model).any()
-        assert set(script.update_stats(totals.tolist()).values()) <= {0.0, 1.0}
+        assert script.update_stats(totals.tolist()) == {}
 
 
 STEPS = 3
@@ -539,8 +539,8 @@ def folder_of_runs(tmp_path_factory):
 def test_number_of_processes_does_not_matter(folder_of_runs, kind, world_sizes):
     runs = [run_on(folder_of_runs, world_size, kind) for world_size in world_sizes]
     rows, weights = runs[0]
-    assert len(rows) == STEPS and any(row["train/grad_norm"] > 0 for row in rows)
-    assert any(row["train/clip_frac"] > 0 for row in rows) or kind != "gspo"
+    assert len(rows) == STEPS and any(row.get("train/grad_norm", 0) > 0 for row in rows)
+    assert any(row.get("train/clip_frac", 0) > 0 for row in rows) or kind != "gspo"
     from safetensors.torch import load_file
 
     before = load_file(folder_of_runs / "policy" / "model.safetensors")

@@ -81,7 +81,7 @@ EVALUATED = ["--eval-limit", 16, "--eval-first", "--eval-every", 3, "--eval-samp
 
 def steps_of(run_dir):
     """{step: row}; of a step that stands there twice, the later one."""
-    return {row["step"]: row for row in read_metrics(run_dir) if "train/loss" in row}
+    return {row["step"]: row for row in read_metrics(run_dir) if "rollout/groups" in row}
 
 
 def evaluations_of(run_dir):

@@ -152,7 +152,7 @@ def test_on_policy_run(servers, folder):
     quick_ranks(run_flags(folder, server, "on_policy", 2, "--eval-first", "--temperature", 0.7), 2,
                 timeout=300, script=SCRIPT)
     rows = read_metrics(run_dir)
-    steps = [row for row in rows if "train/loss" in row]
+    steps = [row for row in rows if "rollout/groups" in row]
     assert [row["rollout/version_lag"] for row in steps] == [0] * 4
     assert max(row["train/mismatch_kl"] for row in steps) < 1e-6
     assert max(row["sync/probe_error"] for row in steps) < 1e-4
@@ -172,7 +172,7 @@ def test_asynchronous_run(servers, folder):
     server = vllm.ready(servers["untied"])
     quick_ranks(run_flags(folder, server, "async", 2, "--async-depth", 1, "--eval-every", 2), 2, timeout=300,
                 script=SCRIPT)
-    steps = [row for row in read_metrics(folder / "async") if "train/loss" in row]
+    steps = [row for row in read_metrics(folder / "async") if "rollout/groups" in row]
     assert [row["rollout/version_lag"] for row in steps] == [0, 1, 1, 1]
     assert steps[0]["train/mismatch_kl"] < 1e-6 < steps[-1]["train/mismatch_kl"]
     assert {(row["step"], row["version"]) for row in rollouts(folder / "async")} == {
@@ -371,7 +371,7 @@ def test_example_stopped_and_started_again(folder):
         stdout, stderr = process.communicate(timeout=300)
         assert process.returncode == 0, stdout + stderr
     assert newest_step(run_dir) == 40 and (run_dir / "hf").is_dir() and (run_dir / "vllm.log").is_file()
-    steps = [row["step"] for row in read_metrics(run_dir) if "train/loss" in row]
+    steps = [row["step"] for row in read_metrics(run_dir) if "rollout/groups" in row]
     assert steps == list(range(1, 41))
 
 

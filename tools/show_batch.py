@@ -1,4 +1,5 @@
-"""Show what train_llm.py, or a copy of it, trains on: its first micro-batch as text, trained tokens in green.
+"""Show what train_llm.py, or a copy of it, trains on: what was read and left out, how long the documents are,
+and its first micro-batch as text, trained tokens in green.
 
     python tools/show_batch.py --hf-model MODEL --dataset my_chats.jsonl --seq-len 512
     python tools/show_batch.py my_copy.py --config my.yaml
@@ -14,6 +15,7 @@ of === open a sample, lines of --- a document in it.
 import argparse
 import os
 import sys
+from collections import Counter
 from itertools import groupby
 from types import ModuleType
 
@@ -44,10 +46,15 @@ def parse_args(argv: list[str]) -> tuple[ModuleType, int | None, argparse.Namesp
 
 def load_samples(script: ModuleType, args: argparse.Namespace, number: int | None
                  ) -> list[tuple[str, list, list, list]]:
-    """(title, input_ids, labels, positions) of each sample; positions begin at 0 with each document."""
+    """(title, input_ids, labels, positions) of each sample; positions begin at 0 with each document. Prints
+    what was read first."""
     import torch
     ranks = script.Ranks(0, 0, 1, torch.device("cpu"))
     data = script.prepare_data(args)
+    for note in data["notes"]:
+        print(note)
+    for tokens, _ in data["train"]:
+        show_lengths(tokens["length"][:])
     args.mask_documents = script.masks_documents(args, data)
     train_set, _, _ = script.open_datasets(args, data)
     if train_set is None:
@@ -58,6 +65,7 @@ def load_samples(script: ModuleType, args: argparse.Namespace, number: int | Non
         return [(f"sample {i}", *(row.tolist() for row in rows)) for i, rows in enumerate(rows)]
     if number is not None and not 0 <= number < len(train_set):
         raise script.UserError(f"--sample {number}: the data has samples 0 to {len(train_set) - 1}")
+    # Of several data sets the numbers run over all of them; weights change from pass to pass what they are.
     first = [script.sample_at(i, len(train_set), args.seed) for i in range(args.batch_size)]
     # Where the model sees no boundaries, its positions show none; those of this copy do.
     args.mask_documents = True
@@ -68,6 +76,14 @@ def load_samples(script: ModuleType, args: argparse.Namespace, number: int | Non
         tensors = sample["input_ids"], sample["labels"], masked[i]["position_ids"]
         samples.append((f"sample {i} of {len(train_set)}", *(tensor.tolist() for tensor in tensors)))
     return samples
+
+
+def show_lengths(lengths: list[int]) -> None:
+    """How many documents have 1, 2 to 3, 4 to 7, … tokens; chats are counted as cut."""
+    counts = Counter(length.bit_length() for length in lengths if length)
+    for bits in range(min(counts), max(counts) + 1):
+        bar = "#" * -(-40 * counts[bits] // max(counts.values()))
+        print(f"{2 ** (bits - 1):>10,} to {2 ** bits - 1:>9,} tokens {counts[bits]:>10,} {bar}")
 
 
 def num_padding(ids: list[int], labels: list[int]) -> int:
