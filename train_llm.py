@@ -2444,10 +2444,7 @@ def hf_parts(model: nn.Module, tokenizer, source: Path | None) -> tuple:
 # 8. Run record: metrics, console, timing
 
 PEAK_TFLOPS = {  # dense bf16, the vendors' data sheets; the first that is in a device's name counts
-    "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "B200": 2250, "B100": 1750,
-    "A100": 312, "A800": 312, "L40S": 362, "L4": 121, "A40": 150, "A10": 125, "RTX 4090": 165, "RTX 3090": 71,
-    "MI300X": 1307,
-}
+    "H200": 989, "H100 PCIe": 756, "H100": 989, "B200": 2250, "A100": 312, "L40S": 362, "MI300X": 1307}
 
 
 def flops_per_token(model: nn.Module, seq_len: int) -> float | None:
@@ -2599,22 +2596,16 @@ def evaluate_all(model: nn.Module, eval_sets: dict[str, TokenDataset], batch_siz
 IDENTITY = "hf_model model_size data seed seq_len packing mask_documents"  # another one is another run
 
 
-def masks_documents(args: Namespace, data: dict) -> bool:
-    """--mask-documents; if not given: yes, except for plain text from scratch."""
-    if args.mask_documents is not None or args.hf_model:
-        return args.mask_documents is not False
-    return data["chat"]
-
-
-def open_datasets(args: Namespace, data: dict) -> tuple[TokenDataset | None, dict[str, TokenDataset], int]:
-    """(train or None with --streaming, held-out sets by name, rows that an embedding needs)."""
+def open_datasets(args: Namespace, data: dict) -> tuple[TokenDataset | None, dict[str, TokenDataset]]:
+    """(train or None with --streaming, held-out sets by name)."""
     def make(split: str, **changes: object) -> TokenDataset:
         return pack_datasets(data[split], Namespace(**vars(args) | changes), split)
 
-    train_set = None if args.streaming else make("train")
+    if args.mask_documents is None:  # plain text from scratch is one stream
+        args.mask_documents = bool(args.hf_model) or data["chat"]
     # EDIT: held-out sets; NAME/loss is the metric of each
     eval_sets = {"eval": make("eval")} if args.eval_split or args.eval_fraction else {}
-    return train_set, eval_sets, data["rows"]
+    return None if args.streaming else make("train"), eval_sets
 
 
 def open_stream(args: Namespace, ranks: Ranks, resume_from: Path | None) -> tuple[Iterator[dict], dict]:
@@ -2809,14 +2800,13 @@ def main() -> None:
     ranks = read_ranks(args)
     run_dir, say = Path(args.checkpoint_dir), print if ranks.is_main else (lambda *line: None)
     data = prepare_data(args)  # takes as long as it needs: no process group exists yet
-    args.mask_documents = masks_documents(args, data)
-    train_set, eval_sets, vocab_size = open_datasets(args, data)
+    train_set, eval_sets = open_datasets(args, data)
 
     mesh = init_distributed(args, ranks)
     dtype = compute_dtype(args.mixed_precision, ranks.device)
     # Shapes, then shards, then memory, then weights: no device needs room for more than its part.
     hf_folder = fetch(args.hf_model) if args.hf_model else None
-    model = build_model(args, hf_folder, vocab_size)
+    model = build_model(args, hf_folder, data["rows"])
     check_memory(model, args, mesh)
     lock = lock_run(run_dir) if ranks.is_main else None  # noqa: F841, held until this process ends
     checkpoints = gather_objects(checkpoints_to_resume(args) if ranks.is_main else None)[0]

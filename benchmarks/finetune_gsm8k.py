@@ -99,7 +99,6 @@ def steps_of_an_epoch(flags: list[str], samples_per_step: int) -> int:
     import train_llm
     args = train_llm.parse_args(flags)
     data = train_llm.prepare_data(args)
-    args.mask_documents = train_llm.masks_documents(args, data)
     train_set, *_ = train_llm.open_datasets(args, data)
     return math.ceil(len(train_set) / samples_per_step)
 

@@ -65,8 +65,7 @@ def make_args(place, dataset, *flags, tokenizer="tokenizer", cache="cache"):
 def open_data(args):
     """(train, held out or None) as the training opens them."""
     data = train_llm.prepare_data(args)
-    args.mask_documents = train_llm.masks_documents(args, data)
-    train_set, eval_sets, _ = train_llm.open_datasets(args, data)
+    train_set, eval_sets = train_llm.open_datasets(args, data)
     return train_set, eval_sets.get("eval")
 
 

@@ -334,7 +334,7 @@ def mixed(place, tmp_path, *weights, seq_len=64):
     args = train_llm.parse_args(flags_for(place, *entries, more=["--seq-len", seq_len, "--no-packing"]))
     data = train_llm.prepare_data(args)
     args.mask_documents = False
-    train_set, _, _ = train_llm.open_datasets(args, data)
+    train_set, _ = train_llm.open_datasets(args, data)
     passes = [[tuple(train_set.sample(train_llm.sample_at(p, len(train_set), 0), p // len(train_set))
                      ["input_ids"].tolist()) for p in range(n * len(train_set), (n + 1) * len(train_set))]
               for n in range(6)]

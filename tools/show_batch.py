@@ -22,8 +22,8 @@ from types import ModuleType
 from user_script import take_script
 
 IGNORE = -100  # the label of a token that is not trained
-NEEDED = ("UserError", "Ranks", "parse_args", "prepare_data", "masks_documents", "open_datasets",
-          "streamed_batches", "sample_at", "load_tokenizer")
+NEEDED = ("UserError", "Ranks", "parse_args", "prepare_data", "open_datasets", "streamed_batches",
+          "sample_at", "load_tokenizer")
 
 
 def parse_args(argv: list[str]) -> tuple[ModuleType, int | None, argparse.Namespace]:
@@ -55,8 +55,7 @@ def load_samples(script: ModuleType, args: argparse.Namespace, number: int | Non
         print(note)
     for tokens, _ in data["train"]:
         show_lengths(tokens["length"][:])
-    args.mask_documents = script.masks_documents(args, data)
-    train_set, _, _ = script.open_datasets(args, data)
+    train_set, _ = script.open_datasets(args, data)
     if train_set is None:
         args.mask_documents = True  # so that positions show the borders
         batch = next(script.streamed_batches(args, ranks, {}))
@@ -69,7 +68,7 @@ def load_samples(script: ModuleType, args: argparse.Namespace, number: int | Non
     first = [script.sample_at(i, len(train_set), args.seed) for i in range(args.batch_size)]
     # Where the model sees no boundaries, its positions show none; those of this copy do.
     args.mask_documents = True
-    masked, _, _ = script.open_datasets(args, data)
+    masked, _ = script.open_datasets(args, data)
     samples = []
     for i in first if number is None else [number]:
         sample = train_set[i]
