@@ -363,7 +363,7 @@ def draw_timeline(trace: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--experiment-dir", type=Path, metavar="DIR", help="what run_experiments.py has written")
+    parser.add_argument("--experiment-dir", type=Path, metavar="DIR", help="what run_experiments.py wrote")
     parser.add_argument("--baseline", default="ddp_fp32", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="default: report, in --experiment-dir")
     parser.add_argument("--note", default="", help="a sentence for the head of the report")
@@ -377,7 +377,7 @@ def main() -> None:
         parser.error(f"--experiment-dir {folder}: no configs folder there; name run_experiments.py's folder")
     table, curves, problems = read_experiments(folder, args.baseline)
     if not table:
-        parser.error(f"--experiment-dir {folder}: no run has finished yet; start run_experiments.py --execute")
+        parser.error(f"--experiment-dir {folder}: no run has finished; start run_experiments.py --execute")
     if args.baseline not in table:
         parser.error(f"--baseline {args.baseline}: no finished run; there are {', '.join(table)}")
     sweep = json.loads((folder / "sweep.json").read_text()) if (folder / "sweep.json").is_file() else {}

@@ -260,7 +260,7 @@ class Block(nn.Module):
         super().__init__()
         D, self.num_heads, self.dropout = args.embed_dim, args.num_heads, args.dropout
         self.attention_norm, self.mlp_norm = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D)
         self.up, self.down = nn.Linear(D, args.ff_hidden_dim), nn.Linear(args.ff_hidden_dim, D)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -614,7 +614,7 @@ def clip_and_step(optimizer: torch.optim.Optimizer, grads: list[Tensor], grad_no
                   grad_clip: float) -> float:
     """One update, or none where the gradient is not finite. Returns its norm without the loss scale.
 
-    fp16 cannot hold small gradients: the loss is scaled up before the backward, half as much after overflow."""
+    fp16 cannot hold small gradients: the loss is scaled up for the backward, half as much after overflow."""
     scale = progress["loss_scale"]
     grad_norm /= scale
     if math.isfinite(grad_norm):
