@@ -341,6 +341,20 @@ def test_ended_and_started_again(place, straight, tmp_path, signal_name, code):
     assert max(losses(run_dir)) == 6
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [
+    ["--hsdp-shard-size", 1], ["--cpu-offload"], ["--no-reshard-after-forward", "--compile"],
+    ["--grad-cache-chunk", 3, "--reduce-every-micro-batch", "--activation-checkpointing", "none"],
+], ids=lambda flags: flags[0])
+def test_memory_flags_change_no_loss(place, tmp_path, flags):
+    """Without a cache on one process, and each of these on two."""
+    own = ["--num-negatives", 1, "--mrl-dims", "64,16", "--symmetric", "--max-steps", 3, "--no-export"]
+    train(place, tmp_path / "one", *own, "--batch-size", 8)
+    train(place, tmp_path / "two", *own, "--batch-size", 4, *flags, nproc=2)
+    found, wanted = losses(tmp_path / "two"), losses(tmp_path / "one")
+    assert all(found[step] == pytest.approx(wanted[step], rel=1e-5) for step in (1, 2, 3))
+
+
 def test_scored_pairs(place, tmp_path):
     em.write_pairs(tmp_path / "pairs/train.jsonl", em.make_pairs(16, scored=True))
     em.write_pairs(tmp_path / "pairs/test.jsonl", em.make_pairs(16, scored=True))
