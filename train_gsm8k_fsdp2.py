@@ -184,8 +184,8 @@ def add_console_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--logger", choices=["rich", "print", "none"], default="print", help="rich: a live panel (needs "
         "rich, else a bar); print: a line a step")
-    add("--log-level", choices=["DEBUG", "INFO", "WARNING"], default="INFO", help="DEBUG: also a completion "
-        "a step; WARNING: only what is wrong")
+    add("--log-level", choices=["DEBUG", "INFO", "WARNING"], default="INFO", help="DEBUG: also a right and "
+        "a wrong answer of each step; WARNING: only what is wrong")
 
 
 # >>> shared: flags
@@ -3122,10 +3122,8 @@ def main() -> None:
         for track in trackers:
             track(row)
         console.show(row, args.train_steps)
-        if progress["step"] == 1:
+        if progress["step"] == 1 or args.log_level == "DEBUG":
             console.say(first_answers(groups, tasks.tokenizer))
-        if args.log_level == "DEBUG":
-            console.say(tasks.tokenizer.decode(groups[0].prompt_ids + groups[0].completions[0].ids))
         stall_after(None)
 
         # Save (all ranks)
@@ -3150,8 +3148,6 @@ def main() -> None:
         if progress["skipped_updates"] >= args.train_steps * args.updates_per_batch:
             say("note       nothing was learnt: in no step did a group's rewards differ. Are the questions too "
                 "hard or too easy, or the answers never in the expected form?")
-        for path in checkpoints_in(saver.folder)[-1:]:
-            say(f"checkpoint {path}")
         say(f"record     {run_dir / 'metrics.jsonl'}, {run_dir / ROLLOUT_LOG.format(rank=0)}")
         if args.export:
             say(f"model      {run_dir / 'hf'} (Hugging Face format)")

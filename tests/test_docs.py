@@ -87,6 +87,7 @@ def unknown_flags(line, everyones):
     In front of the first script they belong to torchrun, sbatch or whatever runs it; behind it they are that
     script's. A line with no script is another program's command unless it begins with the flag.
     """
+    line = re.sub(r'"[^"]*"', '""', line)  # another program's command, as one argument
     owner, unknown = everyones if line.lstrip().startswith("-") else None, []
     for word in words_of(line):
         flag = word.split("=")[0]

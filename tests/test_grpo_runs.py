@@ -723,7 +723,8 @@ def test_loggers_and_levels(place):
     assert not re.search(r"^step +\d", said["none"], re.M) and not said["quiet"]
     [group] = [group for group in rollouts_of(place / "say_debug")[1] if group.position == 0]
     tokenizer = AutoTokenizer.from_pretrained(place / "policy")
-    assert tokenizer.decode(group.prompt_ids + group.completions[0].ids) in said["debug"]
+    assert f"--- first question\n{tokenizer.decode(group.prompt_ids)}" in said["debug"]
+    assert (said["print"].count("--- a right answer"), said["debug"].count("--- a right answer")) == (1, 2)
     assert not re.search(r"^step +\d+/2 ", said["rich"], re.M)
     assert_same_rows(steps_of(place / "say_rich"), steps_of(place / "say_quiet"))
 
