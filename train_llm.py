@@ -2,24 +2,21 @@
 
 One file, no Trainer: it builds a model (written out below, or any causal LM of Hugging Face transformers),
 shards its blocks with `fully_shard`, runs the loop that you see in `main()`, writes asynchronous checkpoints
-(DCP), published atomically, also when it is asked to stop, resumes exactly, and ends with a Hugging Face
-folder that any tool loads. Left out on purpose: tensor, pipeline and expert parallelism, LoRA, reinforcement
-learning.
+(DCP), also when it is asked to stop, resumes exactly, and ends with a Hugging Face folder that any tool loads.
+Left out on purpose: tensor, pipeline and expert parallelism, reinforcement learning.
 
     python train_llm.py --hf-model Qwen/Qwen2.5-0.5B --dataset my_texts.jsonl   # one CPU process, or all GPUs
-    python train_llm.py --nproc 2 --config configs/train_llm/quickstart.yaml    # two processes
     torchrun --nproc_per_node 8 train_llm.py --hf-model meta-llama/Llama-2-7b-hf --dataset my_chats.jsonl
-    sbatch --nodes 4 launch_slurm.sh --from-scratch --model-size 7B --dataset my_texts --tokenizer openai-community/gpt2
+    sbatch --nodes 4 launch_slurm.sh --config configs/train_llm/pretrain_7b.yaml
 
 Contents: 1 Arguments, 2 Distributed, 3 Data, 4 Model, 5 Optimizer and schedule, 6 Loss, 7 Checkpoints and
-export, 8 Run record, 9 Evaluation, 10 Training. What a row of your data becomes is decided in section 3, the
-architecture in 4, the objective in 6, the order of things in main(), at the end. `EDIT:` marks the lines that
-people change. A flag of your own: `add_training_flags`; a metric: the row in main(); what must survive a
-resume: an entry of `progress` in main(), or of the optimizer's state.
+export, 8 Run record, 9 Evaluation, 10 Training. `EDIT:` marks the lines that people change. A flag of your
+own: `add_training_flags`; a metric: the row in main(); what must survive a resume: an entry of `progress` in
+main(), or of the optimizer's state.
 
 "(all ranks)" means that every rank must make the call, because it communicates. At a "sync point" the host
-waits for the device. Blocks between `# >>> shared` and `# <<< shared` are the same in train_gsm8k_fsdp2.py;
-in a copy they are yours.
+waits for the device. Blocks between `# >>> shared` and `# <<< shared` are the same in the other scripts; in a
+copy they are yours.
 """
 
 import argparse
@@ -1268,6 +1265,9 @@ class ModelConfig:
     def head_size(self) -> int:
         return self.hidden_size // self.num_heads
 
+    def get_text_config(self) -> "ModelConfig":  # as transformers' configurations
+        return self
+
 
 # Layers, hidden size and heads are given; key-value heads and feed-forward width are chosen so that each name
 # is true within 2 % with the default vocabulary of 32,000 (input and output embeddings are separate).
@@ -1378,7 +1378,7 @@ class CausalLM(nn.Module):
         self.config, self.loss_chunk = config, 512  # rows of logits at once, see `rows_at_once`
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.head_loss = head_loss  # `compile_head_loss` puts its compiled form here
+        self.head_loss = head_loss  # or its compiled form, see `ready_model`
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None,
                 cu_seqlens: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -1771,20 +1771,16 @@ def base_of(model: nn.Module) -> nn.Module:
     return model.base_model if model.base_model is not model else next(inner, model)
 
 
-def text_config(model: nn.Module) -> object:
-    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-
-
 def rows_at_once(model: nn.Module, device: torch.device) -> int:
     """Rows of logits that exist at once. On a GPU some 2^28 numbers of them: fewer would be slow, because the
     head's fp32 gradient is added up once a chunk, more would take gigabytes."""
-    return 512 if device.type != "cuda" else max(512, 2**28 // text_config(model).vocab_size // 512 * 512)
+    return 512 if device.type != "cuda" else max(512, 2**28 // model.config.get_text_config().vocab_size // 512 * 512)
 
 
 def plain_tokens(model: nn.Module, rows: int, length: int, device: torch.device) -> Tensor:
     """(rows, length) ids from all over the vocabulary, for proofs."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(text_config(model).vocab_size, (rows, length), generator=generator).to(device)
+    return torch.randint(model.config.get_text_config().vocab_size, (rows, length), generator=generator).to(device)
 
 
 def prove_filled(model: nn.Module) -> None:
@@ -2052,11 +2048,6 @@ def chunked_loss(hidden: Tensor, labels: Tensor, head: nn.Linear, loss_fn: Calla
     needs_grad = torch.is_grad_enabled()  # `ctx.needs_input_grad` is true for parameters under no_grad, too
     return ChunkedHeadLoss.apply(hidden.flatten(0, 1), head.weight, bias, labels.flatten(), loss_fn, chunk,
                                  needs_grad)
-
-
-def compile_head_loss(model: nn.Module) -> None:
-    scale_and_cap = getattr(model.head_loss, "keywords", {})
-    model.head_loss = functools.partial(torch.compile(head_loss), **scale_and_cap)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2449,7 +2440,7 @@ PEAK_TFLOPS = {  # dense bf16, the vendors' data sheets; the first that is in a 
 
 def flops_per_token(model: nn.Module, seq_len: int) -> float | None:
     """Forward and backward, as `perf/mfu` says; None for mixtures of experts, which use only a part."""
-    config = text_config(model)
+    config = model.config.get_text_config()
     if any(hasattr(config, name) for name in ("num_local_experts", "num_experts", "n_routed_experts")):
         return None
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -2630,7 +2621,8 @@ def ready_model(args: Namespace, model: nn.Module, checkpoints: list[Path], dtyp
     model.loss_chunk = args.loss_chunk_tokens or rows_at_once(model, ranks.device)
     shard_model(model, args, mesh, dtype)
     if args.compile or (args.compile is None and cuda):
-        compile_head_loss(model)
+        scale_and_cap = getattr(model.head_loss, "keywords", {})
+        model.head_loss = functools.partial(torch.compile(head_loss), **scale_and_cap)
     materialise(model, ranks.device, args.cpu_offload)
     optimizer = build_optimizer(model, args)  # after sharding, which replaces the parameters
     if args.hf_model:

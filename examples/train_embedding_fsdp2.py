@@ -1044,20 +1044,16 @@ def base_of(model: nn.Module) -> nn.Module:
     return model.base_model if model.base_model is not model else next(inner, model)
 
 
-def text_config(model: nn.Module) -> object:
-    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-
-
 def rows_at_once(model: nn.Module, device: torch.device) -> int:
     """Rows of logits that exist at once. On a GPU some 2^28 numbers of them: fewer would be slow, because the
     head's fp32 gradient is added up once a chunk, more would take gigabytes."""
-    return 512 if device.type != "cuda" else max(512, 2**28 // text_config(model).vocab_size // 512 * 512)
+    return 512 if device.type != "cuda" else max(512, 2**28 // model.config.get_text_config().vocab_size // 512 * 512)
 
 
 def plain_tokens(model: nn.Module, rows: int, length: int, device: torch.device) -> Tensor:
     """(rows, length) ids from all over the vocabulary, for proofs."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(text_config(model).vocab_size, (rows, length), generator=generator).to(device)
+    return torch.randint(model.config.get_text_config().vocab_size, (rows, length), generator=generator).to(device)
 
 
 def prove_filled(model: nn.Module) -> None:
@@ -2134,7 +2130,7 @@ def main() -> None:
     dtype = compute_dtype(args.mixed_precision, ranks.device)
     # Shapes, then shards, then memory, then weights: no device needs room for more than its part.
     model = build_model(args, folder, len(tokenizer))
-    objective = read_objective(args, text_config(model).hidden_size)
+    objective = read_objective(args, model.config.get_text_config().hidden_size)
     check_memory(model, args, mesh)
     lock = lock_run(run_dir) if ranks.is_main else None  # noqa: F841, held until this process ends
     checkpoints = gather_objects(checkpoints_to_resume(args) if ranks.is_main else None)[0]
