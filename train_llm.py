@@ -714,7 +714,8 @@ def check_messages(found: object, spelt: re.Pattern) -> list[dict]:
             content = str(content)
         for call in message.get("tool_calls") or ():
             function, content = call.get("function", call), content or ""
-            function["arguments"] = read_json(function.get("arguments"))
+            if "arguments" in function:
+                function["arguments"] = read_json(function["arguments"])
         if not isinstance(role, str) or not isinstance(content, str):
             raise ValueError("expected messages as a list of objects with 'role' and 'content' texts")
         role = ROLES.get(role, role)
@@ -936,7 +937,8 @@ def one_at_a_time(args: Namespace) -> Iterator[None]:
         datasets.disable_progress_bars()
     Path(args.data_cache).mkdir(parents=True, exist_ok=True)
     with (Path(args.data_cache) / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # some network file systems lock nothing: work may be done twice
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
