@@ -623,7 +623,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, object]]:
 
 def to_question(row: object, where: str) -> dict:
     texts = [row.get(key) if isinstance(row, dict) else None for key in ("question", "answer")]
-    texts = [str(text) if isinstance(text, (int, float)) and not isinstance(text, bool) else text for text in texts]
+    texts = [str(text) if type(text) in (int, float) else text for text in texts]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         held = f"has: {', '.join(map(str, row))}" if isinstance(row, dict) else f"is a {type(row).__name__}"
         raise UserError(f"{where}: expected texts called 'question' and 'answer', the row {held}")
@@ -2159,7 +2159,7 @@ def micro_batch_loss(model: nn.Module, batch: dict[str, Tensor], args: Namespace
 
 
 def update_stats(totals: list[float]) -> dict[str, float]:
-    """Metrics from the sums over all ranks, micro-batches and updates of a step; {} where none was trained."""
+    """Metrics of sums over all ranks, micro-batches and updates of a step; {} where nothing was trained."""
     tokens = totals[0]
     if not tokens:
         return {}
@@ -2611,8 +2611,8 @@ def first_answers(groups: list[Group], tokenizer) -> str:
     """The first question as the model meets it, and a right and a wrong answer to one of these questions."""
     parts = [("first question", groups[0].prompt_ids)]
     for wanted, name in ((True, "a right answer"), (False, "a wrong answer")):
-        found = (completion.ids for group in groups for completion, right in zip(group.completions, group.correct)
-                 if right is wanted)
+        found = (completion.ids for group in groups
+                 for completion, right in zip(group.completions, group.correct) if right is wanted)
         parts.append((name, next(found, None)))
     return "\n".join(f"--- {name}\n{tokenizer.decode(ids)}" if ids else f"--- {name}: none yet"
                      for name, ids in parts)
@@ -2882,6 +2882,18 @@ def note_updates(updates: list[list[float]], num_sequences: int, progress: dict)
                         "weights. Lower --max-lr, or go back to an older checkpoint with --resume")
 
 
+def closing_lines(args: Namespace, progress: dict, saver: Checkpointer) -> list[str]:
+    run_dir = Path(args.checkpoint_dir)
+    lines = [f"checkpoint {path}" for path in checkpoints_in(saver.folder)[-1:]]
+    lines.append(f"record     {run_dir / 'metrics.jsonl'}, {run_dir / ROLLOUT_LOG.format(rank=0)}")
+    if args.export:
+        lines.append(f"model      {run_dir / 'hf'} (Hugging Face format)")
+    if progress["skipped_updates"] >= args.train_steps * args.updates_per_batch:
+        lines.append("note       nothing was learnt: in no step did a group's rewards differ. Are the questions "
+                     "too hard or too easy, or the answers never in the expected form?")
+    return [*lines, "next       the same command with a larger --train-steps goes on from here"]
+
+
 def show_evaluation(console: Console, progress: dict, found: dict) -> None:
     """A line; notes in `progress` which step is the best."""
     if found["eval/accuracy"] > (progress["best_accuracy"] or 0.0):
@@ -3141,13 +3153,8 @@ def main() -> None:
     torch.distributed.destroy_process_group()  # rank 0 works alone from here: the others must not time out
     if ranks.is_main:
         write_summary(run_dir, progress, row | evaluation, time.perf_counter() - started)
-        if progress["skipped_updates"] >= args.train_steps * args.updates_per_batch:
-            say("note       nothing was learnt: in no step did a group's rewards differ. Are the questions too "
-                "hard or too easy, or the answers never in the expected form?")
-        say(f"record     {run_dir / 'metrics.jsonl'}, {run_dir / ROLLOUT_LOG.format(rank=0)}")
-        if args.export:
-            say(f"model      {run_dir / 'hf'} (Hugging Face format)")
-        say("next       the same command with a larger --train-steps goes on from here")
+        for line in closing_lines(args, progress, saver):
+            say(line)
 
 
 if __name__ == "__main__":

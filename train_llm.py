@@ -205,7 +205,7 @@ def add_run_flags(group: argparse._ArgumentGroup, folder: str, save_every: int) 
 
 
 def fill_defaults(args: Namespace) -> None:
-    """Of flags that depend on others. --dataset becomes one text, as in a config file: 'a.jsonl:0.7 b/:0.3'."""
+    """Of flags that depend on others. --dataset becomes one text, as a file has it: 'a.jsonl:0.7 b/:0.3'."""
     if args.dataset:
         is_list = len(args.dataset) == 1 and not Path(args.dataset[0]).exists()
         with contextlib.suppress(ValueError):  # a quote in a name
@@ -340,6 +340,8 @@ def find_data_problems(args: Namespace) -> Iterator[str]:
             yield f"--dataset {name}: no such file or folder"
     if len({weight is None for _, weight in names}) > 1 or not all(weight != 0 for _, weight in names):
         yield f"--dataset {args.dataset}: give all of them a weight above 0, or none"
+    if args.streaming and (len(names) > 1 or args.bad_rows == "skip"):
+        yield "--streaming reads one --dataset, and stops at a bad row"
     if not 0 <= args.eval_fraction < 1:
         yield "--eval-fraction must be at least 0 and below 1"
     if args.eval_fraction and (args.eval_split or args.streaming):
@@ -546,7 +548,7 @@ READERS = {".jsonl": "lines", ".ndjson": "lines", ".json": "lines", ".txt": "lin
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 DATA_SUFFIXES = (*READERS, *COMPRESSIONS)
 LONE = re.compile("[\ud800-\udfff]")  # a half of a surrogate pair: no text that a tokenizer takes
-ROLES = {"human": "user", "gpt": "assistant", "function_response": "tool", "observation": "tool"}  # in ShareGPT
+ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # ShareGPT's
 # For tokenizers without a chat template (base models): contents and newlines, an end token after each answer.
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}"
@@ -581,8 +583,8 @@ def data_files(source: Path, split: str) -> tuple[list[Path], str]:
         others = {"test", "validation", "valid", "val", "dev", "eval"}
         named = [path for path in known if not split_words(path) & others]
     if not named:
-        raise UserError(f"{source}: no file of split '{split}' among its {len(known)} data files (they end in "
-                        f"{' '.join(READERS)}, with .gz or .zst behind it or not)")
+        raise UserError(f"{source}: no file of split '{split}' among its {len(known)} data files, which end "
+                        f"in {' '.join(READERS)}, or in .gz or .zst behind that")
     left_out = {"hidden": len(every) - len(seen), "of another kind": len(seen) - len(known),
                 "of another split": len(known) - len(named)}
     told = "".join(f", {count:,} {why}" for why, count in left_out.items() if count)
@@ -647,7 +649,7 @@ def open_rows(args: Namespace, name: str, split: str, streaming: bool = False) -
 
 
 def to_messages(row: dict) -> list[dict] | None:  # EDIT: what one of your rows becomes
-    """[{'role', 'content'}, …] of a conversation, None for plain text. A ValueError says that a row is bad."""
+    """[{'role', 'content'}, …] of a conversation, None for plain text. ValueError: the row is bad."""
     for name in ("messages", "conversations"):
         if name in row:
             return row[name] or []
@@ -701,7 +703,8 @@ def check_messages(found: object, spelt: re.Pattern) -> list[dict]:
             content = str(content)
         for call in message.get("tool_calls") or ():
             function, content = call.get("function", call), content or ""
-            function["arguments"] = read_json(function.get("arguments"))
+            if "arguments" in function:
+                function["arguments"] = read_json(function["arguments"])
         if not isinstance(role, str) or not isinstance(content, str):
             raise ValueError("expected messages as a list of objects with 'role' and 'content' texts")
         role = ROLES.get(role, role)
@@ -856,8 +859,9 @@ def how_to_encode(args: Namespace, tokenizer, parts: list, label: str) -> dict:
     # What can end a turn: the end-of-text token and every special token that the vocabulary adds.
     ends = {tokenizer.eos_token_id} | {*special} - {tokenizer.bos_token_id}
     bos = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id][:1]
-    return {"name": label, "chat": chat, "text_column": args.text_column, "seq_len": args.seq_len if chat else 0,
-            "stop": args.bad_rows == "stop", "ends": ends, "bos": bos, "spelt": re.compile(longest_first or "$^")}
+    return {"name": label, "chat": chat, "text_column": args.text_column, "stop": args.bad_rows == "stop",
+            "seq_len": args.seq_len if chat else 0, "ends": ends, "bos": bos,
+            "spelt": re.compile(longest_first or "$^")}
 
 
 def load_tokenizer(args: Namespace):
@@ -903,7 +907,7 @@ def digest(*parts: object) -> str:
 
 def section_text() -> list[str]:
     """This section: a part of the cache's keys, so that no edit of it meets tokens of before."""
-    return re.findall(r"^# 3\. .*?(?=^# 4\. )", Path(__file__).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return re.findall(r"(?ms)^# 3\. .*?(?=^# 4\. )", Path(__file__).read_text(encoding="utf-8"))
 
 
 def tokenizer_identity(tokenizer) -> str:
@@ -922,7 +926,8 @@ def one_at_a_time(args: Namespace) -> Iterator[None]:
         datasets.disable_progress_bars()
     Path(args.data_cache).mkdir(parents=True, exist_ok=True)
     with (Path(args.data_cache) / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # some network file systems lock nothing: work may be done twice
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -970,7 +975,7 @@ def check_tokens(args: Namespace, tokens, chat: bool, label: str) -> str:
     wrong = ""
     if not keep.any():
         wrong = "no document at all" if not chat else f"nothing is trained: {cut}" if long.any() else (
-            "no token is trained: the chat template marks no assistant tokens (tools/show_batch.py shows them)")
+            "no token is trained: the chat template marks no assistant tokens (tools/show_batch.py shows it)")
     elif chat and whole[keep].all():
         wrong = "every token is trained, prompts too: the template's generation tags enclose all"
     elif chat and not ends[keep].any():
@@ -1007,7 +1012,8 @@ def prepare_data(args: Namespace) -> dict:
         for name, weight in names]
     if args.eval_split:
         sources = [(args.eval_split, None)] if Path(args.eval_split).is_file() else names
-        wanted += [("eval", name, args.eval_split, None, f"--eval-split {args.eval_split}") for name, _ in sources]
+        wanted += [("eval", name, args.eval_split, None, f"--eval-split {args.eval_split}")
+                   for name, _ in sources]
     with one_at_a_time(args):
         for target, name, split, weight, label in wanted:
             tokens, chat, read = open_tokens(args, tokenizer, name, split)
@@ -1150,7 +1156,8 @@ def pack_datasets(parts: list[tuple], args: Namespace, split: str) -> TokenDatas
             key = digest(content_of(tokens), section_text(), args.seq_len, args.packing, args.long_chats)
             mean = max(1, int(sum(tokens["length"][:1000]) / min(len(tokens), 1000)))
             packed = cached_map(args, tokens, pack, key, batch_size=max(100, 4_000_000 // mean),
-                                desc="packing", features=sample_columns(tokens.features["ids"]), fn_kwargs={"args": args})
+                                desc="packing", features=sample_columns(tokens.features["ids"]),
+                                fn_kwargs={"args": args})
             tables.append((packed.data.table, weight, sum(tokens["length"])))
     if not all(len(table) for table, *_ in tables):
         raise UserError(f"the {split} data hold no two tokens: nothing to learn")

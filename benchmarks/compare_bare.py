@@ -78,8 +78,8 @@ def main() -> None:
         folder = Path(name)
         make = [sys.executable, str(ROOT / "tools/make_stdlib_data.py"), "--vocab-size", "8192"]
         subprocess.run(make, cwd=folder, check=True)
-        ours = ["--from-scratch", *shape, *data, "--max-steps", args.steps, "--no-export", "--warmup-steps", 10,
-                "--checkpoint-interval", 0, OURS[args.precision]]
+        ours = ["--from-scratch", *shape, *data, "--max-steps", args.steps, "--no-export",
+                "--warmup-steps", 10, "--checkpoint-interval", 0, OURS[args.precision]]
         # The first run makes the tokens; every measured run finds them.
         run("train_llm.py", [*ours, "--checkpoint-dir", "warm"], folder, args.precision)
         tokens = next((folder / "data_cache").glob("pack-*.arrow"))

@@ -92,7 +92,8 @@ def check_prompts(args: argparse.Namespace, num_rows: int = 100) -> None:
         ids = tokenizer(text[:start], add_special_tokens=False)["input_ids"]
         asked = train_gsm8k_fsdp2.render_prompt(tokenizer, row["question"], SYSTEM, "chat")
         if ids != asked:
-            sys.exit(f"training and evaluation ask differently: {text[:start]!r} and {tokenizer.decode(asked)!r}")
+            sys.exit("training and evaluation ask differently: "
+                     f"{text[:start]!r} and {tokenizer.decode(asked)!r}")
 
 
 def steps_of_an_epoch(flags: list[str], samples_per_step: int) -> int:

@@ -178,7 +178,8 @@ device=$("${table[@]}" start "$out")
 declare -A flags_of
 sized="--log-interval 5 --no-export"
 if [[ $device == cuda ]]; then
-    patience=1 tiny=() corpus=(--dataset "$work/stdlib" --tokenizer "$work/stdlib_tokenizer") workers=5 num_train=100000 num_test=100000
+    corpus=(--dataset "$work/stdlib" --tokenizer "$work/stdlib_tokenizer")
+    patience=1 tiny=() workers=5 num_train=100000 num_test=100000
     last_second=$((${ON_GPU_SECONDS:-540} - 15))  # the table and the logs take some
     flags_of=(
         [smoke]="--model-size 125M --batch-size 8 --max-steps 20 --log-interval 1 --checkpoint-interval 10"
@@ -194,7 +195,8 @@ if [[ $device == cuda ]]; then
     )
 else
     echo "on_gpu.sh: REHEARSAL: tiny sizes on the CPU; no figure of this run means anything" >&2
-    patience=6 tiny=(--tiny) corpus=(--dataset "$work/texts.jsonl" --vocab-size 512) workers=2
+    patience=6 tiny=(--tiny) workers=2
+    corpus=(--dataset "$work/texts.jsonl" --tokenizer "$work/stdlib_tokenizer")
     last_second=$((${ON_GPU_SECONDS:-1800} - 15)) num_train=32 num_test=4
     small="--model-size test --seq-len 64 --batch-size 2 $sized --log-interval 2"
     flags_of=(
@@ -218,6 +220,9 @@ flags_of[smollm2-grpo]+=" --group-size 8 --zero-variance keep --no-export"
 # Stages that run beside one another
 
 prepare() {
+    local vocab=32000
+    [[ ${#tiny[@]} == 0 ]] || vocab=512
+    "$python" "$root/tools/make_stdlib_data.py" --folder "$work" --vocab-size "$vocab"
     local make=() runs=()
     ! wants sft || { make+=(llama) && runs+=(sft sft-unmasked); }
     ! wants grpo || make+=(qwen2)

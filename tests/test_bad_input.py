@@ -447,7 +447,7 @@ def test_one_bad_step_is_skipped_and_training_goes_on(place, tmp_path, world_siz
     ("--hf-model meta-llama/Llama-2-7b-hf --batch-size 4 --grad-accum-steps 2 --max-lr 2e-5 --warmup-steps "
      "100 --max-steps 10000 --checkpoint-dir checkpoints/llama2 --mixed-precision", 2e-6),
     ("--hf-model mistralai/Mistral-7B-v0.1 --seq-len 4096 --batch-size 2 --grad-accum-steps 4", 2e-6),
-    ("--from-scratch --tokenizer a/b --model-size 13B --vocab-size 32000 --max-lr 3e-4 --no-mixed-precision", 3e-5),
+    ("--from-scratch --tokenizer a/b --model-size 13B --vocab-size 32000 --max-lr 3e-4", 3e-5),
     ("--from-scratch --tokenizer a/b --max-lr 2e-5 --min-lr 1e-5", 1e-5),
 ])
 def test_a_low_learning_rate_lowers_its_end_too(line, min_lr):

@@ -24,7 +24,7 @@ REPEATED = {"none": (0, 0), "full": (6, 1), "selective": (0, 0)}
 @pytest.fixture(scope="module")
 def mesh():
     """Of a process group of this process alone; FSDP works as it does among many."""
-    args = train_llm.parse_args(["--from-scratch", "--tokenizer", "a/b", "--dataset", "a/b", "--device", "cpu"])
+    args = train_llm.parse_args("--from-scratch --tokenizer a/b --dataset a/b --device cpu".split())
     yield train_llm.init_distributed(args, train_llm.Ranks(0, 0, 1, torch.device("cpu")))
     torch.distributed.destroy_process_group()
 

@@ -317,8 +317,9 @@ def test_tokens_are_found_again(place, tmp_path):
 def shown(script, place, path, *flags):
     """What tools/show_batch.py prints of a script's first samples."""
     return quick_run([
-        script, "--from-scratch", "--model-size", "test", "--tokenizer", place / "chat_tokenizer", "--dataset",
-        path, "--data-cache", path.parent / "cache", "--seq-len", SEQ_LEN, "--batch-size", 1, *flags],
+        script, "--from-scratch", "--model-size", "test", "--tokenizer", place / "chat_tokenizer",
+        "--dataset", path, "--data-cache", path.parent / "cache", "--seq-len", SEQ_LEN, "--batch-size", 1,
+        *flags],
         script="tools/show_batch.py").stdout
 
 

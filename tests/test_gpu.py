@@ -176,7 +176,7 @@ def test_metrics_have_mfu_and_memory(place):
 @pytest.fixture(scope="module")
 def mesh():
     """Of a process group of this process alone."""
-    args = train_llm.parse_args(["--from-scratch", "--tokenizer", "a/b", "--dataset", "a/b", "--device", "cuda"])
+    args = train_llm.parse_args("--from-scratch --tokenizer a/b --dataset a/b --device cuda".split())
     yield train_llm.init_distributed(args, RANKS)
     torch.distributed.destroy_process_group()
 

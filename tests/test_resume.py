@@ -191,7 +191,7 @@ def test_streaming(folder):
     for run in (resumed, folder / "streaming"):
         states.append({"0": "", "1": ""})
         dcp.load({"stream": states[-1]}, checkpoint_id=step_folder(run, STEPS), no_dist=True)
-    assert states[0] == states[1] and all(json.loads(text)["rows"] for text in states[0].values())
+    assert states[0] == states[1] and all(json.loads(text)["library"] for text in states[0].values())
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """Rows as people have them: forms of chats, tools, templates, tokenizers, bad and long rows, mixtures."""
 
 import json
+import random
 import shutil
 from collections import Counter
 
+import fuzz_inputs
 import pytest
+import torch
 import train_llm
 from helpers import CHAT_TEMPLATES, documents_in, make_hf_model, make_tokenizer
 from quick_runs import error_line, quick_run
@@ -377,3 +380,43 @@ def test_weights_that_mean_nothing(entries, capsys):
     with pytest.raises(SystemExit):
         train_llm.parse_args(["--from-scratch", "--tokenizer", "a/b", "--dataset", *entries])
     assert "give all of them a weight above 0, or none" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------
+# 5. Whatever a file holds
+
+def problem_of(case):
+    """What a case of fuzz_inputs breaks: each failure is a UserError that names the file or the row."""
+    args = train_llm.parse_args([str(token) for token in case.args])
+    try:
+        data = train_llm.prepare_data(args)
+        args.mask_documents = True
+        train_llm.open_datasets(args, data)
+        if args.streaming:
+            next(train_llm.streamed_batches(args, train_llm.Ranks(0, 0, 1, torch.device("cpu")), {}))
+    except train_llm.UserError as error:
+        return "" if any(name in str(error) for name in case.names) else f"names nothing: {error}"
+    return "accepted" if case.must_fail else ""
+
+
+@pytest.mark.slow
+def test_500_malformed_rows_and_files(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_rows(place / "rows.jsonl", [FORMS["messages"]])
+    faults, number, tried = [], 0, 0
+    while tried < 500:
+        number += 1
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        case = (fuzz_inputs.rows if number % 5 else fuzz_inputs.files)(random.Random(number), place, folder)
+        if case.script is not train_llm:
+            continue
+        tried += 1
+        try:
+            problem = problem_of(case)
+        except SystemExit:  # a flag's: nothing of that name is there
+            said = capsys.readouterr().err
+            problem = "" if any(name in said for name in case.names) else said
+        faults += [f"case {number}: {case.what[:200]}: {problem}"] * bool(problem)
+        shutil.rmtree(folder)
+    assert not faults, "\n".join(faults)

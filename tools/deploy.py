@@ -2,7 +2,7 @@
 
     python tools/deploy.py configs/train_llm/quickstart.yaml --ssh root@host:port
     python tools/deploy.py configs/train_llm/quickstart.yaml --ssh root@host:port -- --max-steps 50
-    python tools/deploy.py --ssh me@box train_llm.py --from-scratch --model-size 1B --gpu-ranks 0,2
+    python tools/deploy.py --ssh me@box train_llm.py --hf-model MODEL --dataset my.jsonl --gpu-ranks 0,2
     python tools/deploy.py --ssh me@box --name quickstart --attach      # follow its log again
     python tools/deploy.py --ssh me@box --name quickstart --stop        # let it save, wait for its end
     python tools/deploy.py --ssh me@box --name quickstart --fetch       # metrics, log, export come home

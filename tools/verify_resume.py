@@ -1,6 +1,6 @@
 """Prove for your script, arguments and machine that stopping and resuming changes nothing.
 
-    python tools/verify_resume.py train_llm.py --from-scratch --model-size test --dataset my_texts.jsonl
+    python tools/verify_resume.py train_llm.py --hf-model MODEL --dataset my_texts.jsonl
     python tools/verify_resume.py --steps 40 --stop-by SIGKILL my_copy.py --config my.yaml
     python tools/verify_resume.py --nproc 2 --resume-nproc 1 train_llm.py --hf-model MODEL --dataset my.jsonl
 
