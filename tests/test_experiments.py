@@ -285,18 +285,21 @@ def test_fifty_steps(tmp_path, nproc):
 
 @pytest.mark.slow
 def test_memory_scales_as_fsdp2s(tmp_path):
-    """Eight blocks, because the whole units that are in flight at once do not depend on N."""
-    args = ["--max-steps", 3, "--log-every", 3, "--embed-dim", 64, "--ff-hidden-dim", 256, "--num-layers", 8]
+    """The two differ by whole units in flight: their number depends on timing, with gloo's copies of them, but
+    not on N. Sixteen blocks, so that they are a small part."""
+    args = ["--max-steps", 3, "--log-every", 3, "--embed-dim", 64, "--ff-hidden-dim", 256, "--num-layers", 16]
+    unit_kib = 4 * 49_792 / 1024
     peaks = {}
     for nproc in (1, 2, 4):
         train(tmp_path, nproc, {f"{impl}_{nproc}": [*args, "--batch-size", 4 // nproc, "--impl", impl]
                                 for impl in ("manual", "fsdp2")})
         for impl in ("manual", "fsdp2"):
             peaks[impl, nproc] = log_rows(tmp_path, f"{impl}_{nproc}")[-1]["perf/peak_mem_gib"] * 2**20
+    print(f"peak memory, KiB: {peaks}")
     for nproc in (1, 2, 4):
-        assert peaks["manual", nproc] == pytest.approx(peaks["fsdp2", nproc], rel=0.15), peaks
+        assert abs(peaks["manual", nproc] - peaks["fsdp2", nproc]) < 6 * unit_kib, peaks
     for impl in ("manual", "fsdp2"):
-        assert peaks[impl, 2] < 0.65 * peaks[impl, 1] and peaks[impl, 4] < 0.45 * peaks[impl, 1], peaks
+        assert peaks[impl, 2] < 0.62 * peaks[impl, 1] and peaks[impl, 4] < 0.42 * peaks[impl, 1], peaks
 
 
 @pytest.mark.slow
