@@ -3,8 +3,8 @@
     python experiments/run_experiments.py --launcher "torchrun --standalone --nproc_per_node=2" \\
         --output-dir artifacts/experiments --execute
 
-Without --execute it writes the configs only. It goes on when an experiment fails. Stop it with Ctrl-C; the
-same command goes on with what is not finished. Then look at the results:
+Without --execute it writes the configs only. It goes on when an experiment fails. Stop it with Ctrl-C
+or SIGTERM; the same command goes on with what is not finished. Then look at the results:
 
     python experiments/analyze_metrics.py --experiment-dir artifacts/experiments --baseline ddp_fp32
 
@@ -132,6 +132,7 @@ def write_sweep(args: argparse.Namespace, runs: list[str]) -> None:
 
 def main() -> None:
     from tqdm import tqdm
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the run under way, as Ctrl-C does
     args = parse_args()
     runs = write_configs(args)
     if not args.execute:

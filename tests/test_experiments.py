@@ -222,7 +222,53 @@ def test_what_cannot_work_is_refused(argv, said, capsys):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 5. Long proofs
+# 5. Experiments and their report
+
+def program(name, *args):
+    command = [sys.executable, str(REPO / "experiments" / name), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_every_experiment_is_a_config_of_the_script(tmp_path):
+    done = program("run_experiments.py", "--output-dir", tmp_path, "--seeds", 2)
+    assert done.returncode == 0, done.stderr
+    configs = sorted((tmp_path / "configs").iterdir())
+    assert len(configs) == 30 and not list(tmp_path.glob("*.log"))
+    impls = {train_sharding.parse_args(["--config", str(config)]).impl for config in configs}
+    assert impls == set(IMPLS)
+
+
+def test_report_of_real_runs(two, tmp_path):
+    """Three runs that finished, one that did not, and one that has not run at all."""
+    (tmp_path / "configs").mkdir()
+    sources = {"ddp_fp32_seed0": "ddp", "ddp_fp32_seed1": "ddp", "manual_fp32_seed0": "manual"}
+    for run, source in sources.items():
+        (tmp_path / f"{run}_metrics.jsonl").write_text((two / f"{source}.jsonl").read_text())
+    half = (two / "fsdp2.jsonl").read_text().splitlines(keepends=True)[:3]
+    (tmp_path / "fsdp2_fp32_seed0_metrics.jsonl").write_text("".join(half))
+    for run in (*sources, "fsdp2_fp32_seed0", "fsdp1_fp32_seed0"):
+        (tmp_path / "configs" / f"{run}.json").write_text("{}")
+    done = program("analyze_metrics.py", "--experiment-dir", tmp_path, "--baseline", "ddp_fp32")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "report/report.md").read_text()
+    assert "fsdp2_fp32_seed0: ended after step 2" in text and "fsdp1_fp32_seed0: has not run" in text
+    assert "| ddp_fp32 | 2 |" in text and "1.00 ± 0.00" in text and "| manual_fp32 | 1 |" in text
+    assert len((tmp_path / "report/summary.csv").read_text().splitlines()) == 3
+    page = (tmp_path / "report/report.html").read_text()
+    assert page.count("<svg") == 5 and "http" not in page and "<script" not in page
+    assert (tmp_path / "report/sharding.png").stat().st_size > 10_000
+
+
+def test_report_says_what_is_missing(tmp_path):
+    done = program("analyze_metrics.py", "--experiment-dir", tmp_path)
+    assert done.returncode == 2 and "no configs folder there" in done.stderr
+    (tmp_path / "configs").mkdir()
+    done = program("analyze_metrics.py", "--experiment-dir", tmp_path)
+    assert done.returncode == 2 and "no run has finished" in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------
+# 6. Long proofs
 
 @pytest.mark.slow
 @pytest.mark.parametrize("nproc", [1, 2])
@@ -239,18 +285,21 @@ def test_fifty_steps(tmp_path, nproc):
 
 @pytest.mark.slow
 def test_memory_scales_as_fsdp2s(tmp_path):
-    """Eight blocks, because the whole units that are in flight at once do not depend on N."""
-    args = ["--max-steps", 3, "--log-every", 3, "--embed-dim", 64, "--ff-hidden-dim", 256, "--num-layers", 8]
+    """The two differ by whole units in flight: their number depends on timing, with gloo's copies of them, but
+    not on N. Sixteen blocks, so that they are a small part."""
+    args = ["--max-steps", 3, "--log-every", 3, "--embed-dim", 64, "--ff-hidden-dim", 256, "--num-layers", 16]
+    unit_kib = 4 * 49_792 / 1024
     peaks = {}
     for nproc in (1, 2, 4):
         train(tmp_path, nproc, {f"{impl}_{nproc}": [*args, "--batch-size", 4 // nproc, "--impl", impl]
                                 for impl in ("manual", "fsdp2")})
         for impl in ("manual", "fsdp2"):
             peaks[impl, nproc] = log_rows(tmp_path, f"{impl}_{nproc}")[-1]["perf/peak_mem_gib"] * 2**20
+    print(f"peak memory, KiB: {peaks}")
     for nproc in (1, 2, 4):
-        assert peaks["manual", nproc] == pytest.approx(peaks["fsdp2", nproc], rel=0.15), peaks
+        assert abs(peaks["manual", nproc] - peaks["fsdp2", nproc]) < 6 * unit_kib, peaks
     for impl in ("manual", "fsdp2"):
-        assert peaks[impl, 2] < 0.65 * peaks[impl, 1] and peaks[impl, 4] < 0.45 * peaks[impl, 1], peaks
+        assert peaks[impl, 2] < 0.62 * peaks[impl, 1] and peaks[impl, 4] < 0.42 * peaks[impl, 1], peaks
 
 
 @pytest.mark.slow
@@ -277,4 +326,24 @@ def test_manual_is_as_fast_as_fsdp2(tmp_path):
     train(tmp_path, 2, {f"{impl}_{i}": [*args, "--impl", impl] for impl, i in order})
     speed = {name: log_rows(tmp_path, "{}_{}".format(*name))[-1]["perf/tokens_per_s"] for name in order}
     ratios = [speed["manual", i] / speed["fsdp2", i] for i in range(5)]
+    print(f"tokens/s of manual over fsdp2's, five pairs: {[round(ratio, 2) for ratio in ratios]}")
     assert statistics.median(ratios) >= 0.9, ratios
+
+
+@pytest.mark.slow
+def test_sweep_goes_on(tmp_path):
+    """After a failure with the next run, and when it is started again with those that have not finished."""
+    tiny = {"model": {"embed_dim": 32, "ff_hidden_dim": 64, "num_layers": 2, "num_heads": 2}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    command = ["run_experiments.py", "--output-dir", tmp_path / "out", "--config", tmp_path / "tiny.yaml",
+               "--execute", "--launcher", sys.executable, "--seeds", 1, "--max-steps", 3,
+               "--experiments", "ddp_fp32", "manual_fp32"]
+    done = program(*command, "--timeout", 0.5)
+    assert done.returncode == 1 and done.stdout.count("no end after 0.5 s") == 2, done.stdout + done.stderr
+    assert program(*command).returncode == 0
+    files = {run: tmp_path / "out" / f"{run}_seed0_metrics.jsonl" for run in ("ddp_fp32", "manual_fp32")}
+    kept = files["ddp_fp32"].read_text()
+    files["manual_fp32"].write_text(files["manual_fp32"].read_text().splitlines(keepends=True)[0])
+    done = program(*command)
+    assert done.returncode == 0 and "2 of 2 runs finished" in done.stdout, done.stdout + done.stderr
+    assert files["ddp_fp32"].read_text() == kept and '"event": "end"' in files["manual_fp32"].read_text()
