@@ -322,6 +322,12 @@ def find_problems(args: Namespace) -> Iterator[str]:
         yield f"--warmup-steps {args.warmup_steps} is more than the run's {args.max_steps} steps"
     if (args.eval_interval or args.eval_first or args.keep_best) and not args.eval_split:
         yield "--eval-interval, --eval-first and --keep-best need something held out: --eval-split"
+    is_file = Path(args.dataset or "").is_file()
+    if args.dataset_split != "train" and is_file:
+        yield f"--dataset-split {args.dataset_split}: {args.dataset} has no splits; leave it out"
+    if args.eval_split and not Path(args.eval_split).is_file() and (
+            is_file or looks_like_path(args.eval_split)):
+        yield f"--eval-split {args.eval_split}: no such file" + f", and {args.dataset} has no splits" * is_file
     try:
         dims, weights = numbers_of(args.mrl_dims, int), numbers_of(args.mrl_weights, float)
         if min(dims, default=1) < 1 or len(set(dims)) < len(dims) or not all(0 < w < 1e6 for w in weights):
