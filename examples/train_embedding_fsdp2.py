@@ -322,6 +322,12 @@ def find_problems(args: Namespace) -> Iterator[str]:
         yield f"--warmup-steps {args.warmup_steps} is more than the run's {args.max_steps} steps"
     if (args.eval_interval or args.eval_first or args.keep_best) and not args.eval_split:
         yield "--eval-interval, --eval-first and --keep-best need something held out: --eval-split"
+    is_file = Path(args.dataset or "").is_file()
+    if args.dataset_split != "train" and is_file:
+        yield f"--dataset-split {args.dataset_split}: {args.dataset} has no splits; leave it out"
+    if args.eval_split and not Path(args.eval_split).is_file() and (
+            is_file or looks_like_path(args.eval_split)):
+        yield f"--eval-split {args.eval_split}: no such file" + f", and {args.dataset} has no splits" * is_file
     try:
         dims, weights = numbers_of(args.mrl_dims, int), numbers_of(args.mrl_weights, float)
         if min(dims, default=1) < 1 or len(set(dims)) < len(dims) or not all(0 < w < 1e6 for w in weights):
@@ -1199,20 +1205,15 @@ class Objective:
     normalize: bool
 
 
-def info_nce(queries: Tensor, documents: Tensor, masks: tuple[Tensor, Tensor], first: int, scale: Tensor
-             ) -> tuple[Tensor, Tensor, Tensor]:
-    """InfoNCE (van den Oord et al. 2018, arXiv:1807.03748) summed over B queries, first of all N at `first`:
-    from query to document and from document to query; and how many queries score their own document highest.
-
-    queries (N, D); documents (M, D): the positives in the same order, then hard negatives. `masks`, (B, M)
-    and (B, N), are true where a score must not count, see `masked_scores`."""
-    own = slice(first, first + len(masks[0]))
-    labels = torch.arange(len(queries), device=queries.device)[own]
-    scores = (scale * queries[own] @ documents.T).masked_fill(masks[0], -math.inf)
-    back = (scale * documents[own] @ queries.T).masked_fill(masks[1], -math.inf)
-    hits = (scores.argmax(1) == labels).sum()
-    return (F.cross_entropy(scores, labels, reduction="sum"),
-            F.cross_entropy(back, labels, reduction="sum"), hits)
+def info_nce(anchors: Tensor, candidates: Tensor, mask: Tensor, first: int, scale: Tensor
+             ) -> tuple[Tensor, Tensor]:
+    """InfoNCE (van den Oord et al. 2018, arXiv:1807.03748) summed over the B anchors from `first` on, and how
+    many of them score their own candidate highest. (N, D), (M, D), whose first N are the anchors' own in the
+    same order; `mask` (B, M) is true where a score must not count, see `masked_scores`."""
+    own = slice(first, first + len(mask))
+    labels = torch.arange(len(candidates), device=mask.device)[own]
+    scores = (scale * anchors[own] @ candidates.T).masked_fill(mask, -math.inf)
+    return F.cross_entropy(scores, labels, reduction="sum"), (scores.argmax(1) == labels).sum()
 
 
 def masked_scores(query_ids: Tensor, document_ids: Tensor, first: int, B: int) -> tuple[Tensor, Tensor]:
@@ -1242,9 +1243,10 @@ def batch_loss(embeddings: Tensor, text_ids: Tensor, scores: Tensor | None, rank
                objective: Objective) -> Tensor:  # EDIT: the objective
     """This rank's part of the loss, which all ranks' parts add up to, and its hits: (2,), sums over B pairs.
     embeddings (W, R, D), text_ids (W, R) and scores (W, B) of all W ranks."""
+    def by_kind(x: Tensor) -> tuple[Tensor, Tensor]:  # queries; positives, then negatives
+        return x[:, :B].flatten(0, 1), torch.cat([x[:, B:2 * B].flatten(0, 1), x[:, 2 * B:].flatten(0, 1)])
+
     B = objective.batch_size
-    by_kind = lambda x: (x[:, :B].flatten(0, 1), torch.cat([x[:, B:2 * B].flatten(0, 1),  # noqa: E731
-                                                            x[:, 2 * B:].flatten(0, 1)]))
     (queries, documents), ids = by_kind(embeddings), by_kind(text_ids)
     masks = masked_scores(*ids, rank * B, B)
     loss, hits = torch.zeros((), device=queries.device), None
@@ -1253,9 +1255,10 @@ def batch_loss(embeddings: Tensor, text_ids: Tensor, scores: Tensor | None, rank
         if objective.normalize:
             q, p = F.normalize(q, dim=-1), F.normalize(p, dim=-1)
         if scores is None:
-            there, back, found = info_nce(q, p, masks, rank * B, scale)
-            loss = loss + weight * ((there + back) / 2 if objective.symmetric else there)
-            hits = found if hits is None else hits
+            one_way, found = info_nce(q, p, masks[0], rank * B, scale)
+            if objective.symmetric:
+                one_way = (one_way + info_nce(p, q, masks[1], rank * B, scale)[0]) / 2
+            loss, hits = loss + weight * one_way, found if hits is None else hits
         else:  # each rank sees all pairs: an equal share of one number
             loss = loss + weight * B * cosent((q * p).sum(-1), scores.flatten(), scale)
     return torch.stack([loss, loss.new_zeros(()) if hits is None else hits.to(loss)])

