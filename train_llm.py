@@ -2,7 +2,7 @@
 
 One file, no Trainer: it builds a model (written out below, or any causal LM of Hugging Face transformers),
 shards its blocks with `fully_shard`, runs the loop that you see in `main()`, writes asynchronous checkpoints
-(DCP), also when it is asked to stop, resumes exactly, and ends with a Hugging Face folder that any tool loads.
+(DCP), also when it is asked to stop, resumes exactly, and ends with a Hugging Face folder for any other tool.
 Left out on purpose: tensor, pipeline and expert parallelism, reinforcement learning.
 
     python train_llm.py --hf-model Qwen/Qwen2.5-0.5B --dataset my_texts.jsonl   # one CPU process, or all GPUs
@@ -1781,13 +1781,15 @@ def base_of(model: nn.Module) -> nn.Module:
 def rows_at_once(model: nn.Module, device: torch.device) -> int:
     """Rows of logits that exist at once. On a GPU some 2^28 numbers of them: fewer would be slow, because the
     head's fp32 gradient is added up once a chunk, more would take gigabytes."""
-    return 512 if device.type != "cuda" else max(512, 2**28 // model.config.get_text_config().vocab_size // 512 * 512)
+    size = model.config.get_text_config().vocab_size
+    return max(512, 2**28 // size // 512 * 512) if device.type == "cuda" else 512
 
 
 def plain_tokens(model: nn.Module, rows: int, length: int, device: torch.device) -> Tensor:
     """(rows, length) ids from all over the vocabulary, for proofs."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(model.config.get_text_config().vocab_size, (rows, length), generator=generator).to(device)
+    size = model.config.get_text_config().vocab_size
+    return torch.randint(size, (rows, length), generator=generator).to(device)
 
 
 def prove_filled(model: nn.Module) -> None:
@@ -1857,9 +1859,9 @@ def prove_loss(model: nn.Module, ranks: Ranks) -> None:
 
 @torch.no_grad()
 def prove_packing(model: nn.Module, ranks: Ranks, can_use_varlen: bool = False) -> None:
-    """Choose how documents in a pack are told apart: by variable-length attention (CUDA), or by positions that
-    start again, from which transformers makes masks. The second document of a pack must have the logits that
-    it has alone, up to a fraction of what a leak changes (all ranks)."""
+    """Choose how documents in a pack are told apart: by variable-length attention (CUDA), or by positions
+    that start again, from which transformers makes masks. The second document of a pack must have the logits
+    that it has alone, up to a fraction of what a leak changes (all ranks)."""
     ids = plain_tokens(model, 2, 32, ranks.device)
     positions = torch.arange(32, device=ranks.device).expand(2, 32) % 16
     own, ways = model.config._attn_implementation, []

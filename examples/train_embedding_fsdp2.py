@@ -1053,13 +1053,15 @@ def base_of(model: nn.Module) -> nn.Module:
 def rows_at_once(model: nn.Module, device: torch.device) -> int:
     """Rows of logits that exist at once. On a GPU some 2^28 numbers of them: fewer would be slow, because the
     head's fp32 gradient is added up once a chunk, more would take gigabytes."""
-    return 512 if device.type != "cuda" else max(512, 2**28 // model.config.get_text_config().vocab_size // 512 * 512)
+    size = model.config.get_text_config().vocab_size
+    return max(512, 2**28 // size // 512 * 512) if device.type == "cuda" else 512
 
 
 def plain_tokens(model: nn.Module, rows: int, length: int, device: torch.device) -> Tensor:
     """(rows, length) ids from all over the vocabulary, for proofs."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(model.config.get_text_config().vocab_size, (rows, length), generator=generator).to(device)
+    size = model.config.get_text_config().vocab_size
+    return torch.randint(size, (rows, length), generator=generator).to(device)
 
 
 def prove_filled(model: nn.Module) -> None:
