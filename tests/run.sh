@@ -30,8 +30,10 @@ fi
 targets=(tests)
 select=(-m "not slow")
 [[ $all == 0 ]] || select=()
+# Two files at a time: many tests wait for others' processes.
+workers=(-n 2 --dist loadfile)
 for arg in "$@"; do
-    [[ $arg != tests/* ]] || { targets=(); select=(); }
+    [[ $arg != tests/* ]] || { targets=(); select=(); workers=(); }
 done
 
 # ----------------------------------------------------------------------------------------------------
@@ -132,4 +134,4 @@ fi
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1
 unset TOKENIZERS_PARALLELISM
 exec "$python" -m pytest ${targets[@]+"${targets[@]}"} -q -rs --durations=15 \
-    ${select[@]+"${select[@]}"} "$@"
+    ${select[@]+"${select[@]}"} ${workers[@]+"${workers[@]}"} "$@"
