@@ -3104,8 +3104,8 @@ def closing_lines(args: Namespace, progress: dict, saver: Checkpointer) -> list[
     if args.export:
         lines.append(f"model      {run_dir / 'hf'} (Hugging Face format)")
     if progress["skipped_updates"] >= args.train_steps * args.updates_per_batch:
-        lines.append("note       nothing was learnt: in no step did a group's rewards differ. Are the questions "
-                     "too hard or too easy, or the answers never in the expected form?")
+        lines.append("note       nothing was learnt: in no step did a group's rewards differ. Are the "
+                     "questions too hard or too easy, or the answers never in the expected form?")
     return lines
 
 
