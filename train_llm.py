@@ -1154,8 +1154,9 @@ def pack_datasets(parts: list[tuple], args: Namespace, split: str) -> TokenDatas
     with one_at_a_time(args):
         for tokens, weight in parts:
             key = digest(content_of(tokens), section_text(), args.seq_len, args.packing, args.long_chats)
+            size = max(1_000_000, 256 * args.seq_len)  # tokens of a batch: its last sample is not full
             mean = max(1, int(sum(tokens["length"][:1000]) / min(len(tokens), 1000)))
-            packed = cached_map(args, tokens, pack, key, batch_size=max(100, 4_000_000 // mean),
+            packed = cached_map(args, tokens, pack, key, batch_size=size // mean + 1,
                                 desc="packing", features=sample_columns(tokens.features["ids"]),
                                 fn_kwargs={"args": args})
             tables.append((packed.data.table, weight, sum(tokens["length"])))

@@ -1,10 +1,10 @@
-"""What the data section of train_llm.py costs: tokens a CPU second against a bare `datasets.map`, memory, reading.
+"""What the data section of train_llm.py costs: tokens a CPU second against `datasets.map`, memory, reading.
 
     python benchmarks/data_speed.py --tokenizer FOLDER [--megabytes 8 32]
 
-Texts are pieces of 3,000 characters of the standard library's sources. Each side and size runs in a process of
-its own. CPU seconds are those of the process and its children, so that a busy machine does not count; memory is
-the largest resident set. The last line is the time of one batch of 16 x 2,048 tokens.
+Texts are pieces of 3,000 characters of the standard library's sources. Each side and size runs in a process
+of its own. CPU seconds are those of the process and its children, the imports too, so that a busy machine
+counts less; memory is the largest resident set; batch_ms is for one batch of 16 x 2,048 tokens.
 """
 
 import argparse
@@ -37,7 +37,8 @@ def bare(path: Path, tokenizer: str) -> dict:
     import datasets
     from transformers import AutoTokenizer
     encode = AutoTokenizer.from_pretrained(tokenizer)
-    rows = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(path.parent / "bare"))
+    rows = datasets.load_dataset("json", data_files=str(path), split="train",
+                                 cache_dir=str(path.parent / "bare"))
     tokens = rows.map(lambda batch: {"input_ids": encode(batch["text"])["input_ids"]}, batched=True,
                       remove_columns=rows.column_names)
     return {"tokens": sum(map(len, tokens.with_format("numpy")["input_ids"]))}
@@ -48,21 +49,24 @@ def ours(path: Path, tokenizer: str) -> dict:
     import torch
     sys.path.insert(0, str(ROOT))
     import train_llm
-    args = train_llm.parse_args(["--hf-model", tokenizer, "--dataset", str(path), "--batch-size", "16", "--device",
-                                 "cpu", "--data-cache", str(path.parent / "ours")])
+    args = train_llm.parse_args(["--hf-model", tokenizer, "--dataset", str(path), "--batch-size", "16",
+                                 "--device", "cpu", "--data-cache", str(path.parent / "ours")])
     data = train_llm.prepare_data(args)
     args.mask_documents = True
     train_set, *_ = train_llm.open_datasets(args, data)
-    batches, times = train_llm.ordered_batches(train_set, args, train_llm.Ranks(0, 0, 1, torch.device("cpu")), 0), []
+    ranks, times = train_llm.Ranks(0, 0, 1, torch.device("cpu")), []
+    batches = train_llm.ordered_batches(train_set, args, ranks, 0)
     for _ in range(50):
         started = time.process_time()
         next(batches)
         times.append(1000 * (time.process_time() - started))
-    return {"tokens": train_set.num_tokens, "batch_ms": statistics.median(times), "fastest_batch_ms": min(times)}
+    return {"tokens": train_set.num_tokens, "batch_ms": statistics.median(times),
+            "fastest_batch_ms": min(times)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--megabytes", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--side", help=argparse.SUPPRESS)
@@ -80,12 +84,13 @@ def main() -> None:
             path = Path(folder) / "texts.jsonl"
             write_texts(path, megabytes)
             for name in ("bare", "ours"):
-                command = [sys.executable, __file__, "--tokenizer", args.tokenizer, "--side", f"{name}:{path}"]
+                side = ["--tokenizer", args.tokenizer, "--side", f"{name}:{path}"]
+                command = [sys.executable, __file__, *side]
                 done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
                 found = json.loads(done.stdout.splitlines()[-1])
                 found["tokens_per_cpu_s"] = found["tokens"] / found["cpu_s"]
-                print(f"{megabytes} MB {name}: " + ", ".join(f"{key} {value:,.2f}" for key, value in found.items()),
-                      flush=True)
+                shown = ", ".join(f"{key} {value:,.2f}" for key, value in found.items())
+                print(f"{megabytes} MB {name}: {shown}", flush=True)
 
 
 if __name__ == "__main__":
