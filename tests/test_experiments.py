@@ -285,9 +285,10 @@ def test_fifty_steps(tmp_path, nproc):
 
 @pytest.mark.slow
 def test_memory_scales_as_fsdp2s(tmp_path):
-    """The two differ by whole units in flight: their number depends on timing, with gloo's copies of them, but
-    not on N. Sixteen blocks, so that they are a small part."""
-    args = ["--max-steps", 3, "--log-every", 3, "--embed-dim", 64, "--ff-hidden-dim", 256, "--num-layers", 16]
+    """The two differ by whole units in flight, and gloo's copies of them: how many depends on timing, but not
+    on N. Sixteen blocks, so that they are a small part."""
+    args = ["--max-steps", 3, "--log-every", 3, "--embed-dim", 64, "--ff-hidden-dim", 256,
+            "--num-layers", 16]
     unit_kib = 4 * 49_792 / 1024
     peaks = {}
     for nproc in (1, 2, 4):
