@@ -327,7 +327,8 @@ def find_problems(args: Namespace) -> Iterator[str]:
         yield f"--dataset-split {args.dataset_split}: {args.dataset} has no splits; leave it out"
     if args.eval_split and not Path(args.eval_split).is_file() and (
             is_file or looks_like_path(args.eval_split)):
-        yield f"--eval-split {args.eval_split}: no such file" + f", and {args.dataset} has no splits" * is_file
+        yield f"--eval-split {args.eval_split}: no such file" + (
+            f", and {args.dataset} has no splits" if is_file else "")
     try:
         dims, weights = numbers_of(args.mrl_dims, int), numbers_of(args.mrl_weights, float)
         if min(dims, default=1) < 1 or len(set(dims)) < len(dims) or not all(0 < w < 1e6 for w in weights):
