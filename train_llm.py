@@ -1757,7 +1757,7 @@ def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool
         logging.disable_progress_bar()
         logging.set_verbosity_error()  # its report on missing tensors: the error below says it
         with naming(f"the weights in {folder}"):
-            full, info = type(model).__bases__[-1].from_pretrained(
+            full, info = type(model).__bases__[-1].from_pretrained(  # its class before FSDP's was mixed in
                 folder, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True,
                 ignore_mismatched_sizes=True)  # they are refused below
         lacking = sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]})
