@@ -968,7 +968,8 @@ def check_tokens(args: Namespace, tokens, chat: bool, label: str) -> str:
         "num_trained", "length", "whole", "ends", "long", "replaced"))
     problems = [text for text in table.column("problem").unique().to_pylist() if text]
     if problems and (args.bad_rows == "stop" or len(problems) * 100 > len(tokens)):
-        raise UserError(f"{problems[0]} ({len(problems):,} of {len(tokens):,} rows are bad)")
+        raise UserError(f"{problems[0]} ({len(problems):,} of {len(tokens):,} rows are bad: --bad-rows skip "
+                        "takes one in a hundred)")
     untrained = trained == 0 if chat else length == 0
     keep = ~(untrained | long) if args.long_chats == "drop" else ~untrained
     cut = f"--seq-len {args.seq_len} cuts {int(long.sum()):,} chats: raise it"
@@ -1030,7 +1031,7 @@ def prepare_data(args: Namespace) -> dict:
             chats = [how_to_encode(args, tokenizer, parts, args.dataset)["chat"]]
     every = [tokens for split in found.values() for tokens, _ in split]
     if not all(map(len, every)):
-        raise UserError(f"--eval-fraction {args.eval_fraction} leaves no document on one side")
+        raise UserError(f"--eval-fraction {args.eval_fraction} holds out nothing, or all: change it")
     largest = max((tokens.data.table.column("largest").to_numpy().max() for tokens in every), default=0)
     identity = digest([content_of(tokens) for tokens in every], [weight for _, weight in names],
                       tokenizer_identity(tokenizer) if args.streaming else "")
@@ -1967,7 +1968,7 @@ def resolve_steps(args: Namespace, dataset: TokenDataset | None, ranks: Ranks, p
     per_step, ahead = args.batch_size * args.grad_accum_steps * ranks.world_size, 0.0
     total, known = args.num_epochs * (args.steps_per_epoch or 1000), "of a stream"
     if dataset:
-        known = f"one pass over {len(dataset):,} sequences is {math.ceil(len(dataset) / per_step):,}"
+        known = f"{math.ceil(len(dataset) / per_step):,} are one pass over {len(dataset):,} sequences"
     if dataset and not (args.max_steps or args.steps_per_epoch):
         ahead = progress["samples"] / per_step - progress["step"]
         left = args.num_epochs * len(dataset) - progress["samples"]

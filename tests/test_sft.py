@@ -388,7 +388,7 @@ def test_empty_data_and_missing_columns(tokenizers, tmp_path):
     message = refused(tmp_path, tokenizer, [GOOD], "--eval-split", write_rows(tmp_path / "none.jsonl", []))
     assert message.endswith("none.jsonl): no document at all")
     message = refused(tmp_path, tokenizer, [GOOD] * 3, "--eval-fraction", 1e-9)
-    assert message == "--eval-fraction 1e-09 leaves no document on one side"
+    assert message == "--eval-fraction 1e-09 holds out nothing, or all: change it"
 
 
 def test_text_that_is_no_utf8(tokenizers, tmp_path):

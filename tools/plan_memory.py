@@ -54,9 +54,12 @@ def sizes_of_hf(script: ModuleType, name: str, trust_remote_code: bool) -> Sizes
     """Of a Hugging Face model; of a mixture's experts a token passes through a few only."""
     import torch
     import transformers
-    with torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # offline, gated, no model: transformers has dozens of types
+        sys.exit(f"plan_memory.py: error: --hf-model {name}: {script.first_line(error)}")
     c = config.get_text_config()
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     keys = (getattr(c, "num_key_value_heads", None) or c.num_attention_heads) * head
@@ -100,15 +103,15 @@ def main() -> None:
     add("--hf-model", metavar="NAME_OR_FOLDER", help="this model, in place of the script's sizes; "
         "config.json is enough")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    add("--batch-size", type=int, default=1, help="sequences per GPU and micro-batch")
+    add("--batch-size", type=int, default=4, help="sequences per GPU and micro-batch (default: 4)")
     add("--seq-len", type=int, default=2048)
-    add("--activation-checkpointing", choices=["full", "selective", "none"], default="full")
+    add("--activation-checkpointing", choices=["full", "selective", "none"], default="none")
     add("--vocab-size", type=int, default=32000, help="of the script's sizes")
     add("--loss-chunk-tokens", type=int, help="if not given: as the script chooses on a GPU")
     add("--detail", metavar="SIZE", help="the parts of one size, in place of the table")
     if {"-h", "--help"} & set(sys.argv):
         parser.parse_args(["--help"])
-    script, rest = take_script(sys.argv[1:], ("MODEL_SIZES", "CausalLM", "find_blocks"))
+    script, rest = take_script(sys.argv[1:], ("MODEL_SIZES", "CausalLM", "find_blocks", "first_line"))
     args = parser.parse_args(rest)
     if args.detail and args.detail not in script.MODEL_SIZES:
         parser.error(f"--detail {args.detail}: one of {', '.join(script.MODEL_SIZES)}")
@@ -120,12 +123,14 @@ def main() -> None:
     shape = args.batch_size * args.seq_len, args.loss_chunk_tokens, args.activation_checkpointing
     rows = {name: [sum(memory_gib(sizes, n, *shape).values()) for n in args.gpus]
             for name, sizes in models.items()}
+    print(f"{args.batch_size} x {args.seq_len} tokens a GPU and micro-batch, --activation-checkpointing "
+          f"{args.activation_checkpointing}")
     if len(models) == 1:  # its parts, and their sum
         [(name, sizes)] = models.items()
-        print(f"{sizes.total:,} parameters, {args.batch_size} x {args.seq_len} tokens a GPU\n")
+        print(f"{name}: {sizes.total:,} parameters")
         parts = [memory_gib(sizes, n, *shape) for n in args.gpus]
         rows = {part: [found[part] for found in parts] for part in parts[0]} | {"together": rows[name]}
-    print("| GiB a GPU | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in args.gpus) + " |")
+    print("\n| GiB a GPU | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in args.gpus) + " |")
     print("|---|" + "---:|" * len(args.gpus))
     for row, values in rows.items():
         print(f"| {row} | " + " | ".join(f"{value:,.1f}" for value in values) + " |")
