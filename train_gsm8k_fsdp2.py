@@ -1137,8 +1137,12 @@ def fill_buffers(model: nn.Module) -> None:
         for param in module.parameters(recurse=False):
             param._is_hf_initialized = True
     # FSDP's class looks like custom code, of which modules without parameters would be skipped.
-    model.is_custom_code = type(model).__bases__[-1].is_custom_code  # FSDP put a class before the model's own
+    model.is_custom_code = own_class(model).is_custom_code
     model.initialize_weights()
+
+
+def own_class(model: nn.Module) -> type:  # FSDP has put a class of its own before it
+    return next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
 
 
 def load_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ranks: Ranks) -> None:
@@ -1178,7 +1182,7 @@ def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool
         logging.disable_progress_bar()
         logging.set_verbosity_error()  # its report on missing tensors: the error below says it
         with naming(f"the weights in {folder}"):
-            full, info = type(model).__bases__[-1].from_pretrained(  # its class before FSDP's was mixed in
+            full, info = own_class(model).from_pretrained(
                 folder, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True,
                 ignore_mismatched_sizes=True)  # they are refused below
         lacking = sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]})
@@ -1771,12 +1775,22 @@ class WeightReceiver:
             if hasattr(module, "cpu_linear") and pointers.count(pointer) > 1:
                 module.quant_method.process_weights_after_loading(module)
 
+    def served_sizes(self) -> dict[str, int | None]:
+        return model_sizes(self.model_config.hf_config)
+
     def weights_version(self) -> dict[str, int]:
         """-1: those that the server loaded itself."""
         return {"version": getattr(self, "version", -1)}
 
     def close_weights(self) -> None:
         self.weight_group, self.staged = None, {}
+
+
+def model_sizes(config: object) -> dict[str, int | None]:
+    """What two configurations of the same model agree in."""
+    names = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+             "num_key_value_heads")
+    return {name: getattr(config.get_text_config(), name, None) for name in names.split()}
 
 
 def join_group(store: torch.distributed.Store, rank: int, world_size: int, backend: str, address: str,
@@ -1880,6 +1894,8 @@ def push_weights(link: WeightLink, model: nn.Module, version: int, ranks: Ranks)
 
     Units are gathered one by one, so that no rank ever holds the whole model. Rank 0 has sent a unit before
     it takes part in the next gather: gathers and sends never wait for each other crosswise."""
+    if ranks.is_main and link.server.version < 0:
+        check_sizes(link, model)
     # The call holds vLLM's engine: a rank that still waited for completions would never get to the gathers.
     torch.distributed.barrier()
     call = link.pool.submit(rpc, link, "receive_weights") if ranks.is_main else None
@@ -1902,6 +1918,13 @@ def push_weights(link: WeightLink, model: nn.Module, version: int, ranks: Ranks)
             f"the weights of step {version} did not reach {link.server.address} ({first_line(error)}): it "
             "serves those that it had; the same command goes on from the newest checkpoint") from error
     link.server.version = version
+
+
+def check_sizes(link: WeightLink, model: nn.Module) -> None:
+    """Rank 0, before the first push: weights of another shape would leave vLLM with half a model."""
+    mine, served = model_sizes(model.config), rpc(link, "served_sizes")[0]
+    if differ := [f"{name} {served[name]}, not {mine[name]}" for name in mine if served[name] != mine[name]]:
+        raise UserError(f"{link.server.address} serves another model than --model: {'; '.join(differ)}")
 
 
 def named_units(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:

@@ -131,8 +131,11 @@ def training_command(args: argparse.Namespace, run_dir: Path) -> list[str]:
     if not data.exists():
         rows = [{"text": inspect.getsource(module)} for module in (argparse, heapq, json, textwrap, typing)]
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        tool = [sys.executable, str(ROOT / "tools/make_stdlib_data.py"), "--folder", str(args.folder)]
+        subprocess.run([*tool, "--vocab-size", "512"], check=True, stdout=subprocess.DEVNULL)
     flags = {
-        "--nproc": 2, "--model-size": "test", "--vocab-size": 512, "--dataset": data, "--seq-len": 64,
+        "--nproc": 2, "--model-size": "test", "--tokenizer": args.folder / "stdlib_tokenizer",
+        "--dataset": data, "--seq-len": 64,
         "--batch-size": 8, "--device": "cpu", "--data-cache": args.folder / "data_cache",
         "--max-steps": args.steps, "--warmup-steps": 10, "--checkpoint-interval": INTERVAL,
         "--log-interval": 1, "--checkpoint-dir": run_dir,

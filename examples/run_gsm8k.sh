@@ -66,7 +66,7 @@ print(args.model, args.checkpoint_dir, args.vllm_port, args.max_prompt_tokens + 
       int(args.trust_remote_code), args.device, args.gpu_ranks or "", sep="\n")
 ' --rollouts vllm "$@") || exit
 { read -r model; read -r run_dir; read -r port; read -r max_model_len; read -r remote_code; read -r device
-  read -r gpu_ranks; } <<<"$settings"
+  read -r gpu_ranks || true; } <<<"$settings"
 port=${VLLM_PORT:-$port}
 [[ $port =~ ^[1-9][0-9]*$ ]] || usage_error "VLLM_PORT is a port, not '$port'"
 

@@ -988,8 +988,12 @@ def fill_buffers(model: nn.Module) -> None:
         for param in module.parameters(recurse=False):
             param._is_hf_initialized = True
     # FSDP's class looks like custom code, of which modules without parameters would be skipped.
-    model.is_custom_code = type(model).__bases__[-1].is_custom_code  # FSDP put a class before the model's own
+    model.is_custom_code = own_class(model).is_custom_code
     model.initialize_weights()
+
+
+def own_class(model: nn.Module) -> type:  # FSDP has put a class of its own before it
+    return next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
 
 
 def load_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ranks: Ranks) -> None:
@@ -1029,7 +1033,7 @@ def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool
         logging.disable_progress_bar()
         logging.set_verbosity_error()  # its report on missing tensors: the error below says it
         with naming(f"the weights in {folder}"):
-            full, info = type(model).__bases__[-1].from_pretrained(  # its class before FSDP's was mixed in
+            full, info = own_class(model).from_pretrained(
                 folder, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True,
                 ignore_mismatched_sizes=True)  # they are refused below
         lacking = sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]})

@@ -116,7 +116,8 @@ compute_dtype = torch.float32
 # 2. train_llm.py
 
 def load_sft(folder, dtype, work):
-    args = train_llm.parse_args(["--hf-model", folder, "--device", "cpu", "--seq-len", "64",
+    args = train_llm.parse_args(["--hf-model", folder, "--dataset", "none", "--device", "cpu",
+                                 "--seq-len", "64",
                                  "--checkpoint-dir", work])
     ranks = train_llm.read_ranks(args)
     mesh = train_llm.init_distributed(args, ranks)

@@ -25,7 +25,7 @@ def bf16_step(argv):
     """One step that computes in bf16, whatever the processor has; prints what it saw as JSON.
 
     "computed" holds the dtype of every parameter and buffer when its module's forward ends."""
-    args = train_llm.parse_args([*argv, "--device", "cpu"])
+    args = train_llm.parse_args([*argv, "--dataset", "none", "--device", "cpu"])
     ranks = train_llm.read_ranks(args)
     mesh = train_llm.init_distributed(args, ranks)
     folder, dtype = Path(args.hf_model), torch.bfloat16

@@ -47,7 +47,8 @@ def main(results, folder):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = Path(folder)
-    args = train_llm.parse_args(["--hf-model", str(folder), "--device", "cpu", "--no-mixed-precision",
+    args = train_llm.parse_args(["--hf-model", str(folder), "--dataset", "none", "--device", "cpu",
+                                 "--no-mixed-precision",
                                  "--seq-len", "128", "--loss-chunk-tokens", "32"])
     ranks = train_llm.read_ranks(args)
     mesh = train_llm.init_distributed(args, ranks)

@@ -33,10 +33,10 @@ def test_document_bounds():
 
 
 def test_padding_is_no_position():
-    pieces = [(torch.tensor([5, 6, 7]), torch.tensor([6, 7, 8])), (torch.tensor([9]), torch.tensor([1]))]
-    joined = train_llm.join_pieces(pieces, 8)
-    assert joined["position_ids"].tolist() == [0, 1, 2, 0, 0, 0, 0, 0]
-    assert joined["labels"].tolist() == [6, 7, 8, 1] + [IGNORE] * 4
+    row = {"ids": torch.tensor([5, 6, 7, 9, 1]), "labelled": torch.ones(4), "starts": torch.tensor([0, 3])}
+    sample = train_llm.unpack(row, 8, mask_documents=True)
+    assert sample["position_ids"].tolist() == [0, 1, 2, 0, 0, 0, 0, 0]
+    assert sample["labels"].tolist() == [6, 7, IGNORE, 1] + [IGNORE] * 4
 
 
 def varlen_by_loops(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1),

@@ -151,7 +151,7 @@ def test_a_port_that_another_program_has():
 def test_variables_that_are_missing_or_wrong():
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     bad = {"set MASTER_ADDR to an address of rank 0's machine": {"NNODES": "2", "NODE_RANK": "0"},
-           "RANK=2 is outside WORLD_SIZE=2": {"RANK": "2", "WORLD_SIZE": "2", **address},
+           "no rank 2 among 2 processes": {"RANK": "2", "WORLD_SIZE": "2", **address},
            "invalid literal for int": {"RANK": "0", "WORLD_SIZE": "2", **address, "MASTER_PORT": "x"}}
     for text, variables in bad.items():
         [(code, _, errors)] = finish(start(**variables))

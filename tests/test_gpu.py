@@ -13,6 +13,7 @@ import re
 import grpo_models
 import pytest
 import torch
+import torch.nn.functional as F
 import train_gsm8k_fsdp2
 import train_llm
 from helpers import REPO, make_hf_model, make_tokenizer, read_metrics, run_script, write_gsm8k_like
@@ -230,8 +231,16 @@ def pieces(lengths, seed):
     return [(ids[:-1], ids[1:]) for ids in drawn]
 
 
+def joined(found, length):
+    """Documents side by side in a sample, padded to `length`; each keeps the label of its last token."""
+    ids, labels = (torch.cat(parts) for parts in zip(*found))
+    positions, short = torch.cat([torch.arange(len(ids)) for ids, _ in found]), max(0, length - len(ids))
+    return {"input_ids": F.pad(ids, (0, short)), "labels": F.pad(labels, (0, short), value=train_llm.IGNORE),
+            "position_ids": F.pad(positions, (0, short))}
+
+
 def packed_batch(packs, seq_len, device=DEVICE):
-    samples = [train_llm.join_pieces(pieces(lengths, seed), seq_len) for seed, lengths in enumerate(packs)]
+    samples = [joined(pieces(lengths, seed), seq_len) for seed, lengths in enumerate(packs)]
     return train_llm.collate(samples, device, True, seq_len)
 
 
@@ -347,7 +356,7 @@ def test_lengths_are_multiples_of_128():
     assert batch["input_ids"].shape == batch["labels"].shape == (2, 512)  # packs are full
     bounds = batch["cu_seqlens"]
     assert bounds.dtype == torch.int32 and bounds.device == batch["input_ids"].device == DEVICE
-    unpacked = [train_llm.join_pieces(pieces([length], 0), 0) for length in (100, 130)]
+    unpacked = [joined(pieces([length], 0), 0) for length in (100, 130)]
     assert train_llm.collate(unpacked, DEVICE, True, 512)["input_ids"].shape == (2, 256)
     assert train_llm.collate(unpacked, DEVICE, True, 200)["input_ids"].shape == (2, 200)
     sequence = train_gsm8k_fsdp2.Sequence([1] * 40, 10, [0.0] * 30, 1.0)

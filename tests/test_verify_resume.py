@@ -102,8 +102,8 @@ BROKEN = {
     # A moving average of the weights, which acts on them, and which no checkpoint holds.
     "average": ("            optimizer.zero_grad()\n", AVERAGE),
     # Another order of samples in each process that is started.
-    "hash": ("ids = [sample_at(p, len(dataset), args.seed)",
-             'ids = [sample_at(p, len(dataset), hash("order") % 1000)'),
+    "hash": ("[dataset.sample(sample_at(p, size, args.seed), p // size)",
+             '[dataset.sample(sample_at(p, size, hash("order") % 1000), p // size)'),
 }
 
 
