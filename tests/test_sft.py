@@ -463,8 +463,11 @@ def test_gsm8k(tokenizers, tmp_path):
         documents = documents_in(data, part)
         assert len(documents) == len(rows) == {"train": 7473, "test": 1319}[name]
         for i in (*range(40), len(rows) // 2, len(rows) - 1):
-            assert marked(tokenizer, *documents[i]) == (f"<|im_start|>user\n{rows[i]['question']}<|im_end|>\n"
-                             f"<|im_start|>assistant\n[[{rows[i]['answer']}<|im_end|>]]\n")
+            shown, whole = marked(tokenizer, *documents[i]), (
+                f"<|im_start|>user\n{rows[i]['question']}<|im_end|>\n"
+                f"<|im_start|>assistant\n[[{rows[i]['answer']}<|im_end|>]]\n")
+            is_cut = len(documents[i][0]) > 512
+            assert whole.startswith(shown.removesuffix("]]")) if is_cut else shown == whole
     # Evaluating all of the test split would take a minute: a file of its first rows stands in for it.
     few = write_rows(tmp_path / "few.jsonl", (folder / "test.jsonl").read_text().splitlines()[:20])
     result = quick_run([*flags, "--eval-split", few], timeout=200)
