@@ -107,8 +107,7 @@ def add_model_and_data_flags(model: argparse._ArgumentGroup, data: argparse._Arg
     add("--hf-model", metavar="NAME_OR_FOLDER", help="train this Hugging Face causal LM")
     add("--from-scratch", action=onoff, default=False, help="train the model of this file")
     add("--model-size", choices=list(MODEL_SIZES), default="7B", help="for --from-scratch")
-    add("--vocab-size", type=int, help="for --from-scratch; if not given: the length of --tokenizer "
-        "rounded up to a multiple of 64")
+    add("--vocab-size", type=int, help="from scratch; if not given: --tokenizer's, to a multiple of 64")
     add("--seq-len", type=int, default=2048, help="tokens in a training sequence")
     add("--tokenizer", metavar="NAME_OR_FOLDER", help="if not given: the model's; needed from scratch")
     add("--chat-template", metavar="FILE", help="Jinja chat template in place of the tokenizer's")
@@ -122,16 +121,14 @@ def add_model_and_data_flags(model: argparse._ArgumentGroup, data: argparse._Arg
         "prompt+completion, question+answer, instruction+output are SFT, 'text' is plain text")
     add("--eval-split", metavar="SPLIT_OR_FILE", help="split, or file, that is held out")
     add("--eval-fraction", type=float, default=0.0, help="share of the documents that is held out")
-    add("--data-cache", metavar="DIR", default="data_cache", help="rows and tokens, which later runs find; "
-        "may be deleted")
+    add("--data-cache", metavar="DIR", default="data_cache", help="tokens that later runs find")
     add("--bad-rows", choices=["stop", "skip"], default="stop", help="skip: list them in a file in "
         "--data-cache, and stop where more than one in a hundred is bad")
     add("--long-chats", choices=["cut", "drop"], default="cut", help="chats of more than --seq-len tokens")
     add("--packing", action=onoff, default=True, help="fill each sequence with several documents")
     add("--mask-documents", action=onoff, help="documents in a pack do not see each other; if not given: on, "
         "except for plain text from scratch")
-    add("--streaming", action=onoff, default=False, help="tokenise while training, in file order; "
-        "resume needs the same number of processes")
+    add("--streaming", action=onoff, default=False, help="tokenise in file order while training")
 
 
 def add_training_flags(group: argparse._ArgumentGroup) -> None:
@@ -374,8 +371,10 @@ class Ranks:
 
 def relaunch_under_torchrun(args: Namespace) -> None:
     """Started plainly, with several GPUs or --nproc N: run this same command under torchrun, then exit."""
-    if args.gpu_ranks:
-        os.environ["CUDA_VISIBLE_DEVICES"] = args.gpu_ranks  # before CUDA starts, which reads it
+    # Before CUDA starts, which reads the variable.
+    if args.gpu_ranks and os.environ.setdefault("CUDA_VISIBLE_DEVICES", args.gpu_ranks) != args.gpu_ranks:
+        usage_error(f"--gpu-ranks {args.gpu_ranks} and CUDA_VISIBLE_DEVICES="
+                    f"{os.environ['CUDA_VISIBLE_DEVICES']} disagree: unset one of them")
     num_gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
     nproc = args.nproc or max(1, num_gpus)
     if args.gpu_ranks and num_gpus != len(args.gpu_ranks.split(",")):
@@ -414,11 +413,11 @@ def relaunch_under_torchrun(args: Namespace) -> None:
 # >>> shared: process-group
 def read_ranks(args: Namespace) -> Ranks:
     """From torchrun's variables, which accelerate and launch_slurm.sh set, too, or alone."""
-    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
     with naming(f"the environment's {', '.join(names)}"):
-        rank, local_rank, world_size = (int(os.environ.get(name, value)) for name, value in names.items())
-        if not 0 <= rank < world_size:
-            raise ValueError(f"no rank {rank} among {world_size} processes, which count from 0")
+        rank, local_rank, world_size, here = (int(os.environ.get(name, n)) for name, n in names.items())
+        if not 0 <= rank < world_size or here < 1:
+            raise ValueError(f"no rank {rank} among {world_size} processes, which count from 0; {here} here")
     if "TORCHELASTIC_RUN_ID" in os.environ:  # ranks would outlive a killed torchrun, and go on writing
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     use_cuda = args.device != "cpu" and torch.cuda.is_available()
@@ -1777,7 +1776,7 @@ def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool
 # <<< shared: load
 
 
-# >>> shared: prove
+# >>> shared: head
 def base_of(model: nn.Module) -> nn.Module:
     """The model without its output head; the model itself where the two cannot be told apart."""
     inner = (child for child in model.children() if hasattr(child, "base_model"))
@@ -1789,8 +1788,10 @@ def rows_at_once(model: nn.Module, device: torch.device) -> int:
     head's fp32 gradient is added up once a chunk, more would take gigabytes."""
     size = model.config.get_text_config().vocab_size
     return max(512, 2**28 // size // 512 * 512) if device.type == "cuda" else 512
+# <<< shared: head
 
 
+# >>> shared: prove
 def plain_tokens(model: nn.Module, rows: int, length: int, device: torch.device) -> Tensor:
     """(rows, length) ids from all over the vocabulary, for proofs."""
     generator = torch.Generator().manual_seed(0)
@@ -1817,7 +1818,7 @@ def check_memory(model: nn.Module, args: Namespace, mesh: torch.distributed.Devi
         free = torch.cuda.mem_get_info()[0]
     else:
         available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        free = 1024 * int(available[1]) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        free = 1024 * int(available[1]) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if nbytes > free:
         raise UserError(f"{size / 1e9:.1f}B parameters, gradients and AdamW states take {nbytes >> 30} GiB a "
                         f"process, {free >> 30} are free: choose a smaller model, or use more devices")
@@ -1837,7 +1838,7 @@ def describe_model(model: nn.Module, dtype: torch.dtype) -> str:
 def prove_loss(model: nn.Module, ranks: Ranks) -> None:
     """Compare the chunked loss, token by token, with that of the model's own logits. A family that transforms
     its logits in a way that `attach_chunked_loss` does not know keeps whole logits (all ranks)."""
-    ids, each, loss_fn = plain_tokens(model, 2, 16, ranks.device), [], model.head_loss
+    ids, each, loss_fn = plain_tokens(model, 2, 32, ranks.device), [], model.head_loss
 
     def noted(*args: object, **options: object) -> Tensor:
         each.append(loss_fn(*args, **options))
@@ -1868,8 +1869,8 @@ def prove_packing(model: nn.Module, ranks: Ranks, can_use_varlen: bool = False) 
     """Choose how documents in a pack are told apart: by variable-length attention (CUDA), or by positions
     that start again, from which transformers makes masks. The second document of a pack must have the logits
     that it has alone, up to a fraction of what a leak changes (all ranks)."""
-    ids = plain_tokens(model, 2, 32, ranks.device)
-    positions = torch.arange(32, device=ranks.device).expand(2, 32) % 16
+    ids = plain_tokens(model, 2, 64, ranks.device)
+    positions = torch.arange(64, device=ranks.device).expand(2, 64) % 32
     own, ways = model.config._attn_implementation, []
     if can_use_varlen and model._supports_flash_attn and model._supports_attention_backend:
         from transformers import AttentionInterface
@@ -1877,13 +1878,13 @@ def prove_packing(model: nn.Module, ranks: Ranks, can_use_varlen: bool = False) 
         ways = ["varlen"]
     model.eval()
     with torch.compiler.set_stance("force_eager"):
-        alone = model(ids.view(4, 16)).view(2, 32, -1)[:, 16:].float()
-        leak = (model(ids)[:, 16:] - alone).abs().mean()
+        alone = model(ids.view(4, 32)).view(2, 64, -1)[:, 32:].float()
+        leak = (model(ids)[:, 32:] - alone).abs().mean()
         for implementation in (*ways, own):
             for config in (model.config, model.config.get_text_config()):
                 config._attn_implementation = implementation
             try:
-                packed = model(ids, position_ids=positions, cu_seqlens=document_bounds(positions))[:, 16:]
+                packed = model(ids, position_ids=positions, cu_seqlens=document_bounds(positions))[:, 32:]
             except (TypeError, ValueError, RuntimeError):  # a kernel that this family cannot take
                 continue
             bound = 0.01 if packed.dtype == torch.float32 else 0.2
@@ -2235,11 +2236,13 @@ def lock_run(folder: Path):
     if (folder / "STOP").exists():
         raise UserError(f"{folder / 'STOP'} exists: remove it to train")
     lock = (folder / "lock").open("w")
-    for _ in range(20):
+    for attempt in range(20):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return lock
         except BlockingIOError:
+            if attempt == 0:
+                print(f"{folder} is in use by another run: waiting 20 s for its end", file=sys.stderr)
             time.sleep(1)
         except OSError as error:  # a network file system without locks
             print(f"{folder} cannot be locked ({error.strerror}): take care that no second run uses it")
@@ -2318,19 +2321,19 @@ def compare_runs(args: Namespace, progress: dict, found: list[Path], identity: s
     """Lines to print: what is resumed, which flags or values of `now` have changed since; `progress` takes
     `now`. Raises UserError if `identity` names what changed, unless --resume names the checkpoint."""
     import yaml
+    before, today = dict(progress), vars(args) | now
+    progress |= now
     if not found:
-        progress |= now
         return []
     try:
-        saved = yaml.safe_load((found[-1] / "config.yaml").read_text()) | progress
+        saved = yaml.safe_load((found[-1] / "config.yaml").read_text()) | before
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise unreadable(found, error) from error
-    changed = [key for key, value in (vars(args) | now).items() if saved.get(key) != value]
-    shown = ", ".join(f"{key} {saved.get(key)} -> {(vars(args) | now)[key]}" for key in changed)
+    changed = [key for key, value in today.items() if saved.get(key) != value]
+    shown = ", ".join(f"{key} {saved.get(key)} -> {today[key]}" for key in changed)
     if args.resume == "auto" and set(identity.split()) & set(changed):
         raise UserError(f"{found[-1]} is of another run ({shown}): give this one another --checkpoint-dir; "
                         f"--resume {found[-1]} goes on from there")
-    progress |= now
     resumed = f"resumed    {found[-1]}: step {progress['step']:,}, {progress['samples']:,} samples seen"
     return [resumed, f"changed    {shown}"] if changed else [resumed]
 # <<< shared: load-checkpoint
@@ -2599,7 +2602,7 @@ def evaluate_all(model: nn.Module, eval_sets: dict[str, TokenDataset], batch_siz
 # ------------------------------------------------------------------------------------------------
 # 10. Training
 
-IDENTITY = "hf_model model_size data seed seq_len packing mask_documents"  # another one is another run
+IDENTITY = "hf_model model_size data seed seq_len packing mask_documents long_chats"  # or it is another run
 
 
 def open_datasets(args: Namespace, data: dict) -> tuple[TokenDataset | None, dict[str, TokenDataset]]:
@@ -2701,9 +2704,7 @@ def refuse_bad_steps(progress: dict, limit: int, saver: Checkpointer) -> None:
 
 def describe_data(train_set: TokenDataset | None, eval_sets: dict[str, TokenDataset]) -> list[str]:
     lines = []
-    for name, dataset in (("data", train_set), *eval_sets.items()):
-        if dataset is None:
-            continue
+    for name, dataset in (({"data": train_set} if train_set else {}) | eval_sets).items():
         passes = [f"{count / size:.2f}" for count, size in zip(dataset.counts, dataset.sizes)]
         mixed = f" ({', '.join(passes)} passes over its parts)" if set(passes) != {"1.00"} else ""
         filled = min(1.0, dataset.num_tokens / (sum(dataset.sizes) * dataset.seq_len))
@@ -2728,8 +2729,7 @@ def show_row(bar, row: dict, total_steps: int, ranks: Ranks) -> None:
 # >>> shared: ending
 def report_finished(args: Namespace, ranks: Ranks, found: list[Path], step: int, total: int, flag: str
                     ) -> bool:
-    """True, and a line on rank 0 that names the `flag` for the number of steps, if the newest checkpoint, of
-    `step`, is the run's last and the export stands."""
+    """True, with a line on rank 0 that names the steps' `flag`, if last checkpoint and export are there."""
     exported = Path(args.checkpoint_dir) / "hf"
     if not found or step < total or (args.export and not exported.is_dir()):
         return False

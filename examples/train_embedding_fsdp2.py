@@ -358,8 +358,10 @@ class Ranks:
 
 def relaunch_under_torchrun(args: Namespace) -> None:
     """Started plainly, with several GPUs or --nproc N: run this same command under torchrun, then exit."""
-    if args.gpu_ranks:
-        os.environ["CUDA_VISIBLE_DEVICES"] = args.gpu_ranks  # before CUDA starts, which reads it
+    # Before CUDA starts, which reads the variable.
+    if args.gpu_ranks and os.environ.setdefault("CUDA_VISIBLE_DEVICES", args.gpu_ranks) != args.gpu_ranks:
+        usage_error(f"--gpu-ranks {args.gpu_ranks} and CUDA_VISIBLE_DEVICES="
+                    f"{os.environ['CUDA_VISIBLE_DEVICES']} disagree: unset one of them")
     num_gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
     nproc = args.nproc or max(1, num_gpus)
     if args.gpu_ranks and num_gpus != len(args.gpu_ranks.split(",")):
@@ -398,11 +400,11 @@ def relaunch_under_torchrun(args: Namespace) -> None:
 # >>> shared: process-group
 def read_ranks(args: Namespace) -> Ranks:
     """From torchrun's variables, which accelerate and launch_slurm.sh set, too, or alone."""
-    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
     with naming(f"the environment's {', '.join(names)}"):
-        rank, local_rank, world_size = (int(os.environ.get(name, value)) for name, value in names.items())
-        if not 0 <= rank < world_size:
-            raise ValueError(f"no rank {rank} among {world_size} processes, which count from 0")
+        rank, local_rank, world_size, here = (int(os.environ.get(name, n)) for name, n in names.items())
+        if not 0 <= rank < world_size or here < 1:
+            raise ValueError(f"no rank {rank} among {world_size} processes, which count from 0; {here} here")
     if "TORCHELASTIC_RUN_ID" in os.environ:  # ranks would outlive a killed torchrun, and go on writing
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     use_cuda = args.device != "cpu" and torch.cuda.is_available()
@@ -1049,19 +1051,6 @@ def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool
 
 
 # >>> shared: prove
-def base_of(model: nn.Module) -> nn.Module:
-    """The model without its output head; the model itself where the two cannot be told apart."""
-    inner = (child for child in model.children() if hasattr(child, "base_model"))
-    return model.base_model if model.base_model is not model else next(inner, model)
-
-
-def rows_at_once(model: nn.Module, device: torch.device) -> int:
-    """Rows of logits that exist at once. On a GPU some 2^28 numbers of them: fewer would be slow, because the
-    head's fp32 gradient is added up once a chunk, more would take gigabytes."""
-    size = model.config.get_text_config().vocab_size
-    return max(512, 2**28 // size // 512 * 512) if device.type == "cuda" else 512
-
-
 def plain_tokens(model: nn.Module, rows: int, length: int, device: torch.device) -> Tensor:
     """(rows, length) ids from all over the vocabulary, for proofs."""
     generator = torch.Generator().manual_seed(0)
@@ -1088,7 +1077,7 @@ def check_memory(model: nn.Module, args: Namespace, mesh: torch.distributed.Devi
         free = torch.cuda.mem_get_info()[0]
     else:
         available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        free = 1024 * int(available[1]) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        free = 1024 * int(available[1]) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if nbytes > free:
         raise UserError(f"{size / 1e9:.1f}B parameters, gradients and AdamW states take {nbytes >> 30} GiB a "
                         f"process, {free >> 30} are free: choose a smaller model, or use more devices")
@@ -1504,11 +1493,13 @@ def lock_run(folder: Path):
     if (folder / "STOP").exists():
         raise UserError(f"{folder / 'STOP'} exists: remove it to train")
     lock = (folder / "lock").open("w")
-    for _ in range(20):
+    for attempt in range(20):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return lock
         except BlockingIOError:
+            if attempt == 0:
+                print(f"{folder} is in use by another run: waiting 20 s for its end", file=sys.stderr)
             time.sleep(1)
         except OSError as error:  # a network file system without locks
             print(f"{folder} cannot be locked ({error.strerror}): take care that no second run uses it")
@@ -1587,19 +1578,19 @@ def compare_runs(args: Namespace, progress: dict, found: list[Path], identity: s
     """Lines to print: what is resumed, which flags or values of `now` have changed since; `progress` takes
     `now`. Raises UserError if `identity` names what changed, unless --resume names the checkpoint."""
     import yaml
+    before, today = dict(progress), vars(args) | now
+    progress |= now
     if not found:
-        progress |= now
         return []
     try:
-        saved = yaml.safe_load((found[-1] / "config.yaml").read_text()) | progress
+        saved = yaml.safe_load((found[-1] / "config.yaml").read_text()) | before
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise unreadable(found, error) from error
-    changed = [key for key, value in (vars(args) | now).items() if saved.get(key) != value]
-    shown = ", ".join(f"{key} {saved.get(key)} -> {(vars(args) | now)[key]}" for key in changed)
+    changed = [key for key, value in today.items() if saved.get(key) != value]
+    shown = ", ".join(f"{key} {saved.get(key)} -> {today[key]}" for key in changed)
     if args.resume == "auto" and set(identity.split()) & set(changed):
         raise UserError(f"{found[-1]} is of another run ({shown}): give this one another --checkpoint-dir; "
                         f"--resume {found[-1]} goes on from there")
-    progress |= now
     resumed = f"resumed    {found[-1]}: step {progress['step']:,}, {progress['samples']:,} samples seen"
     return [resumed, f"changed    {shown}"] if changed else [resumed]
 # <<< shared: load-checkpoint
@@ -2055,8 +2046,7 @@ def show_row(bar, row: dict, total_steps: int, ranks: Ranks) -> None:
 # >>> shared: ending
 def report_finished(args: Namespace, ranks: Ranks, found: list[Path], step: int, total: int, flag: str
                     ) -> bool:
-    """True, and a line on rank 0 that names the `flag` for the number of steps, if the newest checkpoint, of
-    `step`, is the run's last and the export stands."""
+    """True, with a line on rank 0 that names the steps' `flag`, if last checkpoint and export are there."""
     exported = Path(args.checkpoint_dir) / "hf"
     if not found or step < total or (args.export and not exported.is_dir()):
         return False

@@ -253,7 +253,10 @@ def test_disk_full_before_training(place, tmp_path):
 # ----------------------------------------------------------------------------------------------------
 # 4. Processes and devices
 
-def test_gpu_ranks_that_do_not_exist(place, tmp_path):
+def test_gpu_ranks_against_the_environment(place, tmp_path):
+    flags = flags_for(place, tmp_path / "run", "--device", "auto", "--gpu-ranks", "0,1")
+    assert usage_errors(flags, env={"CUDA_VISIBLE_DEVICES": "2"}) == [
+        "--gpu-ranks 0,1 and CUDA_VISIBLE_DEVICES=2 disagree: unset one of them"]
     [line] = usage_errors(flags_for(place, tmp_path / "run", "--device", "auto", "--gpu-ranks", "93"))
     assert line == "--gpu-ranks 93: only 0 of these GPUs exist here"
 

@@ -337,9 +337,9 @@ def test_training_on_two_nodes(cluster, folder):
 def test_a_preemption_and_a_time_limit(cluster, folder):
     """Stopped twice and requeued, by nobody; the last bit is that of the run that nothing happened to.
 
-    Steps take long before the time limit only, which is a minute at least: the ten last ones 8 s each, so that
-    no start but the last can be through before SLURM looks at the limit, every half a minute, and that two of
-    them fit between its signal and the limit.
+    Steps take long before the time limit only, which is a minute at least: the ten last ones 8 s each, so
+    that no start but the last can be through before SLURM looks at the limit, every half a minute, and that
+    two of them fit between its signal and the limit.
     """
     slow_steps = ('time.sleep(0 if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= 2 '
                   'else 8 if step > 6 else 0.5)')

@@ -344,5 +344,6 @@ def test_a_second_run_on_the_folder_is_refused(place, straight, tmp_path):
     finally:
         (tmp_path / "go").touch()
         first.join()
+    assert f"{tmp_path / 'run'} is in use by another run: waiting 20 s for its end" in second.stderr
     assert f"{tmp_path / 'run'} is in use by another run: give this one another" in last_error(second)
     assert_same_state(tmp_path / "run", straight)

