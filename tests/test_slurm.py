@@ -337,14 +337,14 @@ def test_training_on_two_nodes(cluster, folder):
 def test_a_preemption_and_a_time_limit(cluster, folder):
     """Stopped twice and requeued, by nobody; the last bit is that of the run that nothing happened to.
 
-    Steps take long before the time limit only, which is a minute at least: the ten last ones 8 s each, so
-    that no start but the last can be through before SLURM looks at the limit, every half a minute, and that
-    two of them fit between its signal and the limit.
+    SLURM looks at the limit, which is a minute at least, every 30 s, so that its signal comes 5 to 35 s after
+    the start. The ten last steps take 5 s each until the second restart: no earlier start finishes before the
+    signal, and the two steps that a stop takes, with the save, end well before the limit.
     """
     slow_steps = ('time.sleep(0 if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= 2 '
-                  'else 8 if step > 6 else 0.5)')
+                  'else 5 if step > 6 else 0.5)')
     job = submit(cluster, folder, folder / "prodded.py", *flags_for(folder, "preempted", 2),
-                 options=["--time=1", "--signal=B:USR1@20"], AT_STEP=slow_steps)
+                 options=["--time=1", "--signal=B:USR1@25"], AT_STEP=slow_steps)
     wait_for(lambda: newest_step(folder / "preempted") >= 4, lambda: f"checkpoint: {printed(folder, job)}")
     call(cluster, "scancel", "--signal=USR1", job)
     assert wait_for_end(cluster, folder, job) == ("COMPLETED", 0), printed(folder, job)
