@@ -1143,6 +1143,12 @@ def fill_buffers(model: nn.Module) -> None:
     model.initialize_weights()
 
 
+def named_on_disk(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers that files may hold, by the names that they have without LoRA's adapters."""
+    tensors = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers())
+    return ((name.replace(".base_layer.", "."), tensor) for name, tensor in tensors if ".lora_" not in name)
+
+
 def own_class(model: nn.Module) -> type:  # FSDP has put a class of its own before it
     return next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
 
@@ -1150,8 +1156,9 @@ def own_class(model: nn.Module) -> type:  # FSDP has put a class of its own befo
 def load_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ranks: Ranks) -> None:
     """Each rank reads its slices of the safetensors files, or rank 0 loads and broadcasts (all ranks)."""
     import torch.distributed.checkpoint as dcp
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    persistent, there = set(model.state_dict()), {}
+    named = list(named_on_disk(model))
+    persistent = {name.replace(".base_layer.", ".") for name in model.state_dict()}
+    there = {}
     if any(folder.glob("*.safetensors")):
         reader = dcp.HuggingFaceStorageReader(str(folder))
         with naming(f"the safetensors files in {folder}"):  # a download that is not complete, for one
@@ -1191,8 +1198,8 @@ def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool
         if lacking:
             raise UserError(f"{folder} lacks {len(lacking)} tensors, or their shapes: {lacking[0]} for one")
         source = dict(itertools.chain(full.named_parameters(), full.named_buffers()))
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        value = (source[name].to(ranks.device) if ranks.is_main
+    for name, tensor in {id(tensor): (name, tensor) for name, tensor in named_on_disk(model)}.values():
+        value = (source[name].to(ranks.device, tensor.dtype) if ranks.is_main
                  else torch.empty(tensor.shape, dtype=tensor.dtype, device=ranks.device))
         torch.distributed.broadcast(value, src=0)
         fill(tensor, value)
@@ -1233,10 +1240,15 @@ def prove_filled(model: nn.Module) -> None:
             raise UserError(f"parameter {name} is not sharded")
 
 
+def bytes_each(param: Tensor) -> int:
+    """With gradient and AdamW's states, of an element of a trained parameter; of one that is frozen."""
+    return 16 if param.requires_grad else param.element_size()
+
+
 def check_memory(model: nn.Module, args: Namespace, mesh: torch.distributed.DeviceMesh) -> None:
     """Before anything is allocated: fp32 parameters, gradients, AdamW's two states against what is free."""
     size = sum(p.numel() for p in model.parameters())
-    nbytes = 16 * size // mesh.size(-1)
+    nbytes = sum(p.numel() * bytes_each(p) for p in model.parameters()) // mesh.size(-1)
     if mesh.device_type == "cuda" and not args.cpu_offload:
         free = torch.cuda.mem_get_info()[0]
     else:
@@ -1249,11 +1261,13 @@ def check_memory(model: nn.Module, args: Namespace, mesh: torch.distributed.Devi
 
 def describe_model(model: nn.Module, dtype: torch.dtype) -> str:
     """A line for the start of a run; `dtype` is what it computes in."""
-    sizes = [(param.numel(), local_part(param).numel()) for param in model.parameters()]
-    (size, mine), blocks = map(sum, zip(*sizes)), find_blocks(model)
+    size = sum(param.numel() for param in model.parameters())
+    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    mine = sum(local_part(param).numel() * bytes_each(param) for param in model.parameters())
+    blocks, only = find_blocks(model), f" ({trained:,} trained)" if trained < size else ""
     block = type(blocks[0]).__name__.removeprefix("FSDP")
-    return (f"model      {size:,} parameters, {len(blocks)} x {block} and the root, computed in "
-            f"{str(dtype)[6:]}; with gradients and AdamW {16 * mine / 2**20:,.1f} MiB in fp32 on this rank")
+    return (f"model      {size:,} parameters{only}, {len(blocks)} x {block} and the root, computed in "
+            f"{str(dtype)[6:]}; with gradients and AdamW's fp32 {mine / 2**20:,.1f} MiB on this rank")
 # <<< shared: prove
 
 
@@ -1304,8 +1318,9 @@ def unsharded(modules: list[nn.Module]) -> Iterator[None]:
 def build_optimizer(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
     """Fused AdamW on fp32 masters; weight decay on matrices only, not on norms, biases and embeddings."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed = [p for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings]
-    others = [p for p in model.parameters() if p.dim() <= 1 or id(p) in embeddings]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.dim() > 1 and id(p) not in embeddings]
+    others = [p for p in trained if p.dim() <= 1 or id(p) in embeddings]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     # EDIT: another optimizer
@@ -2196,10 +2211,12 @@ def update_stats(totals: list[float]) -> dict[str, float]:
 
 # >>> shared: state
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; tied parameters once, under their first name."""
-    persistent = set(model.state_dict())
+    """Parameters and persistent buffers by name; tied parameters once, under their first name. With LoRA's
+    adapters only what is trained: the files that the model came from hold the rest."""
+    persistent, some = set(model.state_dict()), hasattr(model, "peft_config")
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    return {name: tensor.detach() for name, tensor in tensors if name in persistent}
+    return {name: tensor.detach() for name, tensor in tensors
+            if name in persistent and (tensor.requires_grad or not some)}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
@@ -2473,20 +2490,28 @@ def hf_tensors(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: t
         from transformers.core_model_loading import revert_weight_conversion as convert
     for name, tensor in tensors:
         if tensor.is_floating_point():
-            tensor = tensor.to(torch.float32 if name in kept else dtype)
+            tensor = tensor.to(torch.float32 if name in kept or ".lora_" in name else dtype)
         yield from (convert(model, {name: tensor}) if convert else {name: tensor}).items()
 
 
 def write_hf_folder(folder: Path, tensors: dict[str, Tensor], parts: tuple, dtype: torch.dtype) -> None:
     """Weights, and `parts`: configuration, tokenizer, and the folder that the model came from, or None; its
-    code and generation_config.json are copied. The tokenizer's end token ends a generation, too."""
+    code and generation_config.json are copied. The tokenizer's end token ends a generation, too. Of LoRA's
+    configuration and adapters a folder for `PeftModel.from_pretrained(model, folder)`."""
     from huggingface_hub import save_torch_state_dict
     config, tokenizer, source = parts
     folder.mkdir(parents=True)
-    save_torch_state_dict(tensors, folder)
     tokenizer.model_max_length = getattr(config, "max_position_embeddings", None) or int(1e30)
     for part in (config, tokenizer):
         part.save_pretrained(folder)
+    if is_adapter := hasattr(config, "peft_type"):
+        tensors = {f"base_model.model.{name.replace('.default', '')}": part for name, part in tensors.items()}
+    kind = "adapter_model" if is_adapter else "model"
+    save_torch_state_dict(tensors, folder, filename_pattern=kind + "{suffix}.safetensors")
+    for path in folder.glob("*.safetensors"):  # else nobody but their owner could read them
+        path.chmod((folder / "tokenizer_config.json").stat().st_mode)
+    if is_adapter:
+        return
     for path in [*source.glob("*.py"), *source.glob("generation_config.json")] if source else ():
         shutil.copyfile(path, folder / path.name)
     for path, always in ((folder / "config.json", {"use_cache": True, "dtype": str(dtype)[6:]}),
@@ -2497,8 +2522,6 @@ def write_hf_folder(folder: Path, tensors: dict[str, Tensor], parts: tuple, dtyp
         ends = [end for end in dict.fromkeys([*ends, tokenizer.eos_token_id]) if end is not None]
         found |= always | ({"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {})
         path.write_text(json.dumps(found, indent=2) + "\n")
-    for path in folder.glob("*.safetensors"):  # else nobody but their owner could read them
-        path.chmod((folder / "config.json").stat().st_mode)
 
 
 def export_model(model: nn.Module, folder: Path, parts: tuple, dtype: torch.dtype, ranks: Ranks) -> None:

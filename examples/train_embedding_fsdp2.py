@@ -92,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_and_data_flags(parser.add_argument_group("model"), parser.add_argument_group("data"))
     add_loss_flags(parser.add_argument_group("loss"))
     add_training_flags(parser.add_argument_group("training, evaluation and logging"))
+    add_lora_flags(parser.add_argument_group("LoRA"))
     add_system_flags(parser.add_argument_group("devices, sharding and memory"), recompute="full")
     add_run_flags(parser.add_argument_group("checkpoints and record"), "checkpoints", save_every=500)
     parser.set_defaults(chat_template=None)  # `find_common_problems` looks at it
@@ -137,7 +138,7 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
         "gradients, then again N at a time with them; memory no longer depends on --batch-size")
     add("--max-steps", type=int, help="if not given: --num-epochs")
     add("--num-epochs", type=int, default=1, help="passes over the data")
-    add("--max-lr", type=float, default=2e-5, help="learning rate after warm-up")
+    add("--max-lr", type=float, help="learning rate after warm-up; if not given: 2e-5, for LoRA 2e-4")
     add("--min-lr", type=float, help="where it ends; if not given: a tenth of --max-lr")
     add("--schedule", choices=["cosine", "wsd", "constant"], default="cosine", help="after warm-up; wsd: "
         "constant, then straight down in the last fifth")
@@ -201,6 +202,8 @@ def add_run_flags(group: argparse._ArgumentGroup, folder: str, save_every: int) 
 
 
 def fill_defaults(args: Namespace) -> None:  # that depend on other flags
+    if args.max_lr is None:
+        args.max_lr = 2e-4 if args.lora_rank else 2e-5
     if args.min_lr is None:
         args.min_lr = args.max_lr / 10
 
@@ -307,10 +310,13 @@ def numbers_of(text: str | None, kind: type) -> list:
 def find_problems(args: Namespace) -> Iterator[str]:
     """Every argument that cannot work, before anything is downloaded or started."""
     positive = ("seq_len batch_size grad_cache_chunk num_epochs max_bad_steps log_interval max_steps nproc "
-                "hsdp_shard_size stall_timeout eval_batch_size")
+                "hsdp_shard_size stall_timeout eval_batch_size lora_rank")
     not_negative = ("warmup_steps weight_decay grad_clip keep_checkpoints eval_interval max_lr min_lr "
                     "checkpoint_interval seed num_negatives")
     yield from find_common_problems(args, positive, not_negative, "dataset model")
+    yield from find_lora_problems(args)
+    if args.lora_rank and args.attention and not args.lora_merge:
+        yield "--attention is not in the folder of an adapter: export the whole model with --lora-merge"
     for name in ("model", "dataset"):
         if not getattr(args, name):
             yield f"--{name} is needed"
@@ -905,6 +911,70 @@ def reshard(model: nn.Module) -> None:
 # <<< shared: precision
 
 
+# >>> shared: lora
+def add_lora_flags(group: argparse._ArgumentGroup) -> None:
+    onoff, add = argparse.BooleanOptionalAction, group.add_argument
+    add("--lora-rank", type=int, metavar="R", help="train adapters of rank R, and no other weights (needs "
+        "the peft package)")
+    add("--lora-alpha", type=float, help="adapters are scaled by alpha / rank; if not given: twice the rank")
+    add("--lora-targets", metavar="NAME,NAME,…", help="linear layers that get one, such as q_proj,v_proj; if "
+        "not given: all of the blocks")
+    add("--lora-dropout", type=float, default=0.0, help="on the input of the adapters")
+    add("--lora-merge", action=onoff, default=False, help="export the whole model, not the adapters alone")
+
+
+def find_lora_problems(args: Namespace) -> Iterator[str]:
+    if not args.lora_rank and (args.lora_alpha or args.lora_targets or args.lora_dropout or args.lora_merge):
+        yield "--lora-alpha, --lora-targets, --lora-dropout and --lora-merge need --lora-rank"
+    if args.lora_rank and not importlib.util.find_spec("peft"):
+        yield "--lora-rank needs the peft package: pip install peft"
+    if not 0 <= args.lora_dropout < 1 or not 0 < (args.lora_alpha or 1) < 1e6:
+        yield "--lora-dropout must be at least 0 and below 1, --lora-alpha above 0"
+
+
+def add_lora(model: nn.Module, args: Namespace, name: str, task: str, dtype: torch.dtype) -> None:
+    """Put PEFT's low-rank adapters (Hu et al. 2021, arXiv:2106.09685), in fp32, beside linear layers of a
+    model on the meta device. All else is frozen, and in `dtype`: no fp32 copy, no gradient, no optimizer
+    state. `name` is the model's, `task` PEFT's word for it."""
+    import peft
+    layers = {f"{path}.weight": path.rpartition(".")[2] for block in find_blocks(model)
+              for path, layer in block.named_modules() if isinstance(layer, nn.Linear)}
+    routers = {kept.rpartition(".")[0].rpartition(".")[2] for kept in model.fp32_names}
+    targets = args.lora_targets.split(",") if args.lora_targets else sorted({*layers.values()} - routers)
+    config = peft.LoraConfig(
+        r=args.lora_rank, lora_alpha=args.lora_alpha or 2 * args.lora_rank, lora_dropout=args.lora_dropout,
+        target_modules=targets, exclude_modules=["pooler.dense"] if getattr(model, "pooler", None) else None,
+        base_model_name_or_path=name, task_type=task)
+    with naming("--lora-targets"), torch.device("meta"):
+        peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
+    for name, param in model.named_parameters():
+        is_fp32 = param.requires_grad or name in model.fp32_names
+        param.data = param.data.to(torch.float32 if is_fp32 else dtype)
+
+
+def init_lora(model: nn.Module, seed: int, device: torch.device) -> None:
+    """As PEFT does: A uniform within 1 / sqrt(its inputs), B zero; the same on any number of ranks."""
+    for name, param in model.named_parameters():
+        if ".lora_" in name:
+            generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            bound = param.shape[1] ** -0.5 if ".lora_A." in name else 0.0
+            fill(param, torch.empty(param.shape, device=device).uniform_(-bound, bound, generator=generator))
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> None:
+    """Add the adapters to their layers' weights, and take them out of the model (all ranks)."""
+    for path, layer in list(model.named_modules()):
+        if hasattr(layer, "lora_A"):
+            A, B = (part["default"].weight.full_tensor() for part in (layer.lora_A, layer.lora_B))
+            weight = layer.base_layer.weight
+            fill(weight, weight.full_tensor().float() + layer.scaling["default"] * (B @ A))
+            owner, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, layer.base_layer)
+    del model.peft_config
+# <<< shared: lora
+
+
 # >>> shared: recompute
 def recompute_in_backward(block: nn.Module, selective: bool) -> None:
     """Activation checkpointing by replacing the block's forward, so that no parameter changes its name.
@@ -994,6 +1064,12 @@ def fill_buffers(model: nn.Module) -> None:
     model.initialize_weights()
 
 
+def named_on_disk(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers that files may hold, by the names that they have without LoRA's adapters."""
+    tensors = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers())
+    return ((name.replace(".base_layer.", "."), tensor) for name, tensor in tensors if ".lora_" not in name)
+
+
 def own_class(model: nn.Module) -> type:  # FSDP has put a class of its own before it
     return next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
 
@@ -1001,8 +1077,9 @@ def own_class(model: nn.Module) -> type:  # FSDP has put a class of its own befo
 def load_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ranks: Ranks) -> None:
     """Each rank reads its slices of the safetensors files, or rank 0 loads and broadcasts (all ranks)."""
     import torch.distributed.checkpoint as dcp
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    persistent, there = set(model.state_dict()), {}
+    named = list(named_on_disk(model))
+    persistent = {name.replace(".base_layer.", ".") for name in model.state_dict()}
+    there = {}
     if any(folder.glob("*.safetensors")):
         reader = dcp.HuggingFaceStorageReader(str(folder))
         with naming(f"the safetensors files in {folder}"):  # a download that is not complete, for one
@@ -1042,8 +1119,8 @@ def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool
         if lacking:
             raise UserError(f"{folder} lacks {len(lacking)} tensors, or their shapes: {lacking[0]} for one")
         source = dict(itertools.chain(full.named_parameters(), full.named_buffers()))
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        value = (source[name].to(ranks.device) if ranks.is_main
+    for name, tensor in {id(tensor): (name, tensor) for name, tensor in named_on_disk(model)}.values():
+        value = (source[name].to(ranks.device, tensor.dtype) if ranks.is_main
                  else torch.empty(tensor.shape, dtype=tensor.dtype, device=ranks.device))
         torch.distributed.broadcast(value, src=0)
         fill(tensor, value)
@@ -1069,10 +1146,15 @@ def prove_filled(model: nn.Module) -> None:
             raise UserError(f"parameter {name} is not sharded")
 
 
+def bytes_each(param: Tensor) -> int:
+    """With gradient and AdamW's states, of an element of a trained parameter; of one that is frozen."""
+    return 16 if param.requires_grad else param.element_size()
+
+
 def check_memory(model: nn.Module, args: Namespace, mesh: torch.distributed.DeviceMesh) -> None:
     """Before anything is allocated: fp32 parameters, gradients, AdamW's two states against what is free."""
     size = sum(p.numel() for p in model.parameters())
-    nbytes = 16 * size // mesh.size(-1)
+    nbytes = sum(p.numel() * bytes_each(p) for p in model.parameters()) // mesh.size(-1)
     if mesh.device_type == "cuda" and not args.cpu_offload:
         free = torch.cuda.mem_get_info()[0]
     else:
@@ -1085,11 +1167,13 @@ def check_memory(model: nn.Module, args: Namespace, mesh: torch.distributed.Devi
 
 def describe_model(model: nn.Module, dtype: torch.dtype) -> str:
     """A line for the start of a run; `dtype` is what it computes in."""
-    sizes = [(param.numel(), local_part(param).numel()) for param in model.parameters()]
-    (size, mine), blocks = map(sum, zip(*sizes)), find_blocks(model)
+    size = sum(param.numel() for param in model.parameters())
+    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    mine = sum(local_part(param).numel() * bytes_each(param) for param in model.parameters())
+    blocks, only = find_blocks(model), f" ({trained:,} trained)" if trained < size else ""
     block = type(blocks[0]).__name__.removeprefix("FSDP")
-    return (f"model      {size:,} parameters, {len(blocks)} x {block} and the root, computed in "
-            f"{str(dtype)[6:]}; with gradients and AdamW {16 * mine / 2**20:,.1f} MiB in fp32 on this rank")
+    return (f"model      {size:,} parameters{only}, {len(blocks)} x {block} and the root, computed in "
+            f"{str(dtype)[6:]}; with gradients and AdamW's fp32 {mine / 2**20:,.1f} MiB on this rank")
 # <<< shared: prove
 
 
@@ -1109,8 +1193,9 @@ def describe_parameters(model: nn.Module) -> str:
 def build_optimizer(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
     """Fused AdamW on fp32 masters; weight decay on matrices only, not on norms, biases and embeddings."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed = [p for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings]
-    others = [p for p in model.parameters() if p.dim() <= 1 or id(p) in embeddings]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.dim() > 1 and id(p) not in embeddings]
+    others = [p for p in trained if p.dim() <= 1 or id(p) in embeddings]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     # EDIT: another optimizer
@@ -1328,10 +1413,12 @@ def restore_random_states(states: dict[str, Tensor], ranks: Ranks) -> None:
 
 # >>> shared: state
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; tied parameters once, under their first name."""
-    persistent = set(model.state_dict())
+    """Parameters and persistent buffers by name; tied parameters once, under their first name. With LoRA's
+    adapters only what is trained: the files that the model came from hold the rest."""
+    persistent, some = set(model.state_dict()), hasattr(model, "peft_config")
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    return {name: tensor.detach() for name, tensor in tensors if name in persistent}
+    return {name: tensor.detach() for name, tensor in tensors
+            if name in persistent and (tensor.requires_grad or not some)}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
@@ -1605,20 +1692,28 @@ def hf_tensors(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: t
         from transformers.core_model_loading import revert_weight_conversion as convert
     for name, tensor in tensors:
         if tensor.is_floating_point():
-            tensor = tensor.to(torch.float32 if name in kept else dtype)
+            tensor = tensor.to(torch.float32 if name in kept or ".lora_" in name else dtype)
         yield from (convert(model, {name: tensor}) if convert else {name: tensor}).items()
 
 
 def write_hf_folder(folder: Path, tensors: dict[str, Tensor], parts: tuple, dtype: torch.dtype) -> None:
     """Weights, and `parts`: configuration, tokenizer, and the folder that the model came from, or None; its
-    code and generation_config.json are copied. The tokenizer's end token ends a generation, too."""
+    code and generation_config.json are copied. The tokenizer's end token ends a generation, too. Of LoRA's
+    configuration and adapters a folder for `PeftModel.from_pretrained(model, folder)`."""
     from huggingface_hub import save_torch_state_dict
     config, tokenizer, source = parts
     folder.mkdir(parents=True)
-    save_torch_state_dict(tensors, folder)
     tokenizer.model_max_length = getattr(config, "max_position_embeddings", None) or int(1e30)
     for part in (config, tokenizer):
         part.save_pretrained(folder)
+    if is_adapter := hasattr(config, "peft_type"):
+        tensors = {f"base_model.model.{name.replace('.default', '')}": part for name, part in tensors.items()}
+    kind = "adapter_model" if is_adapter else "model"
+    save_torch_state_dict(tensors, folder, filename_pattern=kind + "{suffix}.safetensors")
+    for path in folder.glob("*.safetensors"):  # else nobody but their owner could read them
+        path.chmod((folder / "tokenizer_config.json").stat().st_mode)
+    if is_adapter:
+        return
     for path in [*source.glob("*.py"), *source.glob("generation_config.json")] if source else ():
         shutil.copyfile(path, folder / path.name)
     for path, always in ((folder / "config.json", {"use_cache": True, "dtype": str(dtype)[6:]}),
@@ -1629,8 +1724,6 @@ def write_hf_folder(folder: Path, tensors: dict[str, Tensor], parts: tuple, dtyp
         ends = [end for end in dict.fromkeys([*ends, tokenizer.eos_token_id]) if end is not None]
         found |= always | ({"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {})
         path.write_text(json.dumps(found, indent=2) + "\n")
-    for path in folder.glob("*.safetensors"):  # else nobody but their owner could read them
-        path.chmod((folder / "config.json").stat().st_mode)
 
 
 def export_model(model: nn.Module, folder: Path, parts: tuple, dtype: torch.dtype, ranks: Ranks) -> None:
@@ -1922,7 +2015,8 @@ def note_evaluation(found: dict[str, float], progress: dict, bar, ranks: Ranks) 
 # ------------------------------------------------------------------------------------------------
 # 10. Training
 
-IDENTITY = "model data seed seq_len pooling attention normalize"  # another one is another run
+IDENTITY = ("model data seed seq_len pooling attention normalize lora_rank lora_alpha "
+            "lora_targets")  # another one is another run
 
 
 def ready_model(args: Namespace, model: nn.Module, checkpoints: list[Path], dtype: torch.dtype,
@@ -1932,8 +2026,10 @@ def ready_model(args: Namespace, model: nn.Module, checkpoints: list[Path], dtyp
     shard_model(model, args, mesh, dtype)
     materialise(model, ranks.device, args.cpu_offload)
     fill_buffers(model)
-    if not checkpoints:
+    if args.lora_rank or not checkpoints:
         load_hf_weights(model, fetch(args.model), args.trust_remote_code, ranks)
+    if args.lora_rank:
+        init_lora(model, args.seed, ranks.device)
     if args.learn_temperature:  # after the files, which do not know of it
         model.scale = shard_scale(args.temperature, mesh, ranks.device)
     optimizer = build_optimizer(model, args)  # after sharding, which replaces the parameters
@@ -2002,7 +2098,10 @@ def export_run(args: Namespace, model: nn.Module, tokenizer, pairs: list[dict], 
     expected = F.normalize(expected, dim=-1) if args.normalize else expected
     if args.learn_temperature:
         del model.scale  # no part of an embedding
-    parts = (model.config, load_tokenizer(args), fetch(args.model)) if ranks.is_main else None
+    if args.lora_merge:
+        merge_lora(model)
+    config = getattr(model, "peft_config", {}).get("default", model.config)
+    parts = (config, load_tokenizer(args), fetch(args.model)) if ranks.is_main else None
     export_model(model, folder, parts, dtype, ranks)
     if ranks.is_main:
         write_sentence_transformer(folder, args, expected.shape[1])
@@ -2130,6 +2229,8 @@ def main() -> None:
     dtype = compute_dtype(args.mixed_precision, ranks.device)
     # Shapes, then shards, then memory, then weights: no device needs room for more than its part.
     model = build_model(args, folder, len(tokenizer))
+    if args.lora_rank:
+        add_lora(model, args, args.model, "FEATURE_EXTRACTION", dtype)
     objective = read_objective(args, model.config.get_text_config().hidden_size)
     check_memory(model, args, mesh)
     lock = lock_run(run_dir) if ranks.is_main else None  # noqa: F841, held until this process ends
