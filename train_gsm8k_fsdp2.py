@@ -1114,6 +1114,22 @@ def fill(param: Tensor, value: Tensor) -> None:
         # src_data_rank=None: each rank slices its own copy, nothing is sent.
         value = distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
     local_part(param).copy_(local_part(value))
+
+
+def fill_buffers(model: nn.Module) -> None:
+    """What no file holds: rotary tables and other non-persistent buffers of a transformers model, in fp32."""
+    for module in model.modules():
+        # Without buffers there is nothing to fill, and RWKV would compute with sharded parameters.
+        module._is_hf_initialized = len(module._parameters) > 0 and not module._buffers
+        for param in module.parameters(recurse=False):
+            param._is_hf_initialized = True
+    # FSDP's class looks like custom code, of which modules without parameters would be skipped.
+    model.is_custom_code = own_class(model).is_custom_code
+    model.initialize_weights()
+
+
+def own_class(model: nn.Module) -> type:  # FSDP has put a class of its own before it
+    return next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
 # <<< shared: materialise
 
 
@@ -1131,45 +1147,27 @@ def refuse_quantised(folder: Path, config: object, names: Iterable[str] = ()) ->
                         "be trained: use the model's bf16 release, or dequantise it first")
 
 
-def fill_buffers(model: nn.Module) -> None:
-    """What no file holds: rotary tables and other non-persistent buffers of a transformers model, in fp32."""
-    for module in model.modules():
-        # Without buffers there is nothing to fill, and RWKV would compute with sharded parameters.
-        module._is_hf_initialized = len(module._parameters) > 0 and not module._buffers
-        for param in module.parameters(recurse=False):
-            param._is_hf_initialized = True
-    # FSDP's class looks like custom code, of which modules without parameters would be skipped.
-    model.is_custom_code = own_class(model).is_custom_code
-    model.initialize_weights()
-
-
-def named_on_disk(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers that files may hold, by the names that they have without LoRA's adapters."""
-    tensors = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers())
-    return ((name.replace(".base_layer.", "."), tensor) for name, tensor in tensors if ".lora_" not in name)
-
-
-def own_class(model: nn.Module) -> type:  # FSDP has put a class of its own before it
-    return next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
+def tensors_of_files(model: nn.Module) -> dict[str, Tensor]:
+    """By the names that they have without LoRA's adapters; tied ones under each name."""
+    named = model.state_dict(keep_vars=True).items()
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in named if ".lora_" not in name}
 
 
 def load_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ranks: Ranks) -> None:
     """Each rank reads its slices of the safetensors files, or rank 0 loads and broadcasts (all ranks)."""
     import torch.distributed.checkpoint as dcp
-    named = list(named_on_disk(model))
-    persistent = {name.replace(".base_layer.", ".") for name in model.state_dict()}
-    there = {}
+    named, there = tensors_of_files(model), {}
     if any(folder.glob("*.safetensors")):
         reader = dcp.HuggingFaceStorageReader(str(folder))
         with naming(f"the safetensors files in {folder}"):  # a download that is not complete, for one
             on_disk = reader.read_metadata().state_dict_metadata
         # A base model's tensors stand under its prefix in the files of a model with a head.
-        names = {name: name if name in on_disk else f"{model.base_model_prefix}.{name}" for name, _ in named}
-        there = {names[name]: tensor for name, tensor in named
+        names = {name: name if name in on_disk else f"{model.base_model_prefix}.{name}" for name in named}
+        there = {names[name]: tensor for name, tensor in named.items()
                  if names[name] in on_disk and on_disk[names[name]].size == tensor.shape}
         refuse_quantised(folder, None, on_disk.keys() - there.keys())
     # Tied parameters are one tensor under several names: a file may hold any of them, and mostly just one.
-    if {id(tensor) for name, tensor in named if name in persistent} <= set(map(id, there.values())):
+    if set(map(id, named.values())) <= set(map(id, there.values())):
         unread = sorted(on_disk.keys() - there.keys())
         dcp.load({name: tensor.detach() for name, tensor in there.items()}, storage_reader=reader)
         if unread and ranks.is_main:
@@ -1197,8 +1195,8 @@ def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool
         lacking = sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]})
         if lacking:
             raise UserError(f"{folder} lacks {len(lacking)} tensors, or their shapes: {lacking[0]} for one")
-        source = dict(itertools.chain(full.named_parameters(), full.named_buffers()))
-    for name, tensor in {id(tensor): (name, tensor) for name, tensor in named_on_disk(model)}.values():
+        source = full.state_dict()
+    for name, tensor in tensors_of_files(model).items():
         value = (source[name].to(ranks.device, tensor.dtype) if ranks.is_main
                  else torch.empty(tensor.shape, dtype=tensor.dtype, device=ranks.device))
         torch.distributed.broadcast(value, src=0)
@@ -1261,13 +1259,14 @@ def check_memory(model: nn.Module, args: Namespace, mesh: torch.distributed.Devi
 
 def describe_model(model: nn.Module, dtype: torch.dtype) -> str:
     """A line for the start of a run; `dtype` is what it computes in."""
-    size = sum(param.numel() for param in model.parameters())
-    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
-    mine = sum(local_part(param).numel() * bytes_each(param) for param in model.parameters())
-    blocks, only = find_blocks(model), f" ({trained:,} trained)" if trained < size else ""
-    block = type(blocks[0]).__name__.removeprefix("FSDP")
-    return (f"model      {size:,} parameters{only}, {len(blocks)} x {block} and the root, computed in "
-            f"{str(dtype)[6:]}; with gradients and AdamW's fp32 {mine / 2**20:,.1f} MiB on this rank")
+    params, blocks, sizes = list(model.parameters()), find_blocks(model), Counter()
+    for param in params:
+        sizes[f"{'trained' if param.requires_grad else 'frozen'} in {str(param.dtype)[6:]}"] += param.numel()
+    mine = sum(local_part(param).numel() * bytes_each(param) for param in params)
+    kinds = ", ".join(f"{size:,} {kind}" for kind, size in sizes.items())
+    return (f"model      {sum(sizes.values()):,} parameters ({kinds}), {len(blocks)} x "
+            f"{type(blocks[0]).__name__.removeprefix('FSDP')} and the root, computed in {str(dtype)[6:]}; "
+            f"with gradients and AdamW's states {mine / 2**20:,.1f} MiB on this rank")
 # <<< shared: prove
 
 

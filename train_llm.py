@@ -47,6 +47,7 @@ import sys
 import time
 import traceback
 import types
+import warnings
 import zlib
 from argparse import Namespace
 from array import array
@@ -1647,7 +1648,9 @@ def find_lora_problems(args: Namespace) -> Iterator[str]:
 def add_lora(model: nn.Module, args: Namespace, name: str, task: str, dtype: torch.dtype) -> None:
     """Put PEFT's low-rank adapters (Hu et al. 2021, arXiv:2106.09685), in fp32, beside linear layers of a
     model on the meta device. All else is frozen, and in `dtype`: no fp32 copy, no gradient, no optimizer
-    state. `name` is the model's, `task` PEFT's word for it."""
+    state. `name` is the model's, `task` PEFT's word for it. Does nothing without --lora-rank."""
+    if not args.lora_rank:
+        return
     import peft
     layers = {f"{path}.weight": path.rpartition(".")[2] for block in find_blocks(model)
               for path, layer in block.named_modules() if isinstance(layer, nn.Linear)}
@@ -1747,6 +1750,22 @@ def fill(param: Tensor, value: Tensor) -> None:
         # src_data_rank=None: each rank slices its own copy, nothing is sent.
         value = distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
     local_part(param).copy_(local_part(value))
+
+
+def fill_buffers(model: nn.Module) -> None:
+    """What no file holds: rotary tables and other non-persistent buffers of a transformers model, in fp32."""
+    for module in model.modules():
+        # Without buffers there is nothing to fill, and RWKV would compute with sharded parameters.
+        module._is_hf_initialized = len(module._parameters) > 0 and not module._buffers
+        for param in module.parameters(recurse=False):
+            param._is_hf_initialized = True
+    # FSDP's class looks like custom code, of which modules without parameters would be skipped.
+    model.is_custom_code = own_class(model).is_custom_code
+    model.initialize_weights()
+
+
+def own_class(model: nn.Module) -> type:  # FSDP has put a class of its own before it
+    return next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
 # <<< shared: materialise
 
 
@@ -1777,45 +1796,27 @@ def refuse_quantised(folder: Path, config: object, names: Iterable[str] = ()) ->
                         "be trained: use the model's bf16 release, or dequantise it first")
 
 
-def fill_buffers(model: nn.Module) -> None:
-    """What no file holds: rotary tables and other non-persistent buffers of a transformers model, in fp32."""
-    for module in model.modules():
-        # Without buffers there is nothing to fill, and RWKV would compute with sharded parameters.
-        module._is_hf_initialized = len(module._parameters) > 0 and not module._buffers
-        for param in module.parameters(recurse=False):
-            param._is_hf_initialized = True
-    # FSDP's class looks like custom code, of which modules without parameters would be skipped.
-    model.is_custom_code = own_class(model).is_custom_code
-    model.initialize_weights()
-
-
-def named_on_disk(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers that files may hold, by the names that they have without LoRA's adapters."""
-    tensors = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers())
-    return ((name.replace(".base_layer.", "."), tensor) for name, tensor in tensors if ".lora_" not in name)
-
-
-def own_class(model: nn.Module) -> type:  # FSDP has put a class of its own before it
-    return next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
+def tensors_of_files(model: nn.Module) -> dict[str, Tensor]:
+    """By the names that they have without LoRA's adapters; tied ones under each name."""
+    named = model.state_dict(keep_vars=True).items()
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in named if ".lora_" not in name}
 
 
 def load_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ranks: Ranks) -> None:
     """Each rank reads its slices of the safetensors files, or rank 0 loads and broadcasts (all ranks)."""
     import torch.distributed.checkpoint as dcp
-    named = list(named_on_disk(model))
-    persistent = {name.replace(".base_layer.", ".") for name in model.state_dict()}
-    there = {}
+    named, there = tensors_of_files(model), {}
     if any(folder.glob("*.safetensors")):
         reader = dcp.HuggingFaceStorageReader(str(folder))
         with naming(f"the safetensors files in {folder}"):  # a download that is not complete, for one
             on_disk = reader.read_metadata().state_dict_metadata
         # A base model's tensors stand under its prefix in the files of a model with a head.
-        names = {name: name if name in on_disk else f"{model.base_model_prefix}.{name}" for name, _ in named}
-        there = {names[name]: tensor for name, tensor in named
+        names = {name: name if name in on_disk else f"{model.base_model_prefix}.{name}" for name in named}
+        there = {names[name]: tensor for name, tensor in named.items()
                  if names[name] in on_disk and on_disk[names[name]].size == tensor.shape}
         refuse_quantised(folder, None, on_disk.keys() - there.keys())
     # Tied parameters are one tensor under several names: a file may hold any of them, and mostly just one.
-    if {id(tensor) for name, tensor in named if name in persistent} <= set(map(id, there.values())):
+    if set(map(id, named.values())) <= set(map(id, there.values())):
         unread = sorted(on_disk.keys() - there.keys())
         dcp.load({name: tensor.detach() for name, tensor in there.items()}, storage_reader=reader)
         if unread and ranks.is_main:
@@ -1843,8 +1844,8 @@ def broadcast_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool
         lacking = sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]})
         if lacking:
             raise UserError(f"{folder} lacks {len(lacking)} tensors, or their shapes: {lacking[0]} for one")
-        source = dict(itertools.chain(full.named_parameters(), full.named_buffers()))
-    for name, tensor in {id(tensor): (name, tensor) for name, tensor in named_on_disk(model)}.values():
+        source = full.state_dict()
+    for name, tensor in tensors_of_files(model).items():
         value = (source[name].to(ranks.device, tensor.dtype) if ranks.is_main
                  else torch.empty(tensor.shape, dtype=tensor.dtype, device=ranks.device))
         torch.distributed.broadcast(value, src=0)
@@ -1907,13 +1908,14 @@ def check_memory(model: nn.Module, args: Namespace, mesh: torch.distributed.Devi
 
 def describe_model(model: nn.Module, dtype: torch.dtype) -> str:
     """A line for the start of a run; `dtype` is what it computes in."""
-    size = sum(param.numel() for param in model.parameters())
-    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
-    mine = sum(local_part(param).numel() * bytes_each(param) for param in model.parameters())
-    blocks, only = find_blocks(model), f" ({trained:,} trained)" if trained < size else ""
-    block = type(blocks[0]).__name__.removeprefix("FSDP")
-    return (f"model      {size:,} parameters{only}, {len(blocks)} x {block} and the root, computed in "
-            f"{str(dtype)[6:]}; with gradients and AdamW's fp32 {mine / 2**20:,.1f} MiB on this rank")
+    params, blocks, sizes = list(model.parameters()), find_blocks(model), Counter()
+    for param in params:
+        sizes[f"{'trained' if param.requires_grad else 'frozen'} in {str(param.dtype)[6:]}"] += param.numel()
+    mine = sum(local_part(param).numel() * bytes_each(param) for param in params)
+    kinds = ", ".join(f"{size:,} {kind}" for kind, size in sizes.items())
+    return (f"model      {sum(sizes.values()):,} parameters ({kinds}), {len(blocks)} x "
+            f"{type(blocks[0]).__name__.removeprefix('FSDP')} and the root, computed in {str(dtype)[6:]}; "
+            f"with gradients and AdamW's states {mine / 2**20:,.1f} MiB on this rank")
 # <<< shared: prove
 
 
@@ -2512,7 +2514,9 @@ def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remot
         whole, trust_remote_code=trust_remote_code, output_loading_info=True, **options)
     if adapter.exists():
         from peft import PeftModel
-        model = PeftModel.from_pretrained(model, folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what PEFT asks transformers
+            model = PeftModel.from_pretrained(model, folder)
     ids, expected, note = input_ids.cpu(), expected.cpu(), ""
     logits = model.eval()(ids, use_cache=False).logits.float()
     spread = (logits - logits.mean(-1, keepdim=True)).abs().mean()
@@ -2775,6 +2779,15 @@ def export_run(args: Namespace, model: nn.Module, hf_folder: Path | None, dtype:
         return probe, model.eval()(probe)
 
 
+def next_command(args: Namespace) -> str:
+    """For the last line of a run."""
+    exported = str(Path(args.checkpoint_dir) / "hf")
+    if args.lora_rank and not args.lora_merge:
+        return f"without {exported}, the same command with --lora-merge exports the whole model"
+    command = shlex.join([sys.executable, sys.argv[0], "--hf-model", exported])
+    return f"{command} --dataset YOUR.jsonl --checkpoint-dir runs/finetuned"
+
+
 def read_later(tensor: Tensor) -> Callable[[], list[float]]:
     """Start to copy to the host. The function that is returned waits for the copy, but not for what the
     device was given to do since."""
@@ -2920,8 +2933,7 @@ def main() -> None:
     # Shapes, then shards, then memory, then weights: no device needs room for more than its part.
     hf_folder = fetch(args.hf_model) if args.hf_model else None
     model = build_model(args, hf_folder, data["rows"])
-    if args.lora_rank:
-        add_lora(model, args, args.hf_model, "CAUSAL_LM", dtype)
+    add_lora(model, args, args.hf_model, "CAUSAL_LM", dtype)
     check_memory(model, args, mesh)
     lock = lock_run(run_dir) if ranks.is_main else None  # noqa: F841, held until this process ends
     checkpoints = gather_objects(checkpoints_to_resume(args) if ranks.is_main else None)[0]
@@ -3065,10 +3077,7 @@ def main() -> None:
         if proof:
             print(f"model      {run_dir / 'hf'} (Hugging Face format; "
                   f"{verify_export(run_dir / 'hf', *proof, args.trust_remote_code)})")
-            command = shlex.join([sys.executable, sys.argv[0], "--hf-model", str(run_dir / "hf")])
-            is_adapter = args.lora_rank and not args.lora_merge
-            print(f"next       PeftModel.from_pretrained(model, {str(run_dir / 'hf')!r})" if is_adapter else
-                  f"next       {command} --dataset YOUR.jsonl --checkpoint-dir runs/finetuned")
+            print(f"next       {next_command(args)}")
 
 
 if __name__ == "__main__":

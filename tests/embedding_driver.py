@@ -24,7 +24,10 @@ def run_case(spec, out, mesh, ranks):
     args.batch_size = len(rows) // ranks.world_size
     tokenizer, folder = script.load_tokenizer(args), script.fetch(args.model)
     model = script.build_model(args, folder, len(tokenizer))
+    if args.lora_rank:
+        script.add_lora(model, args, args.model, "FEATURE_EXTRACTION", torch.float32)
     script.ready_model(args, model, [], torch.float32, mesh, ranks)
+    embedding_models.draw_adapters(model)
     objective = script.read_objective(args, model.config.hidden_size)
     mine = rows[ranks.rank * args.batch_size:(ranks.rank + 1) * args.batch_size]
     pairs = [script.to_pair(row, "row") for row in mine]

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import zlib
 from argparse import Namespace
 from pathlib import Path
 
@@ -183,6 +184,22 @@ def case_args(script, model, case, *more) -> Namespace:
                               "cpu", "--no-mixed-precision", *recompute, *flags, *more])
 
 
+def draw_adapters(model):
+    """Adapters whose B is not zero, the same in any sharding."""
+    import torch
+
+    for name, param in model.named_parameters():
+        if ".lora_" in name:
+            part = param.to_local() if hasattr(param, "to_local") else param
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            value = torch.randn(param.shape, generator=generator) / 8
+            if hasattr(param, "placements"):
+                from torch.distributed.tensor import distribute_tensor
+                value = distribute_tensor(value, param.device_mesh, param.placements,
+                                          src_data_rank=None).to_local()
+            part.data.copy_(value)
+
+
 def plain_gradients(script, model_folder, case, args, dtype):
     """(loss, {name: gradient}) of the whole batch in this process, by transformers and autograd alone."""
     import torch
@@ -191,6 +208,13 @@ def plain_gradients(script, model_folder, case, args, dtype):
     model = AutoModel.from_pretrained(model_folder, dtype=dtype).train()
     if args.attention:
         model.config.is_causal = args.attention == "causal"
+    if args.lora_rank:
+        import peft
+        names = {path.rpartition(".")[2] for path, layer in model.layers.named_modules()
+                 if isinstance(layer, torch.nn.Linear)}
+        config = peft.LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=names)
+        peft.inject_adapter_in_model(config, model)
+        draw_adapters(model)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     log_scale = torch.tensor([-math.log(args.temperature)], dtype=dtype, requires_grad=True)
     dims = list(zip(script.numbers_of(args.mrl_dims, int) or [model.config.hidden_size],

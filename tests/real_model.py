@@ -104,23 +104,33 @@ def short_rows(tokenizer, count):
     raise AssertionError(f"only {len(fitting)} rows are as short")
 
 
-def chat_loss(model, tokenizer, rows):
-    """Mean loss of the answers' tokens, the end of the turn included, by transformers alone, chat by chat."""
+def chat_pieces(tokenizer, rows):
+    """[(ids (1, T), labels (T,) of the next tokens)] of each chat: the answer's tokens are trained, and the
+    end of its turn."""
     import torch
 
-    total = count = 0
+    pieces = []
     for row in rows:
         chat = as_chat(row)
         ids = tokenizer.apply_chat_template(chat, return_dict=False)
         prompt = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=False)
         assert ids[:len(prompt)] == prompt and tokenizer.decode(ids[-2:]) == "<|im_end|>\n"
         # The line break behind the end token is the template's, not the assistant's.
-        labels = [-100] * len(prompt) + ids[len(prompt):-1] + [-100]
-        num_trained = len(ids) - len(prompt) - 1
+        labels = [-100] * (len(prompt) - 1) + ids[len(prompt):-1] + [-100] * 2
+        pieces.append((torch.tensor([ids]), torch.tensor(labels)))
+    return pieces
+
+
+def chat_loss(model, tokenizer, rows):
+    """Mean loss of the trained tokens by transformers alone, chat by chat."""
+    import torch
+
+    total = count = 0
+    for ids, labels in chat_pieces(tokenizer, rows):
         with torch.no_grad():
-            mean = model(torch.tensor([ids]), labels=torch.tensor([labels]), use_cache=False).loss
-        total += mean.item() * num_trained
-        count += num_trained
+            logits = model(ids, use_cache=False).logits[0].float()
+        total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+        count += (labels != -100).sum().item()
     return total / count
 
 

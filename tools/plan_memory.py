@@ -2,10 +2,12 @@
 
     python tools/plan_memory.py                                          # every --model-size of train_llm.py
     python tools/plan_memory.py --hf-model FOLDER --gpus 8 16            # fine-tuning this model
+    python tools/plan_memory.py --hf-model FOLDER --gpus 1 --lora-rank 16
     python tools/plan_memory.py my_copy.py --detail 7B                   # a size of another script, in parts
 
 Counted for each GPU, in GiB, from the shapes of the real model on the meta device:
-  states       fp32 master, gradient and two Adam moments: 16 bytes a parameter, sharded over the GPUs
+  states       fp32 master, gradient and two Adam moments: 16 bytes a parameter, sharded over the GPUs; with
+               --lora-rank so much for the adapters' parameters, 2 bytes for the others
   gathered     bf16 weights of two blocks (one computes, one is prefetched) and of the root
   reduced      one block's gradient in bf16 and as the fp32 input of its reduce-scatter
   head         gradient of the output head in fp32 and bf16, logits of a chunk in fp32 (three copies)
@@ -38,6 +40,7 @@ class Sizes:
     keys: int
     mlp: int
     vocab: int
+    linear: int = 0  # inputs and outputs of all linear layers in the blocks: adapters' parameters a rank
 
 
 def sizes_of(script: ModuleType, name: str, vocab_size: int = 32000) -> Sizes:
@@ -67,7 +70,8 @@ def sizes_of_hf(script: ModuleType, name: str, trust_remote_code: bool) -> Sizes
     if chosen := getattr(c, "num_experts_per_tok", None):
         mlp = chosen * (getattr(c, "moe_intermediate_size", None) or mlp)
     return Sizes(*count_parameters(script, model), c.hidden_size, c.num_attention_heads * head, keys, mlp,
-                 c.vocab_size)
+                 c.vocab_size, sum(sum(layer.weight.shape) for block in script.find_blocks(model)
+                                   for layer in block.modules() if isinstance(layer, torch.nn.Linear)))
 
 
 def count_parameters(script: ModuleType, model) -> tuple[int, int, int, int]:
@@ -77,7 +81,8 @@ def count_parameters(script: ModuleType, model) -> tuple[int, int, int, int]:
     return total, max(blocks), total - sum(blocks), len(blocks)
 
 
-def memory_gib(s: Sizes, num_gpus: int, tokens: int, chunk: int | None, recompute: str) -> dict[str, float]:
+def memory_gib(s: Sizes, num_gpus: int, tokens: int, chunk: int | None, recompute: str, lora_rank: int = 0
+               ) -> dict[str, float]:
     """GiB a GPU with `tokens` in a micro-batch, by the parts that this file's docstring names."""
     rows = min(tokens, chunk or max(512, 2**28 // s.vocab // 512 * 512))  # of logits, see `rows_at_once`
     inner = 4 * s.hidden + 2 * s.queries + 2 * s.keys + 4 * s.mlp  # bf16 values a token inside a block
@@ -85,11 +90,11 @@ def memory_gib(s: Sizes, num_gpus: int, tokens: int, chunk: int | None, recomput
     kept = {"full": s.num_layers * s.hidden + inner, "selective": s.num_layers * results + inner,
             "none": s.num_layers * inner}
     parts = {
-        "states": 16 * s.total / num_gpus,
+        "states": (2 * s.total + 16 * lora_rank * s.linear if lora_rank else 16 * s.total) / num_gpus,
         # One GPU frees nothing, because it would have nothing to gather.
         "gathered": 2 * (s.total if num_gpus == 1 else 2 * s.block + s.root),
-        "reduced": 6 * s.block,
-        "head": 6 * s.vocab * s.hidden + 12 * rows * s.vocab,
+        "reduced": 6 * (lora_rank * s.linear / s.num_layers if lora_rank else s.block),
+        "head": 6 * s.vocab * s.hidden * (not lora_rank) + 12 * rows * s.vocab,
         "activations": 2 * tokens * kept[recompute],
     }
     return {name: nbytes / GIB for name, nbytes in parts.items()}
@@ -106,6 +111,7 @@ def main() -> None:
     add("--batch-size", type=int, default=4, help="sequences per GPU and micro-batch (default: 4)")
     add("--seq-len", type=int, default=2048)
     add("--activation-checkpointing", choices=["full", "selective", "none"], default="none")
+    add("--lora-rank", type=int, default=0, metavar="R", help="adapters for --hf-model")
     add("--vocab-size", type=int, default=32000, help="of the script's sizes")
     add("--loss-chunk-tokens", type=int, help="if not given: as the script chooses on a GPU")
     add("--detail", metavar="SIZE", help="the parts of one size, in place of the table")
@@ -115,12 +121,15 @@ def main() -> None:
     args = parser.parse_args(rest)
     if args.detail and args.detail not in script.MODEL_SIZES:
         parser.error(f"--detail {args.detail}: one of {', '.join(script.MODEL_SIZES)}")
+    if args.lora_rank and not args.hf_model:
+        parser.error("--lora-rank needs --hf-model")
     names = [args.detail] if args.detail else [name for name in script.MODEL_SIZES if name[0].isdigit()]
     if args.hf_model:
         models = {args.hf_model: sizes_of_hf(script, args.hf_model, args.trust_remote_code)}
     else:
         models = {name: sizes_of(script, name, args.vocab_size) for name in names}
-    shape = args.batch_size * args.seq_len, args.loss_chunk_tokens, args.activation_checkpointing
+    shape = (args.batch_size * args.seq_len, args.loss_chunk_tokens, args.activation_checkpointing,
+             args.lora_rank)
     rows = {name: [sum(memory_gib(sizes, n, *shape).values()) for n in args.gpus]
             for name, sizes in models.items()}
     print(f"{args.batch_size} x {args.seq_len} tokens a GPU and micro-batch, --activation-checkpointing "
