@@ -343,8 +343,8 @@ def find_data_problems(args: Namespace) -> Iterator[str]:
             yield f"--dataset {name}: no such file or folder"
     if len({weight is None for _, weight in names}) > 1 or not all(weight != 0 for _, weight in names):
         yield f"--dataset {args.dataset}: give all of them a weight above 0, or none"
-    if args.streaming and (len(names) > 1 or args.bad_rows == "skip"):
-        yield "--streaming reads one --dataset, and stops at a bad row"
+    if args.streaming and args.bad_rows == "skip":
+        yield "--streaming stops at a bad row: leave out --bad-rows skip"
     if not 0 <= args.eval_fraction < 1:
         yield "--eval-fraction must be at least 0 and below 1"
     if args.eval_fraction and (args.eval_split or args.streaming):
@@ -1031,9 +1031,9 @@ def prepare_data(args: Namespace) -> dict:
                 tokens = tokens.select((~is_held).nonzero().flatten().tolist())
             found[target].append((tokens, weight))
             chats.append(chat)
-        if args.streaming:
-            parts, _ = open_rows(args, names[0][0], args.dataset_split, streaming=True)
-            chats = [how_to_encode(args, tokenizer, parts, args.dataset)["chat"]]
+        for name, _ in names if args.streaming else ():
+            parts, _ = open_rows(args, name, args.dataset_split, streaming=True)
+            chats.append(how_to_encode(args, tokenizer, parts, name)["chat"])
     every = [tokens for split in found.values() for tokens, _ in split]
     if not all(map(len, every)):
         raise UserError(f"--eval-fraction {args.eval_fraction} holds out nothing, or all: change it")
@@ -1217,9 +1217,20 @@ def ordered_batches(dataset: TokenDataset, args: Namespace, ranks: Ranks, start:
 
 
 def open_stream_rows(args: Namespace, ranks: Ranks):
-    """One epoch of this rank's samples of --streaming: every world_size-th file or row, in order."""
+    """One epoch of this rank's samples of --streaming: every world_size-th file or row, in order, of one data
+    set after the other, or drawn by their weights until each was seen whole."""
     import datasets
-    tokenizer, [(name, _)] = load_tokenizer(args), dataset_names(args)
+    tokenizer, names = load_tokenizer(args), dataset_names(args)
+    samples, weights = [open_stream(args, name, tokenizer, ranks) for name, _ in names], [w for _, w in names]
+    if weights[0] is None:
+        return datasets.concatenate_datasets(samples)
+    shares = [weight / sum(weights) for weight in weights]
+    return datasets.interleave_datasets(samples, shares, args.seed, stopping_strategy="all_exhausted")
+
+
+def open_stream(args: Namespace, name: str, tokenizer, ranks: Ranks):
+    """This rank's samples of one data set."""
+    import datasets
     parts, _ = open_rows(args, name, args.dataset_split, streaming=True)
     how = how_to_encode(args, tokenizer, parts, f"{name} ({args.dataset_split})")
     features, documents = token_columns(len(tokenizer)), []
@@ -2723,7 +2734,7 @@ def open_datasets(args: Namespace, data: dict) -> tuple[TokenDataset | None, dic
     return None if args.streaming else make("train"), eval_sets
 
 
-def open_stream(args: Namespace, ranks: Ranks, resume_from: Path | None) -> tuple[Iterator[dict], dict]:
+def resume_stream(args: Namespace, ranks: Ranks, resume_from: Path | None) -> tuple[Iterator[dict], dict]:
     """(batches, their state) of --streaming, where this rank's checkpoint says."""
     import torch.distributed.checkpoint as dcp
     texts = {str(ranks.rank): "{}"}
@@ -2947,7 +2958,7 @@ def main() -> None:
         return
     optimizer = ready_model(args, model, checkpoints, dtype, mesh, ranks)
     batches, stream = ((ordered_batches(train_set, args, ranks, progress["samples"]), None) if train_set
-                       else open_stream(args, ranks, checkpoints[-1] if checkpoints else None))
+                       else resume_stream(args, ranks, checkpoints[-1] if checkpoints else None))
 
     texts = write_record(run_dir, args, ranks)
     best = progress["best_step"] if args.keep_best else -1

@@ -634,6 +634,31 @@ def test_streaming_resumes_exactly(place, texts_path, chats_path, stop):
         assert first + rest == straight
 
 
+@pytest.mark.parametrize("weights", [("", ""), (":3", ":1")])
+def test_streaming_of_two_sets(place, tmp_path, weights):
+    """One after the other, or by their weights; each row of both is seen; resumed in the middle."""
+    words = {"one": "red", "two": "blue"}
+    for name, word in words.items():
+        texts_file(tmp_path / f"{name}.jsonl", [f"{word} {i} " * 30 for i in range(60)])
+    names = [f"{tmp_path / name}.jsonl{weight}" for name, weight in zip(words, weights)]
+    args = make_args(place, names[0], "--streaming", "--batch-size", 2, "--dataset", *names)
+    num_samples = len(list(train_llm.open_stream_rows(args, one_rank(1, 2))))
+    straight = streamed_documents(args, 1, 2, num_samples // 2)
+    text = [train_llm.load_tokenizer(args).decode(ids) for ids, _ in straight]
+    for word in words.values():
+        assert {int(n) for n in re.findall(rf"{word} (\d+) {word}", " ".join(text))} == set(range(1, 60, 2))
+    reds = ["red" in part for part in text if "red" in part or "blue" in part]  # the others are padding
+    if weights[0]:
+        half = reds[:len(reds) // 2]
+        assert 0.65 < sum(half) / len(half) < 0.85
+    else:
+        assert reds == sorted(reds, reverse=True)
+    state = {}
+    first = streamed_documents(args, 1, 2, 7, state)
+    rest = streamed_documents(args, 1, 2, num_samples // 2 - 7, json.loads(json.dumps(state)))
+    assert first + rest == straight
+
+
 def test_streaming_with_fewer_rows_than_ranks(place, tmp_path):
     args = make_args(place, texts_file(tmp_path / "rows.jsonl", ["only one"]), "--streaming")
     with pytest.raises(train_llm.UserError, match="no row for rank 1 of 2"):
