@@ -995,8 +995,7 @@ def shard_model(model: nn.Module, args: Namespace, mesh: torch.distributed.Devic
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=cuda) if args.cpu_offload else OffloadPolicy(),
-        # One device has nothing to gather from others, so freeing would only mean casting the weights again.
-        "reshard_after_forward": args.reshard_after_forward and mesh.size(-1) > 1,
+        "reshard_after_forward": args.reshard_after_forward,
     }
     for module in list(fp32_modules(model)) if dtype != torch.float32 else ():
         in_fp32 = MixedPrecisionPolicy(torch.float32, torch.float32, cast_forward_inputs=False)

@@ -1576,8 +1576,7 @@ def shard_model(model: nn.Module, args: Namespace, mesh: torch.distributed.Devic
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=cuda) if args.cpu_offload else OffloadPolicy(),
-        # One device has nothing to gather from others, so freeing would only mean casting the weights again.
-        "reshard_after_forward": args.reshard_after_forward and mesh.size(-1) > 1,
+        "reshard_after_forward": args.reshard_after_forward,
     }
     for module in list(fp32_modules(model)) if dtype != torch.float32 else ():
         in_fp32 = MixedPrecisionPolicy(torch.float32, torch.float32, cast_forward_inputs=False)
@@ -1663,13 +1662,13 @@ def add_lora(model: nn.Module, args: Namespace, name: str, task: str, dtype: tor
     if not args.lora_rank:
         return
     import peft
-    layers = {f"{path}.weight": path.rpartition(".")[2] for block in find_blocks(model)
-              for path, layer in block.named_modules() if isinstance(layer, nn.Linear)}
-    routers = {kept.rpartition(".")[0].rpartition(".")[2] for kept in model.fp32_names}
-    targets = args.lora_targets.split(",") if args.lora_targets else sorted({*layers.values()} - routers)
+    inside = {id(layer) for block in find_blocks(model) for layer in block.modules()
+              if isinstance(layer, nn.Linear)}
+    every = [path for path, layer in model.named_modules()  # PEFT shortens so long a list by itself
+             if id(layer) in inside and f"{path}.weight" not in model.fp32_names]
     config = peft.LoraConfig(
         r=args.lora_rank, lora_alpha=args.lora_alpha or 2 * args.lora_rank, lora_dropout=args.lora_dropout,
-        target_modules=targets, exclude_modules=["pooler.dense"] if getattr(model, "pooler", None) else None,
+        target_modules=args.lora_targets.split(",") if args.lora_targets else every,
         base_model_name_or_path=name, task_type=task)
     with naming("--lora-targets"), torch.device("meta"):
         peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
