@@ -25,10 +25,10 @@ def run_case(spec, out, mesh, ranks):
     tokenizer, folder = script.load_tokenizer(args), script.fetch(args.model)
     model = script.build_model(args, folder, len(tokenizer))
     script.ready_model(args, model, [], torch.float32, mesh, ranks)
-    objective = script.read_objective(args, model.config.hidden_size)
+    objective = script.read_objective(args, model.config.get_text_config().hidden_size)
     mine = rows[ranks.rank * args.batch_size:(ranks.rank + 1) * args.batch_size]
-    pairs = [script.to_pair(row, "row") for row in mine]
-    batch = script.make_batch(pairs, tokenizer, args, ranks.device)
+    pairs = [script.to_pair(row, "row", Path(spec["model"])) for row in mine]
+    batch = script.make_batch(pairs, tokenizer, args, ranks.device, "pictures" in spec["case"])
     outputs = []
     model.register_forward_hook(lambda _, __, result: outputs.append(result[0].detach()))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
