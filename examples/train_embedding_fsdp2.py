@@ -590,8 +590,7 @@ def to_pair(row: dict, where: str, folder: Path = Path()) -> dict:  # EDIT: what
             "negatives": row.get("negatives") or [], "score": row.get("score")}
     for name in ("query", "positive"):
         image = row.get(f"{name}_image")
-        if isinstance(image, dict):  # the datasets library's
-            image = image.get("bytes") or image.get("path")
+        image = image.get("bytes") or image.get("path") if isinstance(image, dict) else image  # of datasets
         if image and isinstance(pair[name], str | None):
             pair[name] = Picture(pair[name] or "", image, folder, where)
     texts = [pair["query"], pair["positive"]]
@@ -739,10 +738,8 @@ def encode_chat(item: str | Picture, prompt: str, tokenizer, seq_len: int) -> di
         after = render(chat, add_generation_prompt=True).rpartition(text)[2] if text else ""
         end = len(inputs["input_ids"]) - len(tokenizer(after)["input_ids"])
         if not text or tokenizer.processor.image_token_id in inputs["input_ids"][end - excess:end]:
-            raise UserError(f"{getattr(item, 'where', 'a row')}: image and prompt alone take more than "
-                            f"--seq-len {seq_len} tokens")
-        inputs |= {key: value[:end - excess] + value[end:] for key, value in inputs.items()
-                   if isinstance(value, list)}
+            raise UserError(f"{getattr(item, 'where', 'a row')}: prompt and image exceed --seq-len {seq_len}")
+        inputs |= {key: v[:end - excess] + v[end:] for key, v in inputs.items() if isinstance(v, list)}
     return inputs
 
 
@@ -865,8 +862,7 @@ def build_model(args: Namespace, folder: Path, vocab_size: int) -> nn.Module:
     refuse_quantised(folder, config)
     if config.is_encoder_decoder:
         raise UserError(f"--model {args.model} has an encoder and a decoder, which cannot be trained here")
-    for part in (config, config.get_text_config()):
-        part.use_cache = False  # keys and values are kept for generation only
+    config.use_cache = config.get_text_config().use_cache = False  # keys and values are for generation only
     if args.attention and not is_decoder(config):
         raise UserError(f"--attention is for decoders, and {args.model} is an encoder")
     if args.attention:
@@ -882,6 +878,9 @@ def build_model(args: Namespace, folder: Path, vocab_size: int) -> nn.Module:
                         f"use --seq-len {limit}")
     if getattr(model, "pooler", None) is not None:  # BERT's, of another objective: kept as it is, if there
         model.pooler = model.pooler.requires_grad_(False) if is_on_disk(folder, "pooler") else None
+    if args.lora_rank and hasattr(config, "vision_config"):  # by longer names: a convolution is "proj", too
+        args.lora_targets = args.lora_targets or ",".join(sorted({
+            name for b in find_blocks(model) for name, m in b.named_modules() if isinstance(m, nn.Linear)}))
     backbone = model.forward
 
     # As an attribute, not as a wrapping module: parameter names stay those of the files on disk.
@@ -1850,10 +1849,10 @@ def write_sentence_transformer(folder: Path, args: Namespace, dimension: int, pr
     module = {"max_seq_length": args.seq_len, "do_lower_case": False}
     if processor:
         processor.save_pretrained(folder)
-        hidden = {"method": "forward", "method_output_name": "last_hidden_state"}
-        module |= {"module_output_name": "token_embeddings", "modality_config": {
-            "text": hidden, "image": hidden, "message": hidden | {"format": "structured"}},
-            "processing_kwargs": {"chat_template": {"add_generation_prompt": True}}}
+        hidden = {"method": "forward", "method_output_name": "last_hidden_state", "format": "structured"}
+        module |= {"modality_config": dict.fromkeys(("text", "image", "message"), hidden),
+                   "module_output_name": "token_embeddings",
+                   "processing_kwargs": {"chat_template": {"add_generation_prompt": True}}}
     kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), *[("2_Normalize", "Normalize")] * args.normalize]
     modes = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
     files = {
@@ -2027,8 +2026,8 @@ def embed_texts(model: nn.Module, tokenizer, texts: list, prompt: str, args: Nam
                       disable=not (ranks.is_main and sys.stderr.isatty())):
         turn = (order[start:start + per_round] + order[-1:] * per_round)[:per_round]
         mine = [texts[i] for i in turn[ranks.rank * b:(ranks.rank + 1) * b]]
-        encoded = encode(mine, prompt, tokenizer, args.seq_len)
-        found, _ = model(**pad_texts(encoded, tokenizer, args.seq_len, ranks.device, has_images))
+        mine = encode(mine, prompt, tokenizer, args.seq_len)
+        found, _ = model(**pad_texts(mine, tokenizer, args.seq_len, ranks.device, has_images))
         found = gather(found, ranks).flatten(0, 1).cpu()  # sync point
         if embeddings is None:
             embeddings = torch.empty(len(texts), found.shape[1])

@@ -214,7 +214,7 @@ def test_inputs_with_images(vl):
     assert len(short["input_ids"]) == len(short["mm_token_type_ids"]) == 40 < len(whole["input_ids"])
     end = tokenizer("<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
     assert short["input_ids"] == whole["input_ids"][:40 - len(end)] + end
-    with pytest.raises(script.UserError, match="row: image and prompt alone take more than --seq-len 12"):
+    with pytest.raises(script.UserError, match="row: prompt and image exceed --seq-len 12"):
         script.encode(items[1:2], "", tokenizer, 12)
 
 
@@ -544,6 +544,16 @@ def test_a_run_with_images(vl, tmp_path):
         {"text": item[0]} if item[0] else {}) for item in items]
     embeddings = loaded.encode(inputs, prompt_name="query", convert_to_tensor=True)
     assert torch.allclose(embeddings, torch.nn.functional.normalize(plain, dim=-1), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_lora_with_images(vl, tmp_path):
+    """Adapters stand beside the linear layers of both kinds of blocks only, so that they can be merged."""
+    done = train(vl, tmp_path / "run", *em.VL_FLAGS, "--model", vl / "vl", "--max-steps", 2,
+                 "--batch-size", 4, "--lora-rank", 4, "--lora-merge")
+    assert "SentenceTransformer loads it: embeddings within" in done.stdout
+    targets = (tmp_path / "run/config.yaml").read_text()
+    assert "lora_targets: attn.proj,attn.qkv,mlp.down_proj" in targets
 
 
 def test_a_model_that_takes_no_images(place, vl, tmp_path):
