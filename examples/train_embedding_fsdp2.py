@@ -4,8 +4,8 @@ One file, no Trainer: it shards the model with `fully_shard`, pools its last hid
 text, and pulls each query to its document and away from the documents of all ranks (InfoNCE, with hard
 negatives and Matryoshka dimensions), or orders scored pairs (CoSENT). With a gradient cache the batch does
 not have to fit in memory. It evaluates retrieval while sharded, resumes exactly, and ends with a folder that
-`SentenceTransformer(folder)` loads. Left out on purpose: distillation, several data sets at once, sparse and
-multi-vector embeddings, images.
+`SentenceTransformer(folder)` loads. Vision-language models take images beside texts. Left out on purpose:
+distillation, several data sets at once, sparse and multi-vector embeddings, video.
 
     examples/run_embedding.sh                                # the quickstart: two cores, no download of data
     python examples/train_embedding_fsdp2.py --model FOLDER --dataset my_pairs.jsonl    # one CPU, or all GPUs
@@ -29,6 +29,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -106,13 +107,14 @@ def add_model_and_data_flags(model: argparse._ArgumentGroup, data: argparse._Arg
         "last one; if not given: what the model's 1_Pooling says, else last for decoders, else mean")
     add("--attention", choices=["causal", "bidirectional"], help="of a decoder; if not given: its own")
     add("--normalize", action=onoff, default=True, help="embeddings of length 1: scores are cosines")
-    add("--query-prompt", default="", metavar="TEXT", help="put before each query")
-    add("--document-prompt", default="", metavar="TEXT", help="put before each document")
-    add("--seq-len", type=int, default=512, help="tokens of a text, prompt included; longer ones are cut")
+    add("--query-prompt", default="", metavar="TEXT", help="put before each query; a chat's system turn")
+    add("--document-prompt", default="", metavar="TEXT", help="the same for each document")
+    add("--seq-len", type=int, default=512, help="tokens of a text, with prompt and image; more are cut")
     add("--trust-remote-code", action=onoff, default=False, help="run code that comes with the model")
     add = data.add_argument
     add("--dataset", metavar="NAME_OR_PATH", help="hub name, folder, or .jsonl .json .parquet .csv file; "
-        "rows have query and positive, and negatives (a list of texts) or score (a number)")
+        "rows have query and positive, and negatives (a list of texts) or score (a number); query_image and "
+        "positive_image (paths, from the file's folder on) stand beside or in place of the texts")
     add("--dataset-config", metavar="NAME", help="configuration of a hub data set")
     add("--dataset-split", default="train", help="split to train on")
     add("--eval-split", metavar="SPLIT_OR_FILE", help="split, or file, that is held out")
@@ -556,14 +558,44 @@ def open_rows(args: Namespace, split: str):
         raise UserError(f"--dataset {source} ({split}): {first_line(error.__cause__ or error)}") from error
 
 
-def to_pair(row: dict, where: str) -> dict:  # EDIT: what one of your rows becomes
-    """{'query', 'positive', 'negatives', 'score'}: two texts, a list of texts, a number or None. Raises
-    UserError that names the row."""
-    pair = {"query": row["query"], "positive": row["positive"], "negatives": row.get("negatives") or [],
-            "score": row.get("score")}
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An image, as a path or a file's bytes, with a text, which may be empty. Equal if both are."""
+    text: str
+    image: str | bytes
+    folder: Path = dataclasses.field(compare=False, repr=False)  # of a relative path
+    where: str = dataclasses.field(compare=False, repr=False)  # its row, for errors
+
+    def read(self, whole: bool = True):
+        """A PIL image in RGB; not `whole`: None, after a look at the file's head. Raises UserError."""
+        is_path = isinstance(self.image, str)
+        with naming(f"{self.where}: pillow cannot read the image {self.image if is_path else 'in it'}"):
+            from PIL import Image
+            from transformers.image_utils import load_image  # turns it as its EXIF data says
+            with Image.open(self.folder / self.image if is_path else io.BytesIO(self.image)) as image:
+                return load_image(image) if whole else None
+
+
+def contents(item: str | Picture) -> dict:
+    """{'image', 'text'} of a text or a `Picture`, each if it is there."""
+    if isinstance(item, str):
+        return {"text": item}
+    return {"image": item.read()} | ({"text": item.text} if item.text else {})
+
+
+def to_pair(row: dict, where: str, folder: Path = Path()) -> dict:  # EDIT: what one of your rows becomes
+    """{'query', 'positive', 'negatives', 'score'}: two texts or `Picture`s, a list of texts, a number or
+    None; relative paths begin at `folder`. Raises UserError that names the row."""
+    pair = {"query": row.get("query"), "positive": row.get("positive"),
+            "negatives": row.get("negatives") or [], "score": row.get("score")}
+    for name in ("query", "positive"):
+        image = row.get(f"{name}_image")
+        image = image.get("bytes") or image.get("path") if isinstance(image, dict) else image  # of datasets
+        if image and isinstance(pair[name], str | None):
+            pair[name] = Picture(pair[name] or "", image, folder, where)
     texts = [pair["query"], pair["positive"]]
     texts += pair["negatives"] if isinstance(pair["negatives"], list) else [None]
-    if not all(isinstance(text, str) and text.strip() for text in texts):
+    if not all(isinstance(text, Picture) or (isinstance(text, str) and text.strip()) for text in texts):
         raise UserError(f"{where}: query, positive and each of the list negatives must be texts, not empty")
     if pair["score"] is not None and not (
             isinstance(pair["score"], int | float) and math.isfinite(pair["score"])):
@@ -572,20 +604,30 @@ def to_pair(row: dict, where: str) -> dict:  # EDIT: what one of your rows becom
 
 
 class PairDataset(torch.utils.data.Dataset):
-    """The checked pairs of a split. `digest` stands for all their texts, `scored` for pairs with scores."""
+    """The checked pairs of a split. `digest` stands for all their texts, `scored` for pairs with scores;
+    `picture` is the first one, None without images, whose relative paths begin at `folder`."""
 
-    def __init__(self, rows, where: str) -> None:
+    def __init__(self, rows, where: str, folder: Path = Path()) -> None:
+        import datasets
         from tqdm import tqdm
-        names = [name for name in ("query", "positive", "negatives", "score") if name in rows.column_names]
+        names = [name for name in ("query", "query_image", "positive", "positive_image", "negatives", "score")
+                 if name in rows.column_names]
         for name in ("query", "positive"):
-            if name not in names:
+            if name not in names and f"{name}_image" not in names:
                 raise UserError(f"{where}: no column '{name}'; it has: {', '.join(rows.column_names)}")
+        for name in names:
+            if isinstance(rows.features[name], datasets.Image):
+                rows = rows.cast_column(name, datasets.Image(decode=False))  # as bytes, or as a path
         self.rows, self.where, digest, num_scored = rows.select_columns(names), where, 0, 0
+        self.folder, self.picture = folder, None
         silent = not sys.stderr.isatty() or os.environ.get("LOCAL_RANK", "0") != "0"
         for start in tqdm(range(0, len(rows), 1000), desc="checking rows", unit="k", disable=silent):
             for pair in self.take(range(start, min(start + 1000, len(rows)))):
                 digest = zlib.crc32(repr(pair).encode(errors="replace"), digest)
                 num_scored += pair["score"] is not None
+                for picture in (item for item in pair.values() if isinstance(item, Picture)):
+                    self.picture = self.picture or picture
+                    picture.read(whole=False)
         self.digest, self.scored = f"{len(rows)}-{digest:08x}", num_scored > 0
         if len(rows) < 2 or num_scored not in (0, len(rows)):
             raise UserError(f"{where}: {len(rows)} rows, {num_scored} with a score: expected at least two, "
@@ -597,14 +639,21 @@ class PairDataset(torch.utils.data.Dataset):
     def take(self, indices: Iterable[int]) -> list[dict]:
         columns = self.rows[list(indices)]
         rows = (dict(zip(columns, values)) for values in zip(*columns.values()))
-        return [to_pair(row, f"{self.where} row {i + 1}") for i, row in zip(indices, rows)]
+        return [to_pair(row, f"{self.where} row {i + 1}", self.folder) for i, row in zip(indices, rows)]
 
 
 def load_tokenizer(args: Namespace):
-    from transformers import AutoTokenizer
-    folder = fetch(args.model)
+    """Its `processor` makes the inputs of a model that takes images; None for others."""
+    from transformers import AutoProcessor, AutoTokenizer
+    folder, processor = fetch(args.model), None
     with naming(f"no usable tokenizer in {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
+    if any((folder / name).exists() for name in ("processor_config.json", "preprocessor_config.json")):
+        with naming(f"no usable processor in {folder}; most need pip install pillow torchvision"):
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
+    takes_images = hasattr(processor, "image_processor") and processor.chat_template
+    tokenizer = processor.tokenizer if takes_images else tokenizer
+    tokenizer.processor = processor if takes_images else None
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -661,45 +710,84 @@ class Batch:
     num_tokens: int
 
 
-def text_id(text: str) -> int:
-    digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
+def text_id(item: str | Picture) -> int:
+    digest = hashlib.blake2b(str(item).encode(errors="replace"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
-def pad_texts(token_ids: list[list[int]], pad_id: int, seq_len: int, device: torch.device
+def encode(items: list, prompt: str, tokenizer, seq_len: int) -> list[dict]:
+    """Model inputs of each text or `Picture`: lists hold a value a token, tensors its image."""
+    if tokenizer.processor:
+        return [encode_chat(item, prompt, tokenizer, seq_len) for item in items]
+    token_ids = tokenizer([prompt + text for text in items], truncation=True, max_length=seq_len)["input_ids"]
+    token_ids = [ids or [tokenizer.pad_token_id] for ids in token_ids]  # "" where nothing is added to a text
+    return [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in token_ids]
+
+
+def encode_chat(item: str | Picture, prompt: str, tokenizer, seq_len: int) -> dict:
+    """As Qwen3-VL-Embedding does (arXiv:2601.04720): the prompt is the system's turn, image and text are the
+    user's, and the assistant's begins. A text that is too long is cut, but nothing that follows it."""
+    parts, render = contents(item), tokenizer.processor.apply_chat_template
+    chat = [{"role": "system", "content": [{"type": "text", "text": prompt}]}] if prompt else []
+    chat.append({"role": "user", "content": [{"type": kind, kind: value} for kind, value in parts.items()]})
+    found = render(chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    inputs = {key: value[0].tolist() if value.shape == found["input_ids"].shape else value
+              for key, value in found.items()}
+    if (excess := found["input_ids"].shape[1] - seq_len) > 0:
+        text = parts.get("text")
+        after = render(chat, add_generation_prompt=True).rpartition(text)[2] if text else ""
+        end = len(inputs["input_ids"]) - len(tokenizer(after)["input_ids"])
+        if not text or tokenizer.processor.image_token_id in inputs["input_ids"][end - excess:end]:
+            raise UserError(f"{getattr(item, 'where', 'a row')}: prompt and image exceed --seq-len {seq_len}")
+        inputs |= {key: v[:end - excess] + v[end:] for key, v in inputs.items() if isinstance(v, list)}
+    return inputs
+
+
+BLANK = Picture("", b"P6 64 64 255 " + bytes(3 * 64 * 64), Path(), "a blank image")
+
+
+def pad_texts(encoded: list[dict], tokenizer, seq_len: int, device: torch.device, has_images: bool
               ) -> dict[str, Tensor]:
-    """input_ids and attention_mask (b, T), padded on the right."""
-    T = max(map(len, token_ids))
+    """input_ids and attention_mask (b, T), padded on the right, and what images add; pixels wait in host
+    memory. With `has_images` a part without one gets a blank one, as a last text whose embedding is dropped:
+    FSDP gathers the vision tower from all ranks, so all must run it."""
+    num_texts = len(encoded)
+    if has_images and not any("pixel_values" in inputs for inputs in encoded):
+        encoded = encoded + encode([BLANK], "", tokenizer, seq_len)
+    T, batch = max(len(inputs["input_ids"]) for inputs in encoded), {}
     if device.type == "cuda":  # kernels are planned, and graphs compiled, for each new T
         T = max(T, min(seq_len, math.ceil(T / 64) * 64))
-    ids = torch.tensor([ids + [pad_id] * (T - len(ids)) for ids in token_ids])
-    mask = torch.tensor([[1] * len(ids) + [0] * (T - len(ids)) for ids in token_ids])
-    batch = {"input_ids": ids, "attention_mask": mask}
+    for key in dict.fromkeys(itertools.chain(*encoded)):
+        values = [inputs[key] for inputs in encoded if key in inputs]
+        pad = tokenizer.pad_token_id if key == "input_ids" else 0
+        batch[key] = (torch.cat(values) if isinstance(values[0], Tensor)
+                      else torch.tensor([row + [pad] * (T - len(row)) for row in values]))
     if device.type == "cuda":
-        batch = {key: value.pin_memory().to(device, non_blocking=True) for key, value in batch.items()}
-    return batch
+        batch = {key: value if value.is_floating_point() else value.pin_memory().to(device, non_blocking=True)
+                 for key, value in batch.items()}
+    return batch | {"num_texts": num_texts}
 
 
-def make_batch(pairs: list[dict], tokenizer, args: Namespace, device: torch.device) -> Batch:
+def make_batch(pairs: list[dict], tokenizer, args: Namespace, device: torch.device, has_images: bool = False
+               ) -> Batch:
     """Parts are the queries and the documents, or, with a gradient cache, chunks of texts of like length."""
     queries, documents = [pair["query"] for pair in pairs], [pair["positive"] for pair in pairs]
     for k in range(args.num_negatives):
         documents += [pair["negatives"][k] if k < len(pair["negatives"]) else "" for pair in pairs]
-    texts = [args.query_prompt + text for text in queries]
-    texts += [args.document_prompt + text for text in documents]
-    token_ids = tokenizer(texts, truncation=True, max_length=args.seq_len)["input_ids"]
-    token_ids = [ids or [tokenizer.pad_token_id] for ids in token_ids]  # "" where nothing is added to a text
+    encoded = encode(queries, args.query_prompt, tokenizer, args.seq_len)
+    encoded += encode(documents, args.document_prompt, tokenizer, args.seq_len)
+    lengths = [len(inputs["input_ids"]) for inputs in encoded]
     if args.grad_cache_chunk:
-        order = sorted(range(len(texts)), key=lambda i: -len(token_ids[i]))
-        bounds = [*range(0, len(texts), args.grad_cache_chunk), len(texts)]
+        order = sorted(range(len(encoded)), key=lambda i: -lengths[i])
+        bounds = [*range(0, len(encoded), args.grad_cache_chunk), len(encoded)]
     else:
-        order, bounds = list(range(len(texts))), [0, len(queries), len(texts)]
-    parts = [pad_texts([token_ids[i] for i in order[start:stop]], tokenizer.pad_token_id, args.seq_len,
-                       device) for start, stop in zip(bounds, bounds[1:])]
+        order, bounds = list(range(len(encoded))), [0, len(queries), len(encoded)]
+    parts = [pad_texts([encoded[i] for i in order[start:stop]], tokenizer, args.seq_len, device, has_images)
+             for start, stop in zip(bounds, bounds[1:])]
     ids = torch.tensor([text_id(text) if text else 0 for text in queries + documents])
     scores = None if pairs[0]["score"] is None else torch.tensor([float(pair["score"]) for pair in pairs])
     return Batch(parts, torch.tensor(order).to(device), ids.to(device),
-                 None if scores is None else scores.to(device), sum(map(len, token_ids)))
+                 None if scores is None else scores.to(device), sum(lengths))
 
 
 def ordered_batches(dataset: PairDataset, tokenizer, args: Namespace, ranks: Ranks, start: int
@@ -709,7 +797,7 @@ def ordered_batches(dataset: PairDataset, tokenizer, args: Namespace, ranks: Ran
     def make(position: int) -> Batch:
         positions = range(position, position + args.batch_size)
         indices = [sample_at(p, len(dataset), args.seed) for p in positions]
-        return make_batch(dataset.take(indices), tokenizer, args, ranks.device)
+        return make_batch(dataset.take(indices), tokenizer, args, ranks.device, dataset.picture is not None)
 
     position, stride = start + ranks.rank * args.batch_size, args.batch_size * ranks.world_size
     cuda = ranks.device.type == "cuda"  # a thread has a current device of its own
@@ -774,7 +862,7 @@ def build_model(args: Namespace, folder: Path, vocab_size: int) -> nn.Module:
     refuse_quantised(folder, config)
     if config.is_encoder_decoder:
         raise UserError(f"--model {args.model} has an encoder and a decoder, which cannot be trained here")
-    config.use_cache = False  # keys and values are kept for generation only
+    config.use_cache = config.get_text_config().use_cache = False  # keys and values are for generation only
     if args.attention and not is_decoder(config):
         raise UserError(f"--attention is for decoders, and {args.model} is an encoder")
     if args.attention:
@@ -793,10 +881,11 @@ def build_model(args: Namespace, folder: Path, vocab_size: int) -> nn.Module:
     backbone = model.forward
 
     # As an attribute, not as a wrapping module: parameter names stay those of the files on disk.
-    def forward(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        hidden = backbone(input_ids=input_ids, attention_mask=attention_mask)[0]
+    def forward(input_ids: Tensor, attention_mask: Tensor, num_texts: int | None = None, **images: Tensor
+                ) -> tuple[Tensor, Tensor | None]:
+        hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, **images)[0]
         scale = model.scale() if hasattr(model, "scale") else None
-        return pool(hidden, attention_mask, model.pooling), scale
+        return pool(hidden[:num_texts], attention_mask[:num_texts], model.pooling), scale
 
     model.forward, model.pooling = forward, args.pooling or default_pooling(folder, is_decoder(config))
     args.pooling = model.pooling
@@ -811,8 +900,10 @@ def is_on_disk(folder: Path, word: str) -> bool:
 
 def is_decoder(config: object) -> bool:
     """Whether a generating class of transformers has this configuration, and encoders' classes do not."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+    import transformers as hf
+    generating = hf.MODEL_FOR_CAUSAL_LM_MAPPING, hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return (any(type(config) in classes for classes in generating)
+            and type(config) not in hf.MODEL_FOR_MASKED_LM_MAPPING)
 
 
 def longest_text(config: object) -> int | None:
@@ -1740,16 +1831,23 @@ def export_model(model: nn.Module, folder: Path, parts: tuple, dtype: torch.dtyp
 # <<< shared: export
 
 
-def write_sentence_transformer(folder: Path, args: Namespace, dimension: int) -> None:
+def write_sentence_transformer(folder: Path, args: Namespace, dimension: int, processor: object) -> None:
     """The files by which `SentenceTransformer(folder)` pools, normalises and prompts as this script does."""
     (folder / "generation_config.json").unlink(missing_ok=True)
+    module = {"max_seq_length": args.seq_len, "do_lower_case": False}
+    if processor:
+        processor.save_pretrained(folder)
+        hidden = {"method": "forward", "method_output_name": "last_hidden_state", "format": "structured"}
+        module |= {"modality_config": dict.fromkeys(("text", "image", "message"), hidden),
+                   "module_output_name": "token_embeddings",
+                   "processing_kwargs": {"chat_template": {"add_generation_prompt": True}}}
     kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), *[("2_Normalize", "Normalize")] * args.normalize]
     modes = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
     files = {
         "1_Pooling/config.json": {
             "word_embedding_dimension": dimension, "include_prompt": True,
             **{f"pooling_mode_{mode}": name == args.pooling for name, mode in modes.items()}},
-        "sentence_bert_config.json": {"max_seq_length": args.seq_len, "do_lower_case": False},
+        "sentence_bert_config.json": module,
         "config_sentence_transformers.json": {
             "prompts": {"query": args.query_prompt, "document": args.document_prompt},
             "default_prompt_name": None, "similarity_fn_name": "cosine" if args.normalize else "dot"},
@@ -1775,7 +1873,7 @@ def verify_export(folder: Path, pairs: list[dict], expected: Tensor, args: Names
     loaded = SentenceTransformer(str(folder), device="cpu", trust_remote_code=args.trust_remote_code,
                                  model_kwargs={"dtype": "auto"})
     embed = functools.partial(loaded.encode, convert_to_tensor=True, show_progress_bar=False)
-    found = torch.cat([embed([pair[key] for pair in pairs], prompt_name=prompt)
+    found = torch.cat([embed([contents(pair[key]) for pair in pairs], prompt_name=prompt)
                        for key, prompt in (("query", "query"), ("positive", "document"))]).float()
     error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
     bound = 1e-5 if next(loaded.parameters()).dtype == torch.float32 else 0.05
@@ -1900,21 +1998,24 @@ def open_bar(total: int, step: int, ranks: Ranks):
 # 9. Evaluation: retrieval among all held-out documents, or rank correlation, while sharded
 
 @torch.no_grad()
-def embed_texts(model: nn.Module, tokenizer, texts: list[str], args: Namespace, ranks: Ranks) -> Tensor:
-    """(N, D) in fp32, whole in each rank's host memory (all ranks).
+def embed_texts(model: nn.Module, tokenizer, texts: list, prompt: str, args: Namespace, ranks: Ranks
+                ) -> Tensor:
+    """(N, D) in fp32 of texts and `Picture`s, whole in each rank's host memory (all ranks).
 
-    Texts of like length go together; ranks take turns. One that has none left repeats a text, because every
-    rank must take part in each forward's gathers."""
+    Texts of like length go together, images first; ranks take turns. One that has none left repeats a text,
+    because every rank must take part in each forward's gathers."""
     from tqdm import tqdm
-    token_ids = tokenizer(texts, truncation=True, max_length=args.seq_len)["input_ids"]
-    order, b = sorted(range(len(texts)), key=lambda i: -len(token_ids[i])), args.eval_batch_size
+    has_images, b = any(isinstance(item, Picture) for item in texts), args.eval_batch_size
+    lengths = [len(item) if isinstance(item, str) else math.inf for item in texts]
+    order = sorted(range(len(texts)), key=lambda i: -lengths[i])
     embeddings, per_round = None, b * ranks.world_size
     model.eval()
     for start in tqdm(range(0, len(texts), per_round), desc="embedding", leave=False,
                       disable=not (ranks.is_main and sys.stderr.isatty())):
-        turn = (order[start:start + per_round] + order[:1] * per_round)[:per_round]
-        mine = [token_ids[i] for i in turn[ranks.rank * b:(ranks.rank + 1) * b]]
-        found, _ = model(**pad_texts(mine, tokenizer.pad_token_id, args.seq_len, ranks.device))
+        turn = (order[start:start + per_round] + order[-1:] * per_round)[:per_round]
+        mine = [texts[i] for i in turn[ranks.rank * b:(ranks.rank + 1) * b]]
+        mine = encode(mine, prompt, tokenizer, args.seq_len)
+        found, _ = model(**pad_texts(mine, tokenizer, args.seq_len, ranks.device, has_images))
         found = gather(found, ranks).flatten(0, 1).cpu()  # sync point
         if embeddings is None:
             embeddings = torch.empty(len(texts), found.shape[1])
@@ -1934,7 +2035,7 @@ def retrieval_ranks(queries: Tensor, documents: Tensor, own: Tensor, also_right:
     return (scores >= mine).sum(1)
 
 
-def retrieval_metrics(embeddings: tuple[Tensor, Tensor], own: Tensor, queries: list[str], dims: Iterable[int],
+def retrieval_metrics(embeddings: tuple[Tensor, Tensor], own: Tensor, queries: list, dims: Iterable[int],
                       args: Namespace, ranks: Ranks) -> dict[str, float]:
     """Of (N, D) queries and (M, D) documents; each rank takes a part of the queries (all ranks)."""
     answers = {}
@@ -1981,8 +2082,8 @@ def evaluate(model: nn.Module, dataset: PairDataset, tokenizer, objective: Objec
     texts = list(dict.fromkeys([*positives, *(text for pair in pairs for text in pair["negatives"])]))
     place = {text: i for i, text in enumerate(texts)}
     own = torch.tensor([place[text] for text in positives])
-    q = embed_texts(model, tokenizer, [args.query_prompt + text for text in queries], args, ranks)
-    p = embed_texts(model, tokenizer, [args.document_prompt + text for text in texts], args, ranks)
+    q = embed_texts(model, tokenizer, queries, args.query_prompt, args, ranks)
+    p = embed_texts(model, tokenizer, texts, args.document_prompt, args, ranks)
     if dataset.scored:
         scores, found = torch.tensor([float(pair["score"]) for pair in pairs]), {}
         for number, d in enumerate(dims):
@@ -2083,9 +2184,9 @@ def export_run(args: Namespace, model: nn.Module, tokenizer, pairs: list[dict], 
     """Write RUN/hf (all ranks). Returns the embeddings of the pairs' queries, then positives, by the trained
     model, for `verify_export`."""
     folder = Path(args.checkpoint_dir) / "hf"
-    texts = [args.query_prompt + pair["query"] for pair in pairs]
-    texts += [args.document_prompt + pair["positive"] for pair in pairs]
-    expected = embed_texts(model, tokenizer, texts, args, ranks)
+    prompts = {"query": args.query_prompt, "positive": args.document_prompt}
+    expected = torch.cat([embed_texts(model, tokenizer, [pair[key] for pair in pairs], prompt, args, ranks)
+                          for key, prompt in prompts.items()])
     expected = F.normalize(expected, dim=-1) if args.normalize else expected
     if args.learn_temperature:
         del model.scale  # no part of an embedding
@@ -2095,7 +2196,7 @@ def export_run(args: Namespace, model: nn.Module, tokenizer, pairs: list[dict], 
     parts = (config, load_tokenizer(args), fetch(args.model)) if ranks.is_main else None
     export_model(model, folder, parts, dtype, ranks)
     if ranks.is_main:
-        write_sentence_transformer(folder, args, expected.shape[1])
+        write_sentence_transformer(folder, args, expected.shape[1], parts[1].processor)
     return expected
 
 
@@ -2112,7 +2213,9 @@ def open_data(args: Namespace) -> tuple[PairDataset, PairDataset | None]:
     def open_split(split: str) -> PairDataset:
         source = split if Path(split).is_file() else args.dataset
         rows = open_rows(args, split)
-        return PairDataset(rows, source if Path(source).is_file() else f"{source} ({split})")
+        if (path := Path(source)).is_file():
+            return PairDataset(rows, source, path.parent)
+        return PairDataset(rows, f"{source} ({split})", path)
 
     train_set = open_split(args.dataset_split)
     eval_set = open_split(args.eval_split) if args.eval_split else None
@@ -2215,6 +2318,9 @@ def main() -> None:
     run_dir, say = Path(args.checkpoint_dir), print if ranks.is_main else (lambda *line: None)
     train_set, eval_set = open_data(args)  # takes as long as it needs: no process group exists yet
     folder, tokenizer = fetch(args.model), load_tokenizer(args)
+    for data in filter(None, (train_set, eval_set)):
+        if data.picture and not tokenizer.processor:
+            raise UserError(f"{data.picture.where}: {args.model} takes no images")
 
     mesh = init_distributed(args, ranks)
     dtype = compute_dtype(args.mixed_precision, ranks.device)

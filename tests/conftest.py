@@ -15,9 +15,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Fixtures that start real servers or several machines: what uses them is no part of the core suite.
 SERVERS = {"cluster", "machines", "box"}
+# Files that take minutes, the longest first, so that two workers end at about the same time.
+LONG = ["vllm", "verify_resume", "real_model", "embedding", "kill", "experiments", "doctor", "survival", "slurm",
+        "grpo_runs", "lora", "family_kinds", "multi_node", "word_problems", "export", "deploy", "reference",
+        "on_gpu", "loading"]
 
 
 def pytest_collection_modifyitems(items):
+    places = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
     for item in items:
         if SERVERS & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)

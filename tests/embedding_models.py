@@ -44,6 +44,69 @@ def make_embedder(family, folder, head=False, **more):
     return folder
 
 
+# Qwen3-VL's, without tools: each turn is a list of parts, an image is one placeholder.
+VL_TEMPLATE = (
+    "{% for turn in messages %}{{ '<|im_start|>' + turn.role + '\\n' }}{% for part in turn.content %}"
+    "{% if part.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+# Qwen3-VL's own processor holds one of videos, too, which needs torchvision: the rest of it is used here.
+VL_PROCESSOR = """from transformers import Qwen3VLProcessor
+
+
+class ImageProcessor(Qwen3VLProcessor):
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        Qwen3VLProcessor.__init__(self, image_processor, tokenizer, chat_template=chat_template, **kwargs)
+"""
+VL_FLAGS = ["--trust-remote-code", "--seq-len", "160", "--query-prompt", "Represent the user's input.",
+            "--document-prompt", "Represent the user's input."]
+
+
+def make_vl_embedder(folder):
+    """Save a small random Qwen3-VL, as a checkpoint of the model that writes, with its processor; it makes up
+    to 16 tokens of an image. Returns `folder`."""
+    import torch
+    import transformers
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    make_tokenizer(folder, 500)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    media = [f"<|{name}|>" for name in ("vision_start", "vision_end", "image_pad", "video_pad")]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", *media]})
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessorPil(patch_size=4, min_pixels=256, max_pixels=1024).save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(VL_TEMPLATE)
+    (folder / "processing_small.py").write_text(VL_PROCESSOR)
+    (folder / "processor_config.json").write_text(json.dumps(
+        {"auto_map": {"AutoProcessor": "processing_small.ImageProcessor"}}))
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    config = transformers.Qwen3VLConfig(
+        text_config=dict(GATED, head_dim=16, vocab_size=512, initializer_range=0.1, rope_parameters=rope),
+        vision_config=dict(depth=2, hidden_size=32, num_heads=2, intermediate_size=64, patch_size=4,
+                           out_hidden_size=64, num_position_embeddings=64, deepstack_visual_indexes=[0],
+                           initializer_range=0.1),
+        **dict(zip(names, tokenizer.convert_tokens_to_ids(media))))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        model.save_pretrained(folder)
+    return folder
+
+
+def draw_pictures(folder, count):
+    """Images 0.png, 1.png, … in `folder`, each of another size and look; returns `folder`."""
+    from PIL import Image, ImageDraw
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        color = (i * 50 % 256, i * 90 % 256, i * 30 % 256)
+        image = Image.new("RGB", (20 + 7 * (i % 4), 16 + 5 * (i % 3)), color)
+        ImageDraw.Draw(image).rectangle([2, 3, 8 + i % 7, 12], fill=(255, 255 - i, 0))
+        image.save(folder / f"{i}.png")
+    return folder
+
+
 def minilm():
     """The real all-MiniLM-L6-v2; without it the test is skipped."""
     import pytest
@@ -77,6 +140,19 @@ def make_pairs(count, num_negatives=0, scored=False):
     return rows
 
 
+def add_pictures(rows, folder="pictures"):
+    """Of every four rows one gets an image beside its positive, one in place of its query, one both, and one
+    neither; the images are those of `draw_pictures`."""
+    rows = [dict(row) for row in rows]
+    for i, row in enumerate(rows):
+        if i % 4 in (0, 2):
+            row["positive_image"] = f"{folder}/{i}.png"
+        if i % 4 in (1, 2):
+            row["query_image"] = f"{folder}/{i + 1}.png"
+            row["query"] = None if i % 4 == 1 else row["query"]
+    return rows
+
+
 def write_pairs(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -96,6 +172,29 @@ def plain_embeddings(model, tokenizer, texts, pooling="mean"):
         hidden = model(**inputs).last_hidden_state[0]
         rows.append({"mean": hidden.mean(0), "cls": hidden[0], "last": hidden[-1]}[pooling])
     return torch.stack(rows)
+
+
+def plain_vl_embeddings(model, processor, items, folder):
+    """(N, D) of texts and (text, image) as Qwen3-VL-Embedding's published code makes them, one by one."""
+    import torch
+    from PIL import Image
+
+    rows = []
+    for item in items:
+        text, image = (item, None) if isinstance(item, str) else item
+        text = ("<|im_start|>system\nRepresent the user's input.<|im_end|>\n<|im_start|>user\n"
+                + "<|vision_start|><|image_pad|><|vision_end|>" * bool(image) + (text or "")
+                + "<|im_end|>\n<|im_start|>assistant\n")
+        images = [Image.open(folder / image)] if image else None
+        inputs = processor(text=[text], images=images, return_tensors="pt")
+        rows.append(model(**inputs).last_hidden_state[0, -1])
+    return torch.stack(rows)
+
+
+def items_of(rows):
+    """The rows with (text, image) in place of a text that has an image."""
+    return [row | {name: (row[name], row[f"{name}_image"]) for name in ("query", "positive")
+                   if row.get(f"{name}_image")} for row in rows]
 
 
 def plain_loss(embed, rows, scale, dims, num_negatives=0, symmetric=False):
@@ -144,6 +243,14 @@ def twice(rows):
     return rows
 
 
+def some_pictures():
+    """Images on the first of two ranks only; a text with an image twice, and the text with another image."""
+    rows = add_pictures(make_pairs(4)) + make_pairs(8)[4:]
+    rows[2] |= {"positive": rows[0]["positive"], "positive_image": rows[0]["positive_image"]}
+    rows[3] |= {"positive": rows[0]["positive"], "positive_image": "pictures/3.png"}
+    return rows
+
+
 CASES = {
     "plain": (make_pairs(8), []),
     "cached": (make_pairs(8), ["--grad-cache-chunk", "3"]),
@@ -162,6 +269,13 @@ CASES = {
     "recomputed": (make_pairs(8), ["--grad-cache-chunk", "3", "--activation-checkpointing", "full"]),
 }
 
+
+CASES |= {
+    "pictures": (some_pictures(), VL_FLAGS),
+    "pictures_cached": (some_pictures(), [*VL_FLAGS, "--grad-cache-chunk", "3"]),
+    "pictures_recomputed": (some_pictures(), [*VL_FLAGS, "--grad-cache-chunk", "3", "--symmetric",
+                                              "--activation-checkpointing", "full"]),
+}
 
 # For the real model, which finds its way among the right pairs: with a loss of 0 all gradients are rounding.
 WRONG = [row | {"positive": other["positive"]} for row, other in zip(make_pairs(8), make_pairs(9)[1:])]
@@ -203,9 +317,9 @@ def draw_adapters(model):
 def plain_gradients(script, model_folder, case, args, dtype):
     """(loss, {name: gradient}) of the whole batch in this process, by transformers and autograd alone."""
     import torch
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
-    model = AutoModel.from_pretrained(model_folder, dtype=dtype).train()
+    model, rows = AutoModel.from_pretrained(model_folder, dtype=dtype).train(), items_of(CASES[case][0])
     if args.attention:
         model.config.is_causal = args.attention == "causal"
     if args.lora_rank:
@@ -216,11 +330,17 @@ def plain_gradients(script, model_folder, case, args, dtype):
         peft.inject_adapter_in_model(config, model)
         draw_adapters(model)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
+
+    def embed(items):
+        if "pictures" not in case:
+            return plain_embeddings(model, tokenizer, items, args.pooling)
+        processor = AutoProcessor.from_pretrained(model_folder, trust_remote_code=True)
+        return plain_vl_embeddings(model, processor, items, Path(model_folder))
+
     log_scale = torch.tensor([-math.log(args.temperature)], dtype=dtype, requires_grad=True)
-    dims = list(zip(script.numbers_of(args.mrl_dims, int) or [model.config.hidden_size],
+    dims = list(zip(script.numbers_of(args.mrl_dims, int) or [model.config.get_text_config().hidden_size],
                     script.numbers_of(args.mrl_weights, float) or itertools.repeat(1.0)))
-    loss = plain_loss(lambda texts: plain_embeddings(model, tokenizer, texts, args.pooling), CASES[case][0],
-                      log_scale.exp().squeeze(), dims, args.num_negatives, args.symmetric)
+    loss = plain_loss(embed, rows, log_scale.exp().squeeze(), dims, args.num_negatives, args.symmetric)
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     if args.learn_temperature:

@@ -30,8 +30,8 @@ fi
 targets=(tests)
 select=(-m "not slow")
 [[ $all == 0 ]] || select=()
-# Two files at a time: many tests wait for others' processes.
-workers=(-n 2 --dist loadfile)
+# Two files at a time, because many tests wait for others' processes; conftest.py puts long files first.
+workers=(-n 2 --dist loadfile --no-loadscope-reorder)
 for arg in "$@"; do
     [[ $arg != tests/* ]] || { targets=(); select=(); workers=(); }
 done

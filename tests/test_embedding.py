@@ -46,7 +46,8 @@ def errors(found, wanted):
 
 def test_gradients_of_two_ranks_are_those_of_the_whole_batch(tmp_path):
     model = em.make_embedder("bert", tmp_path / "bert")
-    specs = [{"name": case, "model": str(model), "case": case} for case in em.CASES if "real" not in case]
+    specs = [{"name": case, "model": str(model), "case": case} for case in em.CASES
+             if "real" not in case and "pictures" not in case]
     for spec, found in zip(specs, run_driver(tmp_path, specs).values()):
         check_gradients(found, spec)
         num_rounds = 3 if spec["name"] == "reduced_always" else 1  # 8 texts in chunks of 3 on each rank
@@ -72,6 +73,17 @@ def test_gradients_of_families(tmp_path):
             decoder = any(name in spec["name"] for name in ("qwen3", "llama", "gemma3"))
             assert found["pooling"] == ("last" if decoder else "mean")
         check_gradients(found, spec)
+
+
+def test_gradients_with_images_on_one_rank_only(tmp_path):
+    """The other rank has none, and runs the vision tower all the same: nothing hangs, nothing is added."""
+    model = em.make_vl_embedder(tmp_path / "vl")
+    em.draw_pictures(model / "pictures", 8)
+    specs = [{"name": case, "model": str(model), "case": case} for case in em.CASES if "pictures" in case]
+    for spec, found in zip(specs, run_driver(tmp_path, specs).values()):
+        assert found["pooling"] == "last" and any("visual.blocks" in name for name in found["gradients"])
+        check_gradients(found, spec)
+        assert found["again"] == 0.0 and found["reductions"] == found["units"] + 1  # and the root
 
 
 def test_dropout_is_replayed(tmp_path):
@@ -180,6 +192,63 @@ def test_a_batch(tmp_path):
     assert batch.num_tokens == sum(int(part["attention_mask"].sum()) for part in batch.parts)
 
 
+def test_inputs_with_images(vl):
+    """A pair's inputs against the processor called by hand: a text with an image, an image alone, a text; and
+    a text that is too long, whose end is cut, but not the assistant's turn behind it."""
+    from transformers import AutoModel, AutoProcessor
+    model = AutoModel.from_pretrained(vl / "vl").eval()
+    processor = AutoProcessor.from_pretrained(vl / "vl", trust_remote_code=True)
+    args = em.case_args(script, vl / "vl", "pictures")
+    tokenizer = script.load_tokenizer(args)
+    rows = em.add_pictures(em.make_pairs(2))
+    items = [script.to_pair(row, "row", vl)[name] for row in rows for name in ("query", "positive")]
+    by_hand = [row[name] for row in em.items_of(rows) for name in ("query", "positive")]
+    found = script.pad_texts(script.encode(items, args.query_prompt, tokenizer, 160), tokenizer, 160,
+                             torch.device("cpu"), True)
+    assert found.pop("num_texts") == len(found["input_ids"]) == 4
+    embeddings = script.pool(model(**found).last_hidden_state, found["attention_mask"], "last")
+    wanted = em.plain_vl_embeddings(model, processor, by_hand, vl)
+    assert ((embeddings - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max() <= 1e-5
+    short, = script.encode(items[1:2], "", tokenizer, 40)
+    whole, = script.encode(items[1:2], "", tokenizer, 160)
+    assert len(short["input_ids"]) == len(short["mm_token_type_ids"]) == 40 < len(whole["input_ids"])
+    end = tokenizer("<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    assert short["input_ids"] == whole["input_ids"][:40 - len(end)] + end
+    with pytest.raises(script.UserError, match="row: prompt and image exceed --seq-len 12"):
+        script.encode(items[1:2], "", tokenizer, 12)
+
+
+def test_images_of_the_datasets_library(vl, tmp_path):
+    """A column of images, whose files stand in the table, and one of paths: the same model inputs; equal
+    texts are told apart by their images."""
+    import datasets
+    rows = em.add_pictures(em.make_pairs(8))
+    names = ("query_image", "positive_image")
+    columns = {name: [row.get(name) for row in rows] for name in ("query", "positive", *names)}
+    paths = datasets.Dataset.from_dict(columns)
+    for name in names:
+        columns[name] = [path and {"bytes": (vl / path).read_bytes(), "path": None} for path in columns[name]]
+    whole = datasets.Dataset.from_dict(columns)
+    for name in names:
+        whole = whole.cast_column(name, datasets.Image())
+    whole.to_parquet(tmp_path / "pairs.parquet")
+    files = script.PairDataset(paths, "paths", vl)
+    table = script.PairDataset(datasets.Dataset.from_parquet(str(tmp_path / "pairs.parquet")), "table")
+    assert isinstance(table.take([0])[0]["positive"].image, bytes) and files.picture.where == "paths row 1"
+    args = em.case_args(script, vl / "vl", "pictures")
+    tokenizer = script.load_tokenizer(args)
+    one, other = (script.make_batch(data.take(range(8)), tokenizer, args, torch.device("cpu"), True)
+                  for data in (files, table))
+    for a, b in zip(one.parts, other.parts):
+        assert a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[key]), torch.as_tensor(b[key]))
+                                            for key in a)
+    picture = files.take([0])[0]["positive"]
+    same, another = (script.Picture(picture.text, image, tmp_path, "row 9")
+                     for image in (picture.image, "pictures/7.png"))
+    assert script.text_id(picture) == script.text_id(same) and picture == same
+    assert len({script.text_id(item) for item in (picture, another, picture.text)}) == 3
+
+
 # ----------------------------------------------------------------------------------------------------
 # 3. Bad input
 
@@ -201,6 +270,39 @@ def test_bad_rows(rows, message):
     with pytest.raises(script.UserError) as raised:
         script.PairDataset(datasets.Dataset.from_list(rows), "my.jsonl")
     assert str(raised.value).startswith("my.jsonl") and message in str(raised.value)
+
+
+@pytest.mark.parametrize("more, message", [
+    ({"positive_image": "pictures/none.png"}, "row 2: pillow cannot read the image pictures/none.png: File"),
+    ({"positive_image": "pairs/train.jsonl"}, "row 2: pillow cannot read the image pairs/train.jsonl: Unid"),
+    ({"positive_image": "pictures/1.png", "positive": ""}, ""),
+    ({"positive_image": "", "positive": ""}, "row 2: query, positive and each of the list negatives"),
+    ({"positive_image": {"bytes": b"no", "path": None}}, "row 2: pillow cannot read the image in it: Unid"),
+])
+def test_bad_images(vl, more, message):
+    import datasets
+    empty = {"bytes": None, "path": None} if isinstance(more["positive_image"], dict) else None
+    rows = datasets.Dataset.from_list([GOOD | {"positive_image": empty}, GOOD | more])
+    if not message:
+        assert script.PairDataset(rows, "my.jsonl", vl).picture.image == "pictures/1.png"
+        return
+    with pytest.raises(script.UserError) as raised:
+        script.PairDataset(rows, "my.jsonl", vl)
+    assert str(raised.value).startswith(f"my.jsonl {message}") and "\n" not in str(raised.value)
+
+
+def test_half_an_image(vl, tmp_path):
+    """Its head is good: it is found when it is needed, and named with its row."""
+    import datasets
+    from PIL import Image
+    Image.effect_noise((64, 64), 50).save(tmp_path / "half.png")
+    data = (tmp_path / "half.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(data[:len(data) // 2])
+    rows = datasets.Dataset.from_list([GOOD | {"positive_image": name} for name in (None, "half.png")])
+    args = em.case_args(script, vl / "vl", "pictures")
+    pairs = script.PairDataset(rows, "my.jsonl", tmp_path).take([0, 1])
+    with pytest.raises(script.UserError, match="my.jsonl row 2: pillow cannot read the image half.png: "):
+        script.make_batch(pairs, script.load_tokenizer(args), args, torch.device("cpu"), True)
 
 
 def test_files_folders_and_digests(tmp_path, monkeypatch):
@@ -397,6 +499,67 @@ def test_accelerate_launch(place, tmp_path):
     done = subprocess.run(list(map(str, command)), text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "run/env.json").read_text())["world_size"] == 2
+
+
+@pytest.fixture(scope="module")
+def vl(tmp_path_factory):
+    """A folder with a small Qwen3-VL, images, and pairs with them: 11 to train and 7 to evaluate."""
+    folder = tmp_path_factory.mktemp("vl")
+    em.make_vl_embedder(folder / "vl")
+    em.draw_pictures(folder / "pairs/pictures", 20)
+    (folder / "pictures").symlink_to("pairs/pictures")
+    rows = em.add_pictures(em.make_pairs(18))
+    em.write_pairs(folder / "pairs/train.jsonl", rows[:11])
+    em.write_pairs(folder / "pairs/test.jsonl", rows[11:])
+    return folder
+
+
+def test_a_run_with_images(vl, tmp_path):
+    """Two ranks: evaluation, checkpoints, export; then from the middle on one rank. The export, loaded by
+    sentence-transformers and by transformers, embeds alike."""
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel, AutoProcessor
+    flags = [*em.VL_FLAGS, "--model", vl / "vl", "--eval-split", "test", "--eval-first", "--max-steps", 4,
+             "--grad-cache-chunk", 3, "--eval-batch-size", 3, "--checkpoint-interval", 2]
+    done = train(vl, tmp_path / "two", *flags, "--batch-size", 4, nproc=2)
+    assert "SentenceTransformer loads it: embeddings within" in done.stdout
+    rows = read_metrics(tmp_path / "two")
+    evaluations = [row["eval/mrr@10"] for row in rows if "eval/mrr@10" in row]
+    assert len(evaluations) == 2 and losses(tmp_path / "two")[4] < losses(tmp_path / "two")[1]
+    shutil.copytree(tmp_path / "two/checkpoints/step_000002", tmp_path / "one/checkpoints/step_000002")
+    again = train(vl, tmp_path / "one", *flags, "--batch-size", 8, "--no-export")
+    assert "step 2, 16 samples seen" in again.stdout
+    found, wanted = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert list(found) == [3, 4] and all(found[i] == pytest.approx(wanted[i], rel=1e-5) for i in found)
+    again = [row["eval/mrr@10"] for row in read_metrics(tmp_path / "one") if "eval/mrr@10" in row]
+    assert again == pytest.approx(evaluations[1:], rel=1e-5)
+
+    folder = tmp_path / "two/hf"
+    items = em.items_of(em.add_pictures(em.make_pairs(4)))
+    items = [row[name] for row in items for name in ("query", "positive")]
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    plain = em.plain_vl_embeddings(AutoModel.from_pretrained(folder).eval(), processor, items, vl)
+    loaded = SentenceTransformer(str(folder), device="cpu", trust_remote_code=True)
+    inputs = [item if isinstance(item, str) else {"image": str(vl / item[1])} | (
+        {"text": item[0]} if item[0] else {}) for item in items]
+    embeddings = loaded.encode(inputs, prompt_name="query", convert_to_tensor=True)
+    assert torch.allclose(embeddings, torch.nn.functional.normalize(plain, dim=-1), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_lora_with_images(vl, tmp_path):
+    """Adapters stand beside the linear layers of both kinds of blocks only, so that they can be merged."""
+    done = train(vl, tmp_path / "run", *em.VL_FLAGS, "--model", vl / "vl", "--max-steps", 2,
+                 "--batch-size", 4, "--lora-rank", 4, "--lora-merge")
+    assert "SentenceTransformer loads it: embeddings within" in done.stdout
+    targets = (tmp_path / "run/config.yaml").read_text()
+    assert "lora_targets: attn.proj,attn.qkv,mlp.down_proj" in targets
+
+
+def test_a_model_that_takes_no_images(place, vl, tmp_path):
+    done = train(place, tmp_path / "run", "--dataset", vl / "pairs", check=False)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].endswith(
+        f"{vl / 'pairs'} (train) row 1: {place / 'bert'} takes no images")
 
 
 # ----------------------------------------------------------------------------------------------------
