@@ -76,7 +76,7 @@ export TORCHINDUCTOR_CACHE_DIR=$work/inductor  # one for all stages: what one co
 if ! "$python" -c 'import datasets' 2>/dev/null; then
     if ! "$python" -m pip install --quiet --no-index --no-deps --target "$work/site" \
         "$root"/on_gpu_data/{datasets,dill,multiprocess}-*.whl; then
-        echo "on_gpu.sh: error: $python has no datasets, on_gpu_data no wheels of it: see this file's head" >&2
+        echo "on_gpu.sh: error: $python has no datasets, on_gpu_data no wheels of it: see the top here" >&2
         rm -rf "$work"
         exit 2
     fi
