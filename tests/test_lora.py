@@ -3,6 +3,7 @@ exports load."""
 
 import json
 import shutil
+import subprocess
 import sys
 import zlib
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import train_llm
 from helpers import REPO, make_hf_model, read_checkpoint, read_metrics, run_script
 from model_runs import pieces_of, training_flags, write_documents
 from quick_runs import error_line, quick_ranks, quick_run
+from safetensors.torch import load_file
 from test_embedding import check_gradients, run_driver
 
 sys.path.insert(0, str(REPO / "tools"))
@@ -196,6 +198,12 @@ def test_checkpoints_hold_the_adapters_alone_and_resume_on_other_ranks(places, t
     middle = tmp_path / "straight/checkpoints/step_000002"
     names = {name for name in read_checkpoint(middle) if not name.startswith("random.")}
     assert names and all(".lora_" in name for name in names)
+    made = subprocess.run([sys.executable, REPO / "tools/export_hf.py", middle, tmp_path / "adapter"],
+                          capture_output=True, text=True)
+    assert made.returncode == 0 and "LoRA's adapters" in made.stdout, made.stderr
+    found = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert {f"model.{name.removeprefix('base_model.model.').replace('.weight', '.default.weight')}"
+            for name in found} == {name for name in names if name.startswith("model.")}
     shutil.copytree(middle, tmp_path / "other/checkpoints/step_000002")
     quick_run(flags_for(place, tmp_path / "other", 1, "--checkpoint-interval", 2))
     assert losses_of(tmp_path / "other") == pytest.approx(losses_of(tmp_path / "straight")[2:], rel=1e-5)
