@@ -87,7 +87,7 @@ install_packages() {
     # pip comes in by a step of its own, because it is this one that fails on a Debian without python3-venv.
     [[ -x $venv_python ]] || run "$python" -m venv --without-pip "$venv" || die "could not make $venv"
     if ! "$venv_python" -m pip --version >/dev/null 2>&1; then
-        run "$venv_python" -m ensurepip || die "$python cannot put pip into $venv;" \
+        run "$venv_python" -m ensurepip --default-pip || die "$python cannot put pip into $venv;" \
             "on Debian or Ubuntu 'apt-get install python3-venv' mends that, then start this again"
     fi
     run "$venv_python" -m pip install ${quiet[@]+"${quiet[@]}"} -r "$requirements" ||

@@ -72,7 +72,8 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:1 + lines[0].endswith(":")]) if lines else type(error).__name__
 
 
 @contextlib.contextmanager
@@ -328,7 +329,7 @@ def find_common_problems(args: Namespace, positive: str, not_negative: str, sour
         yield f"--resume {args.resume}: not a checkpoint (a folder such as RUN/checkpoints/step_001000)"
     for asked, package in ((args.tensorboard, "tensorboard"), (args.wandb, "wandb")):
         if asked and not importlib.util.find_spec(package):
-            yield f"--{package} needs the {package} package: pip install {package}"
+            yield f"--{package} needs the {package} package: python -m pip install {package}"
     place = Path(args.checkpoint_dir).absolute()
     while not place.exists():
         place = place.parent
@@ -1167,10 +1168,11 @@ def load_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ran
         refuse_quantised(folder, None, on_disk.keys() - there.keys())
     # Tied parameters are one tensor under several names: a file may hold any of them, and mostly just one.
     if set(map(id, named.values())) <= set(map(id, there.values())):
-        unread = sorted(on_disk.keys() - there.keys())
+        own = {name for name, _ in model.named_buffers()}  # old files hold what is computed today
+        unread = [name for name in on_disk.keys() - there.keys() if not any(map(name.endswith, own))]
         dcp.load({name: tensor.detach() for name, tensor in there.items()}, storage_reader=reader)
         if unread and ranks.is_main:
-            print(f"{folder}: {len(unread)} tensors on disk are not in the model, {unread[0]} for one")
+            print(f"{folder}: {len(unread)} tensors on disk are not in the model, {min(unread)} for one")
         return
     if ranks.is_main:
         print(f"{folder}: names on disk differ from names in memory; "
@@ -1258,14 +1260,15 @@ def check_memory(model: nn.Module, args: Namespace, mesh: torch.distributed.Devi
 
 def describe_model(model: nn.Module, dtype: torch.dtype) -> str:
     """A line for the start of a run; `dtype` is what it computes in."""
-    params, blocks, sizes = list(model.parameters()), find_blocks(model), Counter()
+    params, sizes = list(model.parameters()), Counter()
+    blocks = Counter(type(block).__name__.removeprefix("FSDP") for block in find_blocks(model))
     for param in params:
         sizes[f"{'trained' if param.requires_grad else 'frozen'} in {str(param.dtype)[6:]}"] += param.numel()
     mine = sum(local_part(param).numel() * bytes_each(param) for param in params)
     kinds = ", ".join(f"{size:,} {kind}" for kind, size in sizes.items())
-    return (f"model      {sum(sizes.values()):,} parameters ({kinds}), {len(blocks)} x "
-            f"{type(blocks[0]).__name__.removeprefix('FSDP')} and the root, computed in {str(dtype)[6:]}; "
-            f"with gradients and AdamW's states {mine / 2**20:,.1f} MiB on this rank")
+    units = ", ".join(f"{count} x {name}" for name, count in blocks.items())
+    return (f"model      {sum(sizes.values()):,} parameters ({kinds}), {units} and the root, computed in "
+            f"{str(dtype)[6:]}; with gradients and AdamW's states {mine / 2**20:,.1f} MiB on this rank")
 # <<< shared: prove
 
 
@@ -2470,10 +2473,11 @@ def compare_runs(args: Namespace, progress: dict, found: list[Path], identity: s
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise unreadable(found, error) from error
     changed = [key for key, value in today.items() if saved.get(key) != value]
-    shown = ", ".join(f"{key} {saved.get(key)} -> {today[key]}" for key in changed)
-    if args.resume == "auto" and set(identity.split()) & set(changed):
-        raise UserError(f"{found[-1]} is of another run ({shown}): give this one another --checkpoint-dir; "
-                        f"--resume {found[-1]} goes on from there")
+    others = set(identity.split()) & set(changed) if args.resume == "auto" else ()
+    shown = ", ".join(f"{key} {saved.get(key)} -> {today[key]}" for key in others or changed)
+    if others:
+        raise UserError(f"{found[-1]} is of another run ({shown}): give this one another --checkpoint-dir, "
+                        f"or go on from that all the same with --resume {found[-1]}")
     resumed = f"resumed    {found[-1]}: step {progress['step']:,}, {progress['samples']:,} samples seen"
     return [resumed, f"changed    {shown}"] if changed else [resumed]
 # <<< shared: load-checkpoint
@@ -2957,7 +2961,9 @@ def report_finished(args: Namespace, ranks: Ranks, found: list[Path], step: int,
                     ) -> bool:
     """True, with a line on rank 0 that names the steps' `flag`, if last checkpoint and export are there."""
     exported = Path(args.checkpoint_dir) / "hf"
-    if not found or step < total or (args.export and not exported.is_dir()):
+    is_wanted = exported.is_dir() and not (  # not adapters, where the whole model is asked for
+        getattr(args, "lora_merge", False) and (exported / "adapter_config.json").exists())
+    if not found or step < total or (args.export and not is_wanted):
         return False
     if ranks.is_main:
         model = f", {exported} the model" if args.export else ""

@@ -76,7 +76,8 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:1 + lines[0].endswith(":")]) if lines else type(error).__name__
 
 
 @contextlib.contextmanager
@@ -302,7 +303,7 @@ def find_common_problems(args: Namespace, positive: str, not_negative: str, sour
         yield f"--resume {args.resume}: not a checkpoint (a folder such as RUN/checkpoints/step_001000)"
     for asked, package in ((args.tensorboard, "tensorboard"), (args.wandb, "wandb")):
         if asked and not importlib.util.find_spec(package):
-            yield f"--{package} needs the {package} package: pip install {package}"
+            yield f"--{package} needs the {package} package: python -m pip install {package}"
     place = Path(args.checkpoint_dir).absolute()
     while not place.exists():
         place = place.parent
@@ -959,7 +960,7 @@ def open_tokens(args: Namespace, tokenizer, name: str, split: str) -> tuple[obje
                 features=token_columns(len(tokenizer)), fn_kwargs={"tokenizer": tokenizer, "how": how},
                 num_proc=workers if workers > 1 else None))
         except ValueError as error:  # of `encode`, perhaps in another process
-            raise UserError(first_line(error)) from error
+            raise UserError(f"{first_line(error)} (--bad-rows skip leaves out one in a hundred)") from error
     if not sum(map(len, tokens)):
         raise UserError(f"{label}: no document at all")
     note = f"{note + ', ' if note else ''}{sum(map(len, parts)):,} rows"
@@ -1036,7 +1037,8 @@ def prepare_data(args: Namespace) -> dict:
             chats.append(how_to_encode(args, tokenizer, parts, name)["chat"])
     every = [tokens for split in found.values() for tokens, _ in split]
     if not all(map(len, every)):
-        raise UserError(f"--eval-fraction {args.eval_fraction} holds out nothing, or all: change it")
+        raise UserError(f"--eval-fraction {args.eval_fraction} holds out nothing, or all, of "
+                        f"{sum(map(len, every)):,} documents: change it")
     largest = max((tokens.data.table.column("largest").to_numpy().max() for tokens in every), default=0)
     identity = digest([content_of(tokens) for tokens in every], [weight for _, weight in names],
                       tokenizer_identity(tokenizer) if args.streaming else "")
@@ -1650,7 +1652,7 @@ def find_lora_problems(args: Namespace) -> Iterator[str]:
     if not args.lora_rank and (args.lora_alpha or args.lora_targets or args.lora_dropout or args.lora_merge):
         yield "--lora-alpha, --lora-targets, --lora-dropout and --lora-merge need --lora-rank"
     if args.lora_rank and not importlib.util.find_spec("peft"):
-        yield "--lora-rank needs the peft package: pip install peft"
+        yield "--lora-rank needs the peft package: python -m pip install peft"
     if not 0 <= args.lora_dropout < 1 or not 0 < (args.lora_alpha or 1) < 1e6:
         yield "--lora-dropout must be at least 0 and below 1, --lora-alpha above 0"
 
@@ -1827,10 +1829,11 @@ def load_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ran
         refuse_quantised(folder, None, on_disk.keys() - there.keys())
     # Tied parameters are one tensor under several names: a file may hold any of them, and mostly just one.
     if set(map(id, named.values())) <= set(map(id, there.values())):
-        unread = sorted(on_disk.keys() - there.keys())
+        own = {name for name, _ in model.named_buffers()}  # old files hold what is computed today
+        unread = [name for name in on_disk.keys() - there.keys() if not any(map(name.endswith, own))]
         dcp.load({name: tensor.detach() for name, tensor in there.items()}, storage_reader=reader)
         if unread and ranks.is_main:
-            print(f"{folder}: {len(unread)} tensors on disk are not in the model, {unread[0]} for one")
+            print(f"{folder}: {len(unread)} tensors on disk are not in the model, {min(unread)} for one")
         return
     if ranks.is_main:
         print(f"{folder}: names on disk differ from names in memory; "
@@ -1918,14 +1921,15 @@ def check_memory(model: nn.Module, args: Namespace, mesh: torch.distributed.Devi
 
 def describe_model(model: nn.Module, dtype: torch.dtype) -> str:
     """A line for the start of a run; `dtype` is what it computes in."""
-    params, blocks, sizes = list(model.parameters()), find_blocks(model), Counter()
+    params, sizes = list(model.parameters()), Counter()
+    blocks = Counter(type(block).__name__.removeprefix("FSDP") for block in find_blocks(model))
     for param in params:
         sizes[f"{'trained' if param.requires_grad else 'frozen'} in {str(param.dtype)[6:]}"] += param.numel()
     mine = sum(local_part(param).numel() * bytes_each(param) for param in params)
     kinds = ", ".join(f"{size:,} {kind}" for kind, size in sizes.items())
-    return (f"model      {sum(sizes.values()):,} parameters ({kinds}), {len(blocks)} x "
-            f"{type(blocks[0]).__name__.removeprefix('FSDP')} and the root, computed in {str(dtype)[6:]}; "
-            f"with gradients and AdamW's states {mine / 2**20:,.1f} MiB on this rank")
+    units = ", ".join(f"{count} x {name}" for name, count in blocks.items())
+    return (f"model      {sum(sizes.values()):,} parameters ({kinds}), {units} and the root, computed in "
+            f"{str(dtype)[6:]}; with gradients and AdamW's states {mine / 2**20:,.1f} MiB on this rank")
 # <<< shared: prove
 
 
@@ -2083,7 +2087,7 @@ def resolve_steps(args: Namespace, dataset: TokenDataset | None, ranks: Ranks, p
     if 0 < progress.get("total_steps", 0) == progress["step"] < total and args.schedule != "constant":
         lines.append("note       the run had ended: its learning rate rises again")
     if total < 10 or (dataset and per_step > len(dataset)):
-        lines.append("note       so few and large steps learn little: lower --batch-size, raise --num-epochs")
+        lines.append("note       fewer than 10 steps, or steps that take all of the data, learn little")
     return total, warmup, ahead, lines
 
 
@@ -2430,10 +2434,11 @@ def compare_runs(args: Namespace, progress: dict, found: list[Path], identity: s
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise unreadable(found, error) from error
     changed = [key for key, value in today.items() if saved.get(key) != value]
-    shown = ", ".join(f"{key} {saved.get(key)} -> {today[key]}" for key in changed)
-    if args.resume == "auto" and set(identity.split()) & set(changed):
-        raise UserError(f"{found[-1]} is of another run ({shown}): give this one another --checkpoint-dir; "
-                        f"--resume {found[-1]} goes on from there")
+    others = set(identity.split()) & set(changed) if args.resume == "auto" else ()
+    shown = ", ".join(f"{key} {saved.get(key)} -> {today[key]}" for key in others or changed)
+    if others:
+        raise UserError(f"{found[-1]} is of another run ({shown}): give this one another --checkpoint-dir, "
+                        f"or go on from that all the same with --resume {found[-1]}")
     resumed = f"resumed    {found[-1]}: step {progress['step']:,}, {progress['samples']:,} samples seen"
     return [resumed, f"changed    {shown}"] if changed else [resumed]
 # <<< shared: load-checkpoint
@@ -2546,7 +2551,7 @@ def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remot
     if wrong:
         raise UserError(f"{folder}, loaded again, is not the trained model: {wrong[0]}. The checkpoint is "
                         "intact, please report this")
-    return f"reloaded: logits within {errors['logits']:.0e}{note}"
+    return f"reloaded: logits within {errors['logits']:.0e} of their spread (bound {bound:.0e}){note}"
 
 
 def hf_parts(model: nn.Module, tokenizer, source: Path | None) -> tuple:
@@ -2791,10 +2796,9 @@ def export_run(args: Namespace, model: nn.Module, hf_folder: Path | None, dtype:
 
 def next_command(args: Namespace) -> str:
     """For the last line of a run."""
-    exported = str(Path(args.checkpoint_dir) / "hf")
     if args.lora_rank and not args.lora_merge:
-        return f"without {exported}, the same command with --lora-merge exports the whole model"
-    command = shlex.join([sys.executable, sys.argv[0], "--hf-model", exported])
+        return "the same command with --lora-merge puts the whole model in the adapters' place"
+    command = shlex.join([sys.executable, sys.argv[0], "--hf-model", str(Path(args.checkpoint_dir) / "hf")])
     return f"{command} --dataset YOUR.jsonl --checkpoint-dir runs/finetuned"
 
 
@@ -2860,7 +2864,9 @@ def report_finished(args: Namespace, ranks: Ranks, found: list[Path], step: int,
                     ) -> bool:
     """True, with a line on rank 0 that names the steps' `flag`, if last checkpoint and export are there."""
     exported = Path(args.checkpoint_dir) / "hf"
-    if not found or step < total or (args.export and not exported.is_dir()):
+    is_wanted = exported.is_dir() and not (  # not adapters, where the whole model is asked for
+        getattr(args, "lora_merge", False) and (exported / "adapter_config.json").exists())
+    if not found or step < total or (args.export and not is_wanted):
         return False
     if ranks.is_main:
         model = f", {exported} the model" if args.export else ""

@@ -45,3 +45,4 @@ if "$python" -c 'import matplotlib' 2>/dev/null; then
         --keys eval/recall@10 eval/recall@10_192 eval/recall@10_96 eval/recall@10_48 \
         --title "Held-out modules: recall@10 by the numbers of an embedding that are used"
 fi
+stage "done: SentenceTransformer('$run/run/hf') loads it; next: your own pairs, docs/embedding.md"

@@ -70,7 +70,8 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:1 + lines[0].endswith(":")]) if lines else type(error).__name__
 
 
 @contextlib.contextmanager
@@ -295,7 +296,7 @@ def find_common_problems(args: Namespace, positive: str, not_negative: str, sour
         yield f"--resume {args.resume}: not a checkpoint (a folder such as RUN/checkpoints/step_001000)"
     for asked, package in ((args.tensorboard, "tensorboard"), (args.wandb, "wandb")):
         if asked and not importlib.util.find_spec(package):
-            yield f"--{package} needs the {package} package: pip install {package}"
+            yield f"--{package} needs the {package} package: python -m pip install {package}"
     place = Path(args.checkpoint_dir).absolute()
     while not place.exists():
         place = place.parent
@@ -604,8 +605,9 @@ def to_pair(row: dict, where: str, folder: Path = Path()) -> dict:  # EDIT: what
 
 
 class PairDataset(torch.utils.data.Dataset):
-    """The checked pairs of a split. `digest` stands for all their texts, `scored` for pairs with scores;
-    `picture` is the first one, None without images, whose relative paths begin at `folder`."""
+    """The checked pairs of a split. `digest` stands for all their texts, `scored` for pairs with scores,
+    `most_negatives` is the largest number of a row; `picture` is the first one, None without images, whose
+    relative paths begin at `folder`."""
 
     def __init__(self, rows, where: str, folder: Path = Path()) -> None:
         import datasets
@@ -619,12 +621,13 @@ class PairDataset(torch.utils.data.Dataset):
             if isinstance(rows.features[name], datasets.Image):
                 rows = rows.cast_column(name, datasets.Image(decode=False))  # as bytes, or as a path
         self.rows, self.where, digest, num_scored = rows.select_columns(names), where, 0, 0
-        self.folder, self.picture = folder, None
+        self.folder, self.picture, self.most_negatives = folder, None, 0
         silent = not sys.stderr.isatty() or os.environ.get("LOCAL_RANK", "0") != "0"
         for start in tqdm(range(0, len(rows), 1000), desc="checking rows", unit="k", disable=silent):
             for pair in self.take(range(start, min(start + 1000, len(rows)))):
                 digest = zlib.crc32(repr(pair).encode(errors="replace"), digest)
                 num_scored += pair["score"] is not None
+                self.most_negatives = max(self.most_negatives, len(pair["negatives"]))
                 for picture in (item for item in pair.values() if isinstance(item, Picture)):
                     self.picture = self.picture or picture
                     picture.read(whole=False)
@@ -649,7 +652,7 @@ def load_tokenizer(args: Namespace):
     with naming(f"no usable tokenizer in {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
     if any((folder / name).exists() for name in ("processor_config.json", "preprocessor_config.json")):
-        with naming(f"no usable processor in {folder}; most need pip install pillow torchvision"):
+        with naming(f"no usable processor in {folder}; most need python -m pip install pillow torchvision"):
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
     takes_images = hasattr(processor, "image_processor") and processor.chat_template
     tokenizer = processor.tokenizer if takes_images else tokenizer
@@ -1017,7 +1020,7 @@ def find_lora_problems(args: Namespace) -> Iterator[str]:
     if not args.lora_rank and (args.lora_alpha or args.lora_targets or args.lora_dropout or args.lora_merge):
         yield "--lora-alpha, --lora-targets, --lora-dropout and --lora-merge need --lora-rank"
     if args.lora_rank and not importlib.util.find_spec("peft"):
-        yield "--lora-rank needs the peft package: pip install peft"
+        yield "--lora-rank needs the peft package: python -m pip install peft"
     if not 0 <= args.lora_dropout < 1 or not 0 < (args.lora_alpha or 1) < 1e6:
         yield "--lora-dropout must be at least 0 and below 1, --lora-alpha above 0"
 
@@ -1181,10 +1184,11 @@ def load_hf_weights(model: nn.Module, folder: Path, trust_remote_code: bool, ran
         refuse_quantised(folder, None, on_disk.keys() - there.keys())
     # Tied parameters are one tensor under several names: a file may hold any of them, and mostly just one.
     if set(map(id, named.values())) <= set(map(id, there.values())):
-        unread = sorted(on_disk.keys() - there.keys())
+        own = {name for name, _ in model.named_buffers()}  # old files hold what is computed today
+        unread = [name for name in on_disk.keys() - there.keys() if not any(map(name.endswith, own))]
         dcp.load({name: tensor.detach() for name, tensor in there.items()}, storage_reader=reader)
         if unread and ranks.is_main:
-            print(f"{folder}: {len(unread)} tensors on disk are not in the model, {unread[0]} for one")
+            print(f"{folder}: {len(unread)} tensors on disk are not in the model, {min(unread)} for one")
         return
     if ranks.is_main:
         print(f"{folder}: names on disk differ from names in memory; "
@@ -1257,14 +1261,15 @@ def check_memory(model: nn.Module, args: Namespace, mesh: torch.distributed.Devi
 
 def describe_model(model: nn.Module, dtype: torch.dtype) -> str:
     """A line for the start of a run; `dtype` is what it computes in."""
-    params, blocks, sizes = list(model.parameters()), find_blocks(model), Counter()
+    params, sizes = list(model.parameters()), Counter()
+    blocks = Counter(type(block).__name__.removeprefix("FSDP") for block in find_blocks(model))
     for param in params:
         sizes[f"{'trained' if param.requires_grad else 'frozen'} in {str(param.dtype)[6:]}"] += param.numel()
     mine = sum(local_part(param).numel() * bytes_each(param) for param in params)
     kinds = ", ".join(f"{size:,} {kind}" for kind, size in sizes.items())
-    return (f"model      {sum(sizes.values()):,} parameters ({kinds}), {len(blocks)} x "
-            f"{type(blocks[0]).__name__.removeprefix('FSDP')} and the root, computed in {str(dtype)[6:]}; "
-            f"with gradients and AdamW's states {mine / 2**20:,.1f} MiB on this rank")
+    units = ", ".join(f"{count} x {name}" for name, count in blocks.items())
+    return (f"model      {sum(sizes.values()):,} parameters ({kinds}), {units} and the root, computed in "
+            f"{str(dtype)[6:]}; with gradients and AdamW's states {mine / 2**20:,.1f} MiB on this rank")
 # <<< shared: prove
 
 
@@ -1351,6 +1356,9 @@ def resolve_steps(args: Namespace, dataset: PairDataset, ranks: Ranks, progress:
     lines = [f"data       {len(dataset):,} pairs{' with scores' if dataset.scored else ''}",
              f"steps      {total:,} (one pass is {math.ceil(len(dataset) / per_step):,}), {warmup:,} of "
              f"warm-up; {per_step:,} pairs a step; learning rate {args.max_lr:g}"]
+    if args.num_negatives != dataset.most_negatives:
+        lines.append(f"note       rows have up to {dataset.most_negatives} negatives, --num-negatives takes "
+                     f"{args.num_negatives}")
     if per_step > len(dataset):
         lines.append("note       a batch is larger than the data: its pairs stand in it several times")
     return total, warmup, ahead, lines
@@ -1756,10 +1764,11 @@ def compare_runs(args: Namespace, progress: dict, found: list[Path], identity: s
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise unreadable(found, error) from error
     changed = [key for key, value in today.items() if saved.get(key) != value]
-    shown = ", ".join(f"{key} {saved.get(key)} -> {today[key]}" for key in changed)
-    if args.resume == "auto" and set(identity.split()) & set(changed):
-        raise UserError(f"{found[-1]} is of another run ({shown}): give this one another --checkpoint-dir; "
-                        f"--resume {found[-1]} goes on from there")
+    others = set(identity.split()) & set(changed) if args.resume == "auto" else ()
+    shown = ", ".join(f"{key} {saved.get(key)} -> {today[key]}" for key in others or changed)
+    if others:
+        raise UserError(f"{found[-1]} is of another run ({shown}): give this one another --checkpoint-dir, "
+                        f"or go on from that all the same with --resume {found[-1]}")
     resumed = f"resumed    {found[-1]}: step {progress['step']:,}, {progress['samples']:,} samples seen"
     return [resumed, f"changed    {shown}"] if changed else [resumed]
 # <<< shared: load-checkpoint
@@ -1861,11 +1870,13 @@ def write_sentence_transformer(folder: Path, args: Namespace, dimension: int, pr
 
 
 @torch.no_grad()
-def verify_export(folder: Path, pairs: list[dict], expected: Tensor, args: Namespace) -> str:
+def verify_export(folder: Path, pairs: list[dict], expected: Tensor, dtype: torch.dtype, args: Namespace
+                  ) -> str:
     """Load the folder with sentence-transformers, on the CPU, and embed the pairs: the embeddings must be
-    `expected`, those of the trained model. Returns a word on it for the end of a run. Raises UserError."""
+    `expected`, those of the trained model, computed in `dtype`. Returns a word on it for the end of a run.
+    Raises UserError."""
     if not importlib.util.find_spec("sentence_transformers"):
-        return "not reloaded: pip install sentence-transformers"
+        return "not reloaded: python -m pip install sentence-transformers"
     from sentence_transformers import SentenceTransformer
     nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if nbytes * 1.2 > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
@@ -1876,7 +1887,7 @@ def verify_export(folder: Path, pairs: list[dict], expected: Tensor, args: Names
     found = torch.cat([embed([contents(pair[key]) for pair in pairs], prompt_name=prompt)
                        for key, prompt in (("query", "query"), ("positive", "document"))]).float()
     error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
-    bound = 1e-5 if next(loaded.parameters()).dtype == torch.float32 else 0.05
+    bound = 1e-5 if {dtype, next(loaded.parameters()).dtype} == {torch.float32} else 0.05
     if not error <= bound:
         raise UserError(f"{folder}, loaded again, is not the trained model: embeddings are off by "
                         f"{error:.1e} (bound {bound:.0e}). The checkpoint is intact, please report this")
@@ -2241,7 +2252,9 @@ def report_finished(args: Namespace, ranks: Ranks, found: list[Path], step: int,
                     ) -> bool:
     """True, with a line on rank 0 that names the steps' `flag`, if last checkpoint and export are there."""
     exported = Path(args.checkpoint_dir) / "hf"
-    if not found or step < total or (args.export and not exported.is_dir()):
+    is_wanted = exported.is_dir() and not (  # not adapters, where the whole model is asked for
+        getattr(args, "lora_merge", False) and (exported / "adapter_config.json").exists())
+    if not found or step < total or (args.export and not is_wanted):
         return False
     if ranks.is_main:
         model = f", {exported} the model" if args.export else ""
@@ -2445,7 +2458,8 @@ def main() -> None:
         write_summary(run_dir, progress, row | evaluation, time.perf_counter() - started)
         print(f"record     {run_dir / 'metrics.jsonl'}, {run_dir / 'summary.json'}")
         if args.export:
-            print(f"model      {run_dir / 'hf'} ({verify_export(run_dir / 'hf', proof, expected, args)})")
+            found = verify_export(run_dir / "hf", proof, expected, dtype, args)
+            print(f"model      {run_dir / 'hf'} ({found})")
 
 
 if __name__ == "__main__":

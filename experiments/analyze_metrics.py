@@ -335,7 +335,7 @@ def draw_timeline(trace: Path, out: Path) -> None:
     """One step of `--impl manual` from a real trace: what computes, what is sent, and who waits."""
     Figure = import_figure()
     if Figure is None:
-        sys.exit("analyze_metrics.py: error: --timeline needs matplotlib: pip install matplotlib")
+        sys.exit("analyze_metrics.py: error: --timeline needs matplotlib: python -m pip install matplotlib")
     from matplotlib.patches import Patch
     spans, length = read_steps(trace)
     colors = {"forward": "#2b8a3e", "backward": "#0b7285", "wait": "#c92a2a", "all-gather": "#d9480f",
@@ -390,7 +390,7 @@ def main() -> None:
     plots = write_plots(report, table, curves)
     print((report / "report.md").read_text())
     print(f"wrote {report}/report.html, report.md, summary.csv" + "".join(f", {path.name}" for path in plots)
-          + ("" if plots else "; PNG plots need matplotlib: pip install matplotlib"))
+          + ("" if plots else "; PNG plots need matplotlib: python -m pip install matplotlib"))
 
 
 if __name__ == "__main__":

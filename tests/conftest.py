@@ -16,9 +16,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Fixtures that start real servers or several machines: what uses them is no part of the core suite.
 SERVERS = {"cluster", "machines", "box"}
 # Files that take minutes, the longest first, so that two workers end at about the same time.
-LONG = ["vllm", "verify_resume", "real_model", "embedding", "kill", "experiments", "doctor", "survival", "slurm",
-        "grpo_runs", "lora", "family_kinds", "multi_node", "word_problems", "export", "deploy", "reference",
-        "on_gpu", "loading"]
+LONG = ["vllm", "verify_resume", "real_model", "embedding", "kill", "experiments", "doctor", "survival",
+        "slurm", "grpo_runs", "lora", "family_kinds", "multi_node", "word_problems", "export", "deploy",
+        "reference", "on_gpu", "loading"]
 
 
 def pytest_collection_modifyitems(items):

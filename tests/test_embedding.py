@@ -11,7 +11,7 @@ import embedding_models as em
 import pytest
 import torch
 import train_embedding_fsdp2 as script
-from helpers import REPO, read_metrics, run_script
+from helpers import REPO, read_checkpoint, read_metrics, run_script
 
 SCRIPT = "examples/train_embedding_fsdp2.py"
 
@@ -552,8 +552,10 @@ def test_lora_with_images(vl, tmp_path):
     done = train(vl, tmp_path / "run", *em.VL_FLAGS, "--model", vl / "vl", "--max-steps", 2,
                  "--batch-size", 4, "--lora-rank", 4, "--lora-merge")
     assert "SentenceTransformer loads it: embeddings within" in done.stdout
-    targets = (tmp_path / "run/config.yaml").read_text()
-    assert "lora_targets: attn.proj,attn.qkv,mlp.down_proj" in targets
+    names = [name for name in read_checkpoint(tmp_path / "run/checkpoints/step_000002") if "lora" in name]
+    kinds = {next(kind for kind in (".visual.blocks.", ".language_model.layers.", "") if kind in name)
+             for name in names}
+    assert kinds == {".visual.blocks.", ".language_model.layers."}
 
 
 def test_a_model_that_takes_no_images(place, vl, tmp_path):

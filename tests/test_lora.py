@@ -36,7 +36,7 @@ def first_adapters(model, seed=0):
 
 
 def train_with_peft(source, pieces, targets, rank, lr, num_steps):
-    """(model, losses): PEFT's layers, transformers' logits and torch's AdamW on all pieces, each by itself."""
+    """(model, losses): PEFT's layers, transformers' logits, torch's AdamW on all pieces, each by itself."""
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -81,8 +81,8 @@ def places(tmp_path_factory):
 
 
 def flags_for(place, run_dir, nproc, *more):
-    return ["--hf-model", place / "source", *training_flags(place, nproc), *FLAGS, "--checkpoint-dir", run_dir,
-            "--mask-documents", *more]
+    return ["--hf-model", place / "source", *training_flags(place, nproc), *FLAGS, "--mask-documents",
+            "--checkpoint-dir", run_dir, *more]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -101,9 +101,11 @@ def test_losses_and_adapters_are_those_of_peft(places, tmp_path, family, targets
     result = quick_ranks(flags_for(place, tmp_path, nproc), nproc)[0]
     assert losses_of(tmp_path) == pytest.approx(losses, rel=1e-5) and losses[-1] < 0.95 * losses[0]
     config = json.loads((tmp_path / "hf/adapter_config.json").read_text())
-    assert {path.rpartition(".")[2] for path in config["target_modules"]} == targets and config["base_model_name_or_path"] == str(place / "source")
-    assert "reloaded: logits within" in result.stdout and "--lora-merge exports" in result.stdout
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place / "source"), tmp_path / "hf")
+    assert {path.rpartition(".")[2] for path in config["target_modules"]} == targets
+    assert config["base_model_name_or_path"] == str(place / "source")
+    assert "reloaded: logits within" in result.stdout and "with --lora-merge puts" in result.stdout
+    base = AutoModelForCausalLM.from_pretrained(place / "source")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "hf")
     found = {name.removeprefix("base_model.model."): param for name, param in loaded.named_parameters()}
     for name, param in wanted.named_parameters():
         assert torch.allclose(found[name], param, rtol=1e-3, atol=2e-5), name
@@ -215,17 +217,20 @@ def test_checkpoints_hold_the_adapters_alone_and_resume_on_other_ranks(places, t
 # 3. Exports, and flags
 
 def test_the_merged_export_is_the_model_with_its_adapters(places, tmp_path):
-    """Also in transformers' own names, on two ranks, and for the layers that are named."""
+    """In the names of the family's files, on two ranks, of a run that has ended; layers that are named."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     place, more = places("mixtral"), ["--lora-targets", "q_proj,v_proj", "--lora-alpha", 3]
-    quick_ranks(flags_for(place, tmp_path / "adapter", 2, *more), 2)
-    result = quick_ranks(flags_for(place, tmp_path / "merged", 2, *more, "--lora-merge"), 2)[0]
+    quick_ranks(flags_for(place, tmp_path / "run", 2, *more), 2)
+    shutil.copytree(tmp_path / "run/hf", tmp_path / "adapter")
+    result = quick_ranks(flags_for(place, tmp_path / "run", 2, *more, "--lora-merge"), 2)[0]
     assert "reloaded: logits within" in result.stdout and "--hf-model" in result.stdout.split("next ")[1]
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged/hf")
+    again = quick_ranks(flags_for(place, tmp_path / "run", 2, *more, "--lora-merge"), 2)[0]
+    assert "this run is finished" in again.stdout
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run/hf")
     adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place / "source"),
-                                        tmp_path / "adapter/hf")
+                                        tmp_path / "adapter")
     assert sum(".lora_A." in name for name, _ in adapter.named_parameters()) == 4
     ids = torch.arange(2, 42)[None]
     with torch.no_grad():
@@ -241,10 +246,13 @@ def test_an_embedding_model(tmp_path):
     em.make_embedder("bert", tmp_path / "bert")
     em.write_pairs(tmp_path / "pairs.jsonl", em.make_pairs(16))
     flags = ["--model", tmp_path / "bert", "--dataset", tmp_path / "pairs.jsonl", "--device", "cpu",
-             "--no-mixed-precision", "--max-steps", 4, "--batch-size", 4, "--seq-len", 64, "--lora-rank", 4, "--max-lr", "1e-2",
-             "--learn-temperature", "--checkpoint-interval", 2, "--log-interval", 1, "--checkpoint-dir"]
+             "--no-mixed-precision", "--max-steps", 4, "--batch-size", 4, "--seq-len", 64, "--lora-rank", 4,
+             "--max-lr", "1e-2", "--learn-temperature", "--checkpoint-interval", 2, "--log-interval", 1,
+             "--checkpoint-dir"]
     result = quick_ranks([*flags, tmp_path / "adapter"], 2, script=EMBEDDER)[0]
     assert "SentenceTransformer loads it" in result.stdout
+    in_bf16 = quick_run([*flags, tmp_path / "bf16", "--mixed-precision"], script=EMBEDDER)
+    assert "SentenceTransformer loads it" in in_bf16.stdout
     quick_ranks([*flags, tmp_path / "merged", "--lora-merge"], 2, script=EMBEDDER)
     texts = [row["query"] for row in em.make_pairs(5)]
     adapter, merged, before = (SentenceTransformer(str(folder), device="cpu").encode(

@@ -103,13 +103,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [SCRIPT.py] [flags]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--gpus", type=int, nargs="+", default=[1, 8, 16, 32, 64])
+    add("--gpus", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="numbers of GPUs")
     add("--hf-model", metavar="NAME_OR_FOLDER", help="this model, in place of the script's sizes; "
         "config.json is enough")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add("--batch-size", type=int, default=4, help="sequences per GPU and micro-batch (default: 4)")
-    add("--seq-len", type=int, default=2048)
-    add("--activation-checkpointing", choices=["full", "selective", "none"], default="none")
+    add("--seq-len", type=int, default=2048, help="tokens of a sequence (default: 2048)")
+    add("--activation-checkpointing", choices=["full", "selective", "none"], default="none",
+        help="as train_llm.py's (default: none)")
     add("--lora-rank", type=int, default=0, metavar="R", help="adapters for --hf-model")
     add("--vocab-size", type=int, default=32000, help="of the script's sizes")
     add("--loss-chunk-tokens", type=int, help="if not given: as the script chooses on a GPU")

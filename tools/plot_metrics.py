@@ -2,7 +2,7 @@
 
 Each KEY of --keys gets a line per run, train/loss and eval/loss if none is named, and a band where the run
 also has KEY_low and KEY_high; of a step that was logged twice (resumed runs), the later row counts. Needs
-matplotlib (pip install matplotlib).
+matplotlib (python -m pip install matplotlib).
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        sys.exit("plot_metrics.py: error: needs matplotlib: pip install matplotlib")
+        sys.exit("plot_metrics.py: error: needs matplotlib: python -m pip install matplotlib")
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()

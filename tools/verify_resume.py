@@ -79,7 +79,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     own = [word for word in args.arguments if word.split("=")[0] in OWN_FLAGS]
     if own:
-        parser.error(f"{own[0]} behind the script: leave it out; --steps and --nproc stand in front of it")
+        parser.error(f"{', '.join(own)} behind the script: leave out what this program sets by itself")
     if not args.script.is_file():
         parser.error(f"there is no script {args.script}")
     if args.steps < 6:  # it is stopped in the middle, and may do two more steps before it obeys
