@@ -1674,6 +1674,8 @@ def add_lora(model: nn.Module, args: Namespace, name: str, task: str, dtype: tor
         base_model_name_or_path=name, task_type=task)
     with naming("--lora-targets"), torch.device("meta"):
         peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
+        if not {id(layer.base_layer) for layer in model.modules() if hasattr(layer, "base_layer")} <= inside:
+            raise ValueError("adapters are for linear layers (nn.Linear) of the blocks only")
     for name, param in model.named_parameters():
         is_fp32 = param.requires_grad or name in model.fp32_names
         param.data = param.data.to(torch.float32 if is_fp32 else dtype)

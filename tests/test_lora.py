@@ -275,8 +275,13 @@ def test_flags_that_cannot_work(script, flags, message):
     assert message in result.stderr
 
 
-def test_layers_that_are_not_there(places, tmp_path):
-    result = quick_run(flags_for(places("llama"), tmp_path, 1, "--lora-targets", "query"), code=1)
-    assert "--lora-targets" in error_line(result) and "query" in result.stderr
+def test_layers_that_are_not_there_or_cannot_have_adapters(places, tmp_path):
+    """The chunked loss would not see those of the head; GPT-2's layers are no nn.Linear."""
+    for family, target, message in (("llama", "query", "Target modules {'query'} not found"),
+                                    ("llama", "q_proj,lm_head", "of the blocks only"),
+                                    ("gpt2", "c_attn", "of the blocks only")):
+        result = quick_run(flags_for(places(family), tmp_path, 1, "--lora-targets", target), code=1)
+        last = result.stderr.splitlines()[-1]  # PEFT warns of a tied head
+        assert last.startswith("train_llm.py: error: --lora-targets: ") and message in last
     scratch = quick_run(["--from-scratch", "--tokenizer", REPO, "--dataset", REPO, "--lora-rank", 4], code=2)
     assert "needs --hf-model" in scratch.stderr
