@@ -392,7 +392,7 @@ def relaunch_under_torchrun(args: Namespace) -> None:
     # Time to save, after a signal that torchrun passes on; torch 2.11 does not read this and gives 30 s.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     # The failing rank has printed one line of its own that says more than the launcher's table.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)
     try:
         torchrun(["--standalone", f"--nproc-per-node={nproc}",
                   f"--signals-to-handle={','.join(STOP_SIGNALS)}", "--", *sys.argv])
