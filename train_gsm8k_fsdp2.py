@@ -2473,7 +2473,7 @@ def compare_runs(args: Namespace, progress: dict, found: list[Path], identity: s
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise unreadable(found, error) from error
     changed = [key for key, value in today.items() if saved.get(key) != value]
-    others = set(identity.split()) & set(changed) if args.resume == "auto" else ()
+    others = [key for key in changed if key in identity.split()] if args.resume == "auto" else []
     shown = ", ".join(f"{key} {saved.get(key)} -> {today[key]}" for key in others or changed)
     if others:
         raise UserError(f"{found[-1]} is of another run ({shown}): give this one another --checkpoint-dir, "

@@ -103,7 +103,7 @@ def notes(log: str) -> list[str]:
     resume."""
     found = re.findall(r"^=*\s*(\d+ (?:passed|failed|skipped|error).*?)\s*=*$", log, re.MULTILINE)[-1:]
     found += sorted(set(re.findall(r"(?:FAILED|ERROR) (?:\S*/)?(test_\S+)", log)))
-    found += re.findall(r"reloaded: (logits within \S+)\)", log)
+    found += re.findall(r"reloaded: (logits within \S+)", log)
     return found
 
 

@@ -707,7 +707,7 @@ def test_errors_of_real_runs(place, alone, tmp_path):
     make_policy(tmp_path / "small", tied=True)
     other = ["--model", tmp_path / "small", "--train-steps", 7]
     message = error_line(train(place, "other", 1, *other, code=1))
-    assert "is of another run (model " in message and "train_steps 6 -> 7" in message
+    assert "is of another run (model " in message and "train_steps" not in message
     newest = place / "other/checkpoints/step_000006"
     message = error_line(train(place, "other", 1, *other, "--resume", newest, code=1))
     assert "is a checkpoint of another model: " in message

@@ -304,7 +304,7 @@ def test_missing_packages_dry_run_shows_what_it_would_do(bare):
     venv, python = str(project / ".venv"), str(project / ".venv/bin/python")
     requirements = str(project / "requirements.txt")
     assert commands[0] == [sys.executable, "-m", "venv", "--without-pip", venv]
-    assert commands[1] == [python, "-m", "ensurepip"]
+    assert commands[1] == [python, "-m", "ensurepip", "--default-pip"]
     assert commands[2] == [python, "-m", "pip", "install", "--quiet", "-r", requirements]
     assert commands[3][1:] == [python, str(project / "train_llm.py"), "--nproc", "2", "--x"]
     assert not (project / ".venv").exists()

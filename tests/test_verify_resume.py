@@ -150,8 +150,8 @@ def test_arguments(tmp_path, capsys):
     script = str(REPO / "train_llm.py")
     cases = {
         ("nothing.py",): "there is no script nothing.py",
-        (script, "--max-steps=3"): "--max-steps=3 behind the script: leave it out",
-        (script, "--nproc", "2"): "--nproc behind the script: leave it out; --steps and --nproc stand",
+        (script, "--max-steps=3"): "--max-steps=3 behind the script: leave out what this program sets",
+        (script, "--nproc", "2"): "--nproc behind the script: leave out what",
         ("--steps", "5", script): "--steps must be at least 6",
         ("--stop-by", "SIGNOTHING", script): "invalid choice: 'SIGNOTHING'",
         ("--keep", str(REPO), script): "already holds something",
