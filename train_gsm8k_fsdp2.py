@@ -996,7 +996,10 @@ def shard_model(model: nn.Module, args: Namespace, mesh: torch.distributed.Devic
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=cuda) if args.cpu_offload else OffloadPolicy(),
-        "reshard_after_forward": args.reshard_after_forward,
+        # One device has nothing to gather from others: freeing would mean casting the masters again. Frozen
+        # weights, which are in the compute precision, would stand there twice.
+        "reshard_after_forward": args.reshard_after_forward and (
+            mesh.size(-1) > 1 or hasattr(model, "peft_config")),
     }
     for module in list(fp32_modules(model)) if dtype != torch.float32 else ():
         in_fp32 = MixedPrecisionPolicy(torch.float32, torch.float32, cast_forward_inputs=False)

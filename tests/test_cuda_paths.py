@@ -142,11 +142,13 @@ def kernels_as_they_were():
     torch.backends.cuda.enable_cudnn_sdp(flags[1])
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("script, flags", [
     (train_llm, ["--from-scratch", "--tokenizer", "a/b", "--dataset", "a/b"]),
     (train_gsm8k_fsdp2, ["--model", "none/none"])], ids=["llm", "gsm8k"])
-def test_one_device_gathers_and_divides_nothing(script, flags):
-    """Resharding there would only cast the weights again; cuDNN goes with --no-use-flash-attn."""
+def test_one_device_gathers_and_divides_nothing(script, flags, frozen):
+    """Resharding there would only cast the weights again, unless they are frozen: then they would stand there
+    twice. cuDNN goes with --no-use-flash-attn."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule
 
@@ -158,6 +160,8 @@ def test_one_device_gathers_and_divides_nothing(script, flags):
         with kernels_as_they_were():
             model = train_llm.CausalLM(train_llm.dataclasses.replace(
                 train_llm.MODEL_SIZES["test"], vocab_size=64))
+            if frozen:
+                model.peft_config = {}  # as LoRA leaves it
             script.shard_model(model, args, init_device_mesh("cpu", (1,)), torch.float32)
             assert not torch.backends.cuda.flash_sdp_enabled()
             assert not torch.backends.cuda.cudnn_sdp_enabled()
@@ -167,11 +171,11 @@ def test_one_device_gathers_and_divides_nothing(script, flags):
             group = unit._get_fsdp_state()._fsdp_param_group
             assert group.gradient_divide_factor is None
             if unit is not model:
-                assert not group._reshard_after_forward
+                assert group._reshard_after_forward == frozen
         ids = torch.arange(8)[None]
         loss, _ = model(ids, labels=ids)
         before = model.model.layers[0].mlp.up_proj.weight
-        assert not hasattr(before, "placements")  # whole, still
+        assert hasattr(before, "placements") == frozen  # else whole, still
         loss.backward()
         assert hasattr(model.model.layers[0].mlp.up_proj.weight, "placements")
     finally:

@@ -124,7 +124,7 @@ def test_stop_file(place, straight, tmp_path):
 def test_a_signal_during_the_export_ends_at_once(place, tmp_path):
     """All is saved then, and an export may take minutes; the same command makes it."""
     script = tmp_path / "ended.py"
-    line = "    save_torch_state_dict(tensors, folder)\n"
+    line = "    save_torch_state_dict(tensors, folder, "
     source = (place / "prodded.py").read_text()
     assert source.count(line) == 1
     script.write_text(source.replace(line, "    os.kill(os.getpid(), signal.SIGTERM)\n" + line))

@@ -91,7 +91,8 @@ def memory_gib(s: Sizes, num_gpus: int, tokens: int, chunk: int | None, recomput
             "none": s.num_layers * inner}
     parts = {
         "states": (2 * s.total + 16 * lora_rank * s.linear if lora_rank else 16 * s.total) / num_gpus,
-        "gathered": 2 * (2 * s.block + s.root),
+        # One GPU frees nothing but frozen weights, because it would have nothing to gather.
+        "gathered": 2 * (s.total if num_gpus == 1 and not lora_rank else 2 * s.block + s.root),
         "reduced": 6 * (lora_rank * s.linear / s.num_layers if lora_rank else s.block),
         "head": 6 * s.vocab * s.hidden * (not lora_rank) + 12 * rows * s.vocab,
         "activations": 2 * tokens * kept[recompute],
