@@ -54,12 +54,12 @@ else
     NPROC=1 "$launch" "$here/tools/make_word_problems.py" "$problems" --seed "$seed"
 fi
 
-stage "2 of 4: SFT, the model learns what the careless teacher says"
+stage "2 of 4: SFT, the model learns what the careless teacher says (three minutes)"
 "$launch" --config "$here/configs/train_llm/sft_word_problems.yaml" --dataset "$problems/sft.jsonl" \
     --tokenizer "$problems/tokenizer" --seed "$seed" --checkpoint-dir "$run/sft" \
     ${sft_args[@]+"${sft_args[@]}"}
 
-stage "3 of 4: GRPO, the model learns which of its own answers are right"
+stage "3 of 4: GRPO, the model learns which of its own answers are right (two minutes)"
 "${start_grpo[@]}" --config "$here/configs/train_gsm8k_fsdp2/quickstart.yaml" --model "$run/sft/hf" \
     --dataset "$problems" --seed "$seed" --checkpoint-dir "$grpo" ${args[@]+"${args[@]}"}
 

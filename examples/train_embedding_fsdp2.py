@@ -2465,6 +2465,7 @@ def main() -> None:
         if args.export:
             found = verify_export(run_dir / "hf", proof, expected, dtype, args)
             print(f"model      {run_dir / 'hf'} ({found})")
+            print(f"next       SentenceTransformer({str(run_dir / 'hf')!r}).encode(['a text', 'another'])")
 
 
 if __name__ == "__main__":
