@@ -934,9 +934,6 @@ def one_at_a_time(args: Namespace) -> Iterator[None]:
     with (Path(args.data_cache) / "lock").open("w") as lock:
         with contextlib.suppress(OSError):  # some network file systems lock nothing: work may be done twice
             fcntl.flock(lock, fcntl.LOCK_EX)
-            for stale in Path(args.data_cache).glob("tmp*"):  # what a kill left of the library's files
-                if time.time() - stale.stat().st_mtime > 3600:
-                    stale.unlink()
         yield
 
 

@@ -665,16 +665,6 @@ def test_streaming_with_fewer_rows_than_ranks(place, tmp_path):
         streamed_documents(args, 1, 2, 1)
 
 
-def test_what_a_kill_left_is_removed_once_nobody_writes_it(place, texts_path, tmp_path):
-    old, new = tmp_path / "cache/tmpabc", tmp_path / "cache/tmpdef"
-    old.parent.mkdir()
-    for path in (old, new):
-        path.write_bytes(b"half of an Arrow file")
-    os.utime(old, (time.time() - 7200,) * 2)
-    assert tokens_of(make_args(place, texts_path, cache=tmp_path / "cache"))
-    assert new.exists() and not old.exists()
-
-
 # ----------------------------------------------------------------------------------------------------
 # 6. Held-out loss
 
