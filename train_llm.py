@@ -1276,131 +1276,130 @@ def streamed_batches(args: Namespace, ranks: Ranks, state: dict) -> Iterator[dic
 # ------------------------------------------------------------------------------------------------
 # 4. Model: the decoder of this file, or any causal LM of transformers; shard, materialise, fill, prove
 
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    ffn_size: int
-    vocab_size: int = 32000
-    max_positions: int = 2048
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
-
-    @property
-    def head_size(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    def get_text_config(self) -> "ModelConfig":  # as transformers' configurations
-        return self
-
-
-# Layers, hidden size and heads are given; key-value heads and feed-forward width are chosen so that each name
-# is true within 2 % with the default vocabulary of 32,000 (input and output embeddings are separate).
+# Layers, hidden size, heads, key-value heads, feed-forward width. The last two are chosen so that each name
+# is true within 2 % with a vocabulary of 32,000 (input and output embeddings are separate).
 MODEL_SIZES = {
-    "test": ModelConfig(2, 64, 4, 2, 192),
-    "quickstart": ModelConfig(4, 128, 4, 2, 384),
-    "125M": ModelConfig(12, 768, 12, 4, 2048),
-    "350M": ModelConfig(24, 1024, 16, 8, 2816),
-    "1B": ModelConfig(24, 2048, 16, 4, 4096),
-    "3B": ModelConfig(28, 3072, 24, 8, 8192),
-    "7B": ModelConfig(32, 4096, 32, 8, 13824),
-    "13B": ModelConfig(40, 5120, 40, 8, 16640),
-    "30B": ModelConfig(60, 6656, 52, 4, 19968),
-    "70B": ModelConfig(80, 8192, 64, 8, 29184),
+    "test": (2, 64, 4, 2, 192),
+    "quickstart": (4, 128, 4, 2, 384),
+    "125M": (12, 768, 12, 4, 2048),
+    "350M": (24, 1024, 16, 8, 2816),
+    "1B": (24, 2048, 16, 4, 4096),
+    "3B": (28, 3072, 24, 8, 8192),
+    "7B": (32, 4096, 32, 8, 13824),
+    "13B": (40, 5120, 40, 8, 16640),
+    "30B": (60, 6656, 52, 4, 19968),
+    "70B": (80, 8192, 64, 8, 29184),
 }
+
+
+def decoder_config(sizes: tuple, vocab_size: int = 32000, max_positions: int = 2048):
+    """The configuration of a Llama, as which the model of this file is exported."""
+    from transformers import LlamaConfig
+    num_layers, hidden_size, num_heads, num_kv_heads, ffn_size = sizes
+    return LlamaConfig(
+        num_hidden_layers=num_layers, hidden_size=hidden_size, num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads, intermediate_size=ffn_size, vocab_size=vocab_size,
+        max_position_embeddings=max_positions, rms_norm_eps=1e-5, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, architectures=["LlamaForCausalLM"])
 
 
 # HACK(torch 2.11): its varlen_attn takes fewer key-value heads unasked; later versions want to be told.
 VARLEN_OPTIONS = {"enable_gqa": True} if torch.__version__ >= "2.12" else {}
 
 
-def attend_within_documents(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None = None,
-                            window: tuple[int, int] = (-1, 0)) -> Tensor:
+def varlen_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,
+                     dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None,
+                     cu_seqlens: Tensor | None = None, **options: object) -> tuple[Tensor, None]:
     """Causal attention within the documents that `document_bounds` tells apart, by flash attention's kernels,
-    which need no (T, T) mask. (B, H, T, D), keys and values with H or fewer heads -> (B, T, H, D)."""
+    which need no (T, T) mask; without bounds a row is one document. As transformers' models call it: (B, H,
+    T, D), keys and values with H or fewer heads -> (B, T, H, D). Raises ValueError for what the kernel does
+    not have; `prove_packing` then takes masks."""
     from torch.nn.attention.varlen import varlen_attn
-    B, _, T, D = q.shape
-    q, k, v = (x.transpose(1, 2).reshape(B * T, -1, D) for x in (q, k, v))
-    options = VARLEN_OPTIONS | {"scale": scale, "window_size": window}
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, T, T, **options).view(B, T, -1, D)
+    unknown = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
+    if unknown or dropout or attention_mask is not None or not getattr(module, "is_causal", True):
+        raise ValueError(f"no variable-length attention with {unknown or 'dropout, a mask or without order'}")
+    B, _, T, D = query.shape
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(0, B * T + 1, T, device=query.device, dtype=torch.int32)
+    q, k, v = (x.transpose(1, 2).reshape(B * T, -1, D) for x in (query, key, value))
+    window = (sliding_window - 1 if sliding_window else -1, 0)
+    options = VARLEN_OPTIONS | {"scale": scaling, "window_size": window}
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, T, T, **options).view(B, T, -1, D), None
 
 
 class Attention(nn.Module):  # grouped-query, with rotary positions
-    def __init__(self, c: ModelConfig) -> None:
+    def __init__(self, c) -> None:
         super().__init__()
-        self.head_size = c.head_size
-        self.q_proj = nn.Linear(c.hidden_size, c.num_heads * c.head_size, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_size, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_size, bias=False)
-        self.o_proj = nn.Linear(c.num_heads * c.head_size, c.hidden_size, bias=False)
+        self.head_dim, kv_size = c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
-                ) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_size).transpose(1, 2)
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cu_seqlens is not None:
-            return self.o_proj(attend_within_documents(q, k, v, cu_seqlens).flatten(2))
+            return self.o_proj(varlen_attention(self, q, k, v, None, cu_seqlens=cu_seqlens)[0].flatten(2))
         if mask is not None or (x.is_cuda and x.dtype == torch.float32):
             # On a GPU only flash attention takes fewer key-value heads; the whole scores would be made.
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):  # SwiGLU
-    def __init__(self, c: ModelConfig) -> None:
+    def __init__(self, c) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.ffn_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.ffn_size, bias=False)
-        self.down_proj = nn.Linear(c.ffn_size, c.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
-    def __init__(self, c: ModelConfig) -> None:
+    def __init__(self, c) -> None:
         super().__init__()
         self.self_attn, self.mlp = Attention(c), MLP(c)
-        self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.norm_eps)
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
-                ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cu_seqlens)
+    def forward(self, x: Tensor, rotary: tuple, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cu_seqlens)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    def __init__(self, c: ModelConfig) -> None:
+    def __init__(self, c) -> None:
         super().__init__()
         self.config = c
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_layers))
-        self.norm = nn.RMSNorm(c.hidden_size, eps=c.norm_eps)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.norm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None
                 ) -> Tensor:
         x = self.embed_tokens(input_ids)
-        if not (x.is_cuda and x.dtype == torch.bfloat16 and torch.backends.cuda.flash_sdp_enabled()):
+        if not (x.dtype == torch.bfloat16 and torch.backends.cuda.flash_sdp_enabled()):
             cu_seqlens = None  # flash attention's kernels are for these alone
         mask = document_mask(position_ids) if position_ids is not None and cu_seqlens is None else None
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=x.device)[None]
-        cos, sin = rotary_table(position_ids, self.config.head_size, self.config.rope_theta, x.dtype)
+        theta = self.config.rope_parameters["rope_theta"]
+        rotary = rotary_table(position_ids, self.config.head_dim, theta, x.dtype)
         for layer in self.layers:
-            x = layer(x, cos, sin, mask, cu_seqlens)
+            x = layer(x, rotary, mask, cu_seqlens)
         return self.norm(x)
 
 
 class CausalLM(nn.Module):
     """The model of --from-scratch, its parameters named as in transformers' LlamaForCausalLM."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config) -> None:
         super().__init__()
         self.config, self.loss_chunk = config, 512  # rows of logits at once, see `rows_at_once`
         self.model = Decoder(config)
@@ -1415,18 +1414,12 @@ class CausalLM(nn.Module):
             return self.lm_head(hidden)
         return chunked_loss(hidden, labels, self.lm_head, self.head_loss, self.loss_chunk)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-
-def rotary_table(position_ids: Tensor, head_size: int, theta: float, dtype: torch.dtype
+def rotary_table(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype
                  ) -> tuple[Tensor, Tensor]:
-    """cos, sin (B, 1, T, head_size), in fp32 until the end. Su et al. 2021, arXiv:2104.09864, half-split."""
-    even = torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32)
-    angle = position_ids[:, None, :, None].float() * theta ** -(even / head_size)
+    """cos, sin (B, 1, T, head_dim), in fp32 until the end. Su et al. 2021, arXiv:2104.09864, half-split."""
+    even = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)
+    angle = position_ids[:, None, :, None].float() * theta ** -(even / head_dim)
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
@@ -1457,31 +1450,14 @@ def document_bounds(position_ids: Tensor) -> Tensor:
     return F.pad(bounds, (0, size - len(bounds)), value=position_ids.numel()).int()
 
 
-def varlen_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,
-                     dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None,
-                     cu_seqlens: Tensor | None = None, **options: object) -> tuple[Tensor, None]:
-    """`attend_within_documents` as transformers' models call their attention; without bounds a row is one
-    document. Raises ValueError for what the kernel does not have; `prove_packing` then takes masks."""
-    unknown = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
-    if unknown or dropout or attention_mask is not None or not getattr(module, "is_causal", True):
-        raise ValueError(f"no variable-length attention with {unknown or 'dropout, a mask or without order'}")
-    B, _, T, _ = query.shape
-    if cu_seqlens is None:
-        cu_seqlens = torch.arange(0, B * T + 1, T, device=query.device, dtype=torch.int32)
-    window = (sliding_window - 1 if sliding_window else -1, 0)
-    return attend_within_documents(query, key, value, cu_seqlens, scaling, window), None
-
-
 def build_model(args: Namespace, folder: Path | None, vocab_size: int) -> nn.Module:
     """The model on the meta device: shapes, no memory. `folder` holds the Hugging Face model, if any."""
     if folder is None:
         if args.vocab_size and args.vocab_size < vocab_size:
             raise UserError(f"--vocab-size {args.vocab_size}: the tokenizer has {vocab_size} tokens")
         size = args.vocab_size or math.ceil(vocab_size / 64) * 64
-        sizes = MODEL_SIZES[args.model_size]
-        config = dataclasses.replace(sizes, vocab_size=size, max_positions=args.seq_len)
         with torch.device("meta"):
-            return CausalLM(config)
+            return CausalLM(decoder_config(MODEL_SIZES[args.model_size], size, args.seq_len))
     import transformers
     with naming(f"--hf-model {args.hf_model}"):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
@@ -1507,10 +1483,13 @@ def attach_chunked_loss(model: nn.Module) -> None:
     full_forward, head, config = model.forward, model.get_output_embeddings(), model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     cap = getattr(config, "final_logit_softcapping", None) or 0.0
+    # What a mixture of experts adds to its mean loss where its config asks for it: so much of the
+    # load-balancing loss over a micro-batch (Fedus et al. 2021, arXiv:2101.03961, eq. 4 to 6).
+    balance = getattr(config, "output_router_logits", False) and (
+        getattr(model, "router_aux_loss_coef", None) or getattr(config, "aux_loss_coef", None))
     base = base_of(model)
-    model.whole_logits, model.loss_chunk = head is None or base is model, 512
+    model.whole_logits, model.loss_chunk = bool(head is None or base is model or balance), 512
     model.head_loss = functools.partial(head_loss, scale=scale, cap=cap)
-    balance = auxiliary_loss(model, config)
 
     # As an attribute, not as a wrapping module: parameter names stay those of the files on disk.
     def forward(input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None,
@@ -1520,33 +1499,16 @@ def attach_chunked_loss(model: nn.Module) -> None:
             call["cu_seqlens"] = cu_seqlens
         if labels is None:
             return full_forward(**call).logits
-        with_balance = balance is not None and model.training
-        if with_balance:
-            call["output_router_logits"] = True
-        out = full_forward(**call) if model.whole_logits else base(**call)
-        if model.whole_logits:
-            sums = loss_terms(out.logits.flatten(0, 1), labels.flatten())
-            loss, sums = weigh(sums), sums.detach()
-        else:
-            loss, sums = chunked_loss(out[0], labels, head, model.head_loss, model.loss_chunk)
-        if with_balance:
-            loss = loss + balance(out.router_logits) * (labels != IGNORE).sum()
-        return loss, sums
+        if not model.whole_logits:
+            return chunked_loss(base(**call)[0], labels, head, model.head_loss, model.loss_chunk)
+        out = full_forward(**call)
+        sums = loss_terms(out.logits.flatten(0, 1), labels.flatten())
+        loss = weigh(sums)
+        if balance:
+            loss = loss + balance * out.aux_loss * (labels != IGNORE).sum()
+        return loss, sums.detach()
 
     model.forward = forward
-
-
-def auxiliary_loss(model: nn.Module, config: object) -> Callable | None:
-    """What a mixture of experts adds to its mean loss where its config asks for it: the coefficient times the
-    load-balancing loss over a micro-batch (Fedus et al. 2021, arXiv:2101.03961, eq. 4 to 6)."""
-    coefficient = getattr(model, "router_aux_loss_coef", getattr(config, "aux_loss_coef", None)) or 0.0
-    if not (getattr(config, "output_router_logits", False) and coefficient):
-        return None
-    function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
-    if function is None:
-        raise UserError(f"{type(model).__name__} has no load-balancing loss, which its config asks for: set "
-                        "output_router_logits to false there to train without")
-    return lambda logits: coefficient * function(logits, model.num_experts, model.num_experts_per_tok)
 
 
 # >>> shared: shard
@@ -1794,7 +1756,7 @@ def init_from_scratch(model: CausalLM, seed: int, device: torch.device) -> None:
             fill(param, torch.ones(param.shape, device=device))
             continue
         is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
-        std = 0.02 / math.sqrt(2 * model.config.num_layers) if is_output else 0.02
+        std = 0.02 / math.sqrt(2 * model.config.num_hidden_layers) if is_output else 0.02
         generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         fill(param, torch.empty(param.shape, device=device).normal_(std=std, generator=generator))
 
@@ -1938,18 +1900,26 @@ def describe_model(model: nn.Module, dtype: torch.dtype) -> str:
 # <<< shared: prove
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def untrained(model: nn.Module) -> Iterator[None]:
+    """Around a few forwards without gradients, dropout and graphs compiled for their shapes."""
+    model.eval()
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        yield
+    reshard(model)
+    model.train()
+
+
 def prove_loss(model: nn.Module, ranks: Ranks) -> None:
     """Compare the chunked loss, token by token, with that of the model's own logits. A family that transforms
     its logits in a way that `attach_chunked_loss` does not know keeps whole logits (all ranks)."""
     ids, each, loss_fn = plain_tokens(model, 2, 32, ranks.device), [], model.head_loss
 
-    def noted(*args: object, **options: object) -> Tensor:
-        each.append(loss_fn(*args, **options))
+    def noted(*inputs: object) -> Tensor:
+        each.append(loss_fn(*inputs))
         return each[-1]
 
-    model.eval()
-    with torch.compiler.set_stance("force_eager"):
+    with untrained(model):
         logits = model(ids)
         if not torch.isfinite(logits).all():
             raise UserError("the model's logits are not finite on a plain input: its weights are broken")
@@ -1957,8 +1927,6 @@ def prove_loss(model: nn.Module, ranks: Ranks) -> None:
         model.head_loss, chunk, model.loss_chunk = noted, model.loss_chunk, 1
         model(ids, labels=ids)
         model.head_loss, model.loss_chunk = loss_fn, chunk
-    reshard(model)
-    model.train()
     # bf16: half a unit in the last place of the largest logit, by which two orders of adding may differ.
     bound = 3e-6 if logits.dtype == torch.float32 else torch.finfo(logits.dtype).eps / 2
     if each and not (torch.stack(each)[:, 0] - expected).abs().mean() <= bound * logits.abs().max():
@@ -1968,25 +1936,22 @@ def prove_loss(model: nn.Module, ranks: Ranks) -> None:
                   "the loss uses whole logits (more memory)")
 
 
-@torch.no_grad()
 def prove_packing(model: nn.Module, ranks: Ranks, can_use_varlen: bool = False) -> None:
     """Choose how documents in a pack are told apart: by variable-length attention (CUDA), or by positions
     that start again, from which transformers makes masks. The second document of a pack must have the logits
     that it has alone, up to a fraction of what a leak changes (all ranks)."""
     ids = plain_tokens(model, 2, 64, ranks.device)
     positions = torch.arange(64, device=ranks.device).expand(2, 64) % 32
-    own, ways = model.config._attn_implementation, []
+    ways = [model.config._attn_implementation]
     if can_use_varlen and model._supports_flash_attn and model._supports_attention_backend:
         from transformers import AttentionInterface
         AttentionInterface.register("varlen", varlen_attention)
-        ways = ["varlen"]
-    model.eval()
-    with torch.compiler.set_stance("force_eager"):
+        ways.insert(0, "varlen")
+    with untrained(model):
         alone = model(ids.view(4, 32)).view(2, 64, -1)[:, 32:].float()
         leak = (model(ids)[:, 32:] - alone).abs().mean()
-        for implementation in (*ways, own):
-            for config in (model.config, model.config.get_text_config()):
-                config._attn_implementation = implementation
+        for way in ways:
+            model.config._attn_implementation = model.config.get_text_config()._attn_implementation = way
             try:
                 packed = model(ids, position_ids=positions, cu_seqlens=document_bounds(positions))[:, 32:]
             except (TypeError, ValueError, RuntimeError):  # a kernel that this family cannot take
@@ -1997,10 +1962,8 @@ def prove_packing(model: nn.Module, ranks: Ranks, can_use_varlen: bool = False) 
         else:
             raise UserError("documents in a pack see each other in this model: use --no-packing, or let them "
                             "with --no-mask-documents")
-    if implementation != "varlen":  # cuDNN 9.19 makes NaN gradients behind some masks (pytorch#196678)
+    if way != "varlen":  # cuDNN 9.19 makes NaN gradients behind some masks (pytorch#196678)
         torch.backends.cuda.enable_cudnn_sdp(False)
-    reshard(model)
-    model.train()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2073,26 +2036,21 @@ def learning_rate(step: float, total_steps: float, warmup_steps: int, max_lr: fl
 
 def resolve_steps(args: Namespace, dataset: TokenDataset | None, ranks: Ranks, progress: dict
                   ) -> tuple[int, int, float, list[str]]:
-    """(total steps, warm-up steps, ahead, lines that say why). Epochs count in samples, also where the batch
-    has changed since. Ahead: samples seen over today's batch, less the steps done; the schedule adds it."""
+    """(total steps, warm-up steps, ahead, lines to print). Epochs count in samples, also where the batch has
+    changed since. Ahead: samples seen over today's batch, less the steps done; the schedule adds it."""
     per_step, ahead = args.batch_size * args.grad_accum_steps * ranks.world_size, 0.0
-    total, known = args.num_epochs * (args.steps_per_epoch or 1000), "of a stream"
-    if dataset:
-        known = f"{math.ceil(len(dataset) / per_step):,} are one pass over {len(dataset):,} sequences"
+    total = args.max_steps or min(args.num_epochs * (args.steps_per_epoch or 1000), 100_000)
     if dataset and not (args.max_steps or args.steps_per_epoch):
         ahead = progress["samples"] / per_step - progress["step"]
         left = args.num_epochs * len(dataset) - progress["samples"]
-        total = progress["step"] + math.ceil(left / per_step)
-    total = args.max_steps or min(total, 100_000)
+        total = min(progress["step"] + math.ceil(left / per_step), 100_000)
     warmup = args.warmup_steps if args.warmup_steps is not None else min(2000, total // 10)
     if warmup > total:
         raise UserError(f"--warmup-steps {warmup} is more than the run's {total} steps")
-    lines = [f"steps      {total:,} ({known}), {warmup:,} of warm-up; {per_step:,} sequences, "
+    lines = [f"steps      {total:,}, {warmup:,} of warm-up; {per_step:,} sequences, "
              f"{per_step * args.seq_len:,} tokens a step; learning rate {args.max_lr:g}"]
     if 0 < progress.get("total_steps", 0) == progress["step"] < total and args.schedule != "constant":
         lines.append("note       the run had ended: its learning rate rises again")
-    if total < 10 or (dataset and per_step > len(dataset)):
-        lines.append("note       fewer than 10 steps, or steps that take all of the data, learn little")
     return total, warmup, ahead, lines
 
 
@@ -2521,22 +2479,10 @@ def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remot
     precision goes, and those of a generation with a cache the same without. Returns a word on it for the end
     of a run. Raises UserError."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-    logging.disable_progress_bar()
-    adapter, whole, options = folder / "adapter_config.json", folder, {}
-    if adapter.exists():
-        whole = fetch(json.loads(adapter.read_text())["base_model_name_or_path"])
-        options = {"dtype": expected.dtype}
-    nbytes = sum(path.stat().st_size for path in whole.glob("*.safetensors"))
-    if nbytes * 1.2 > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        return "not reloaded: too little memory"
+    # Adapters alone: transformers adds them to the model that they name, in the precision of the training.
+    options = {"dtype": expected.dtype} if (folder / "adapter_config.json").exists() else {}
     model, info = AutoModelForCausalLM.from_pretrained(
-        whole, trust_remote_code=trust_remote_code, output_loading_info=True, **options)
-    if adapter.exists():
-        from peft import PeftModel
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what PEFT asks transformers
-            model = PeftModel.from_pretrained(model, folder)
+        folder, trust_remote_code=trust_remote_code, output_loading_info=True, **options)
     ids, expected, note = input_ids.cpu(), expected.cpu(), ""
     logits = model.eval()(ids, use_cache=False).logits.float()
     spread = (logits - logits.mean(-1, keepdim=True)).abs().mean()
@@ -2560,18 +2506,11 @@ def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remot
 
 
 def hf_parts(model: nn.Module, tokenizer, source: Path | None) -> tuple:
-    """Of the exported folder, see `write_hf_folder`; the model of this file loads as a Llama."""
-    if not isinstance(model, CausalLM):
-        return getattr(model, "peft_config", {}).get("default", model.config), tokenizer, source
-    from transformers import LlamaConfig
-    c = model.config
-    return LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.ffn_size,
-        num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads,
-        num_key_value_heads=c.num_kv_heads, max_position_embeddings=c.max_positions,
-        rms_norm_eps=c.norm_eps, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id), tokenizer, source
+    """Of the exported folder, see `write_hf_folder`."""
+    config = getattr(model, "peft_config", {}).get("default", model.config)
+    if isinstance(model, CausalLM):
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return config, tokenizer, source
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2586,10 +2525,10 @@ def flops_per_token(model: nn.Module, seq_len: int) -> float | None:
     config = model.config.get_text_config()
     if any(hasattr(config, name) for name in ("num_local_experts", "num_experts", "n_routed_experts")):
         return None
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    matmul = sum((6.0 if p.requires_grad else 4.0) * p.numel() for p in model.parameters() if p.dim() > 1)
-    if head is None or head.weight is not embedding.weight:
-        matmul -= (6.0 if embedding.weight.requires_grad else 4.0) * embedding.weight.numel()
+    embedded, heads = ({id(m.weight) for m in model.modules() if isinstance(m, kind)}
+                       for kind in (nn.Embedding, nn.Linear))  # a tied head is a matmul
+    matmul = sum((6.0 if p.requires_grad else 4.0) * p.numel() for p in model.parameters()
+                 if p.dim() > 1 and id(p) not in embedded - heads)
     return matmul + 6.0 * len(find_blocks(model)) * config.hidden_size * seq_len
 
 
@@ -2681,46 +2620,31 @@ def open_bar(total: int, step: int, ranks: Ranks):
 # 9. Evaluation: the whole held-out split
 
 @torch.no_grad()
-def evaluate(model: nn.Module, name: str, dataset: TokenDataset, batch_size: int, ranks: Ranks
+def evaluate(model: nn.Module, eval_sets: dict[str, TokenDataset], batch_size: int, ranks: Ranks
              ) -> dict[str, float]:
-    """Loss per trained token over every sample once, the same on any number of ranks (all ranks).
+    """Loss per trained token over every sample of each set once, the same on any number of ranks (all ranks).
 
     Ranks take turns of single batches; one that has none left repeats a sample without labels, because every
     rank must take part in each forward's gathers."""
-    from tqdm import tqdm
-    started = time.perf_counter()
-    sums = torch.zeros(2, device=ranks.device, dtype=torch.float64)  # an fp32 sum over millions rounds
-    per_round = batch_size * ranks.world_size
+    found = {}
     model.eval()
-    for first in tqdm(range(0, len(dataset), per_round), desc="evaluating", leave=False,
-                      disable=not (ranks.is_main and sys.stderr.isatty())):
-        start = first + ranks.rank * batch_size
-        mine = range(start, min(start + batch_size, len(dataset)))
-        batch = collate([dataset[i] for i in mine or [0]], ranks.device, dataset.mask_documents,
-                        dataset.seq_len)
-        if not mine:
-            batch["labels"].fill_(IGNORE)
-        sums += torch.stack([model(**batch)[1][0].double(), (batch["labels"] != IGNORE).sum()])
+    for name, dataset in eval_sets.items():
+        started = time.perf_counter()
+        sums = torch.zeros(2, device=ranks.device, dtype=torch.float64)  # an fp32 sum over millions rounds
+        for first in range(0, len(dataset), batch_size * ranks.world_size):
+            start = first + ranks.rank * batch_size
+            mine = range(start, min(start + batch_size, len(dataset)))
+            batch = collate([dataset[i] for i in mine or [0]], ranks.device, dataset.mask_documents,
+                            dataset.seq_len)
+            if not mine:
+                batch["labels"].fill_(IGNORE)
+            sums += torch.stack([model(**batch)[1][0].double(), (batch["labels"] != IGNORE).sum()])
+        loss_sum, num_tokens = all_sum(sums).tolist()  # sync point
+        loss = loss_sum / max(1.0, num_tokens)
+        found |= {f"{name}/loss": loss, f"{name}/perplexity": math.exp(min(loss, 700.0)),
+                  f"{name}/tokens": int(num_tokens), f"{name}/time_s": time.perf_counter() - started}
     reshard(model)
     model.train()
-    loss_sum, num_tokens = all_sum(sums).tolist()  # sync point
-    loss = loss_sum / max(1.0, num_tokens)
-    return {f"{name}/loss": loss, f"{name}/perplexity": math.exp(min(loss, 700.0)),
-            f"{name}/tokens": int(num_tokens), f"{name}/time_s": time.perf_counter() - started}
-
-
-def evaluate_all(model: nn.Module, eval_sets: dict[str, TokenDataset], batch_size: int, progress: dict, bar,
-                 ranks: Ranks) -> dict[str, float]:
-    """`evaluate` of each set (all ranks). The first set's loss decides which step is the best."""
-    found = {}
-    for name, dataset in eval_sets.items():
-        found |= evaluate(model, name, dataset, batch_size, ranks)
-        if ranks.is_main:
-            bar.write(f"step {progress['step']:>7,}  {name} loss {found[f'{name}/loss']:.4f}  perplexity "
-                      f"{found[f'{name}/perplexity']:.2f}  over {found[f'{name}/tokens']:,} tokens")
-    loss, best = next(iter(found.values())), progress["best_eval_loss"]
-    if not math.isnan(loss) and (best is None or loss < best):
-        progress |= {"best_eval_loss": loss, "best_step": progress["step"]}
     return found
 
 
@@ -2765,8 +2689,7 @@ def ready_model(args: Namespace, model: nn.Module, checkpoints: list[Path], dtyp
     model.loss_chunk = args.loss_chunk_tokens or rows_at_once(model, ranks.device)
     shard_model(model, args, mesh, dtype)
     if args.compile or (args.compile is None and cuda):
-        scale_and_cap = getattr(model.head_loss, "keywords", {})
-        model.head_loss = functools.partial(torch.compile(head_loss), **scale_and_cap)
+        model.head_loss = torch.compile(model.head_loss)
     materialise(model, ranks.device, args.cpu_offload)
     optimizer = build_optimizer(model, args)  # after sharding, which replaces the parameters
     if args.hf_model:
@@ -2795,49 +2718,8 @@ def export_run(args: Namespace, model: nn.Module, hf_folder: Path | None, dtype:
     parts = hf_parts(model, load_tokenizer(args), hf_folder) if ranks.is_main else None
     export_model(model, Path(args.checkpoint_dir) / "hf", parts, dtype, ranks)
     probe = plain_tokens(model, 2, 64, ranks.device)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        return probe, model.eval()(probe)
-
-
-def next_command(args: Namespace) -> str:
-    """For the last line of a run."""
-    if args.lora_rank and not args.lora_merge:
-        return "the same command with --lora-merge puts the whole model in the adapters' place"
-    command = shlex.join([sys.executable, sys.argv[0], "--hf-model", str(Path(args.checkpoint_dir) / "hf")])
-    return f"{command} --dataset YOUR.jsonl --checkpoint-dir runs/finetuned"
-
-
-def read_later(tensor: Tensor) -> Callable[[], list[float]]:
-    """Start to copy to the host. The function that is returned waits for the copy, but not for what the
-    device was given to do since."""
-    cuda = tensor.is_cuda
-    host, event = torch.empty(tensor.shape, pin_memory=cuda), torch.cuda.Event() if cuda else None
-    host.copy_(tensor, non_blocking=True)
-    if cuda:
-        event.record()
-
-    def read() -> list[float]:
-        if cuda:
-            event.synchronize()  # sync point: with that copy
-        return host.tolist()
-
-    return read
-
-
-def note_bad_steps(skipped: list[float], progress: dict, bar, ranks: Ranks) -> None:
-    """Count the skipped among the last steps (1.0 each)."""
-    for back, bad in zip(range(len(skipped) - 1, -1, -1), skipped):
-        progress["bad_in_a_row"] = progress["bad_in_a_row"] + 1 if bad else 0
-        progress["skipped_steps"] += bool(bad)
-        if bad and ranks.is_main:
-            bar.write(f"no update in step {progress['step'] - back}: its gradient is not finite")
-
-
-def refuse_bad_steps(progress: dict, limit: int, saver: Checkpointer) -> None:
-    if progress["bad_in_a_row"] >= limit:
-        finish_save(saver)
-        raise UserError(f"{limit} steps in a row had a gradient that is not finite, and changed nothing: "
-                        "lower --max-lr, or look at the data (a step without a trained token counts, too)")
+    with untrained(model):
+        return probe, model(probe)
 
 
 def describe_data(train_set: TokenDataset | None, eval_sets: dict[str, TokenDataset]) -> list[str]:
@@ -2850,6 +2732,15 @@ def describe_data(train_set: TokenDataset | None, eval_sets: dict[str, TokenData
                      f"{filled:.0%} full; documents "
                      f"{'do not see each other' if dataset.mask_documents else 'follow one another'}")
     return lines
+
+
+def note_bad_step(progress: dict, limit: int, saver: Checkpointer, bar, ranks: Ranks) -> None:
+    if ranks.is_main:
+        bar.write(f"no update in step {progress['step']}: its gradient is not finite")
+    if progress["bad_in_a_row"] >= limit:
+        finish_save(saver)
+        raise UserError(f"{limit} steps in a row had a gradient that is not finite, and changed nothing: "
+                        "lower --max-lr, or look at the data (a step without a trained token counts, too)")
 
 
 def show_row(bar, row: dict, total_steps: int, ranks: Ranks) -> None:
@@ -2971,18 +2862,14 @@ def main() -> None:
                        else resume_stream(args, ranks, checkpoints[-1] if checkpoints else None))
 
     texts = write_record(run_dir, args, ranks)
-    best = progress["best_step"] if args.keep_best else -1
-    saver = Checkpointer(run_dir / "checkpoints", args.keep_checkpoints, best)
+    saver = Checkpointer(run_dir / "checkpoints", args.keep_checkpoints)
     trackers = open_trackers(args, ranks)
     for line in [describe_model(model, dtype), *data["notes"], *describe_data(train_set, eval_sets), *notes]:
         say(line)
     samples_per_step = args.batch_size * args.grad_accum_steps * ranks.world_size
-    num_replicas = ranks.world_size // mesh.size(-1)  # 1 without HSDP
     reduces_always = args.reduce_every_micro_batch or mesh.size() == 1  # one device: no traffic, less memory
     token_flops, device_flops = flops_per_token(model, args.seq_len), peak_flops(ranks.device)
-    loss_sums, token_count = (torch.zeros(size, device=ranks.device) for size in (len(LOSSES), ()))
-    num_trained = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    skipped, times, num_input_tokens, stop, read_votes = [], {}, 0, None, list
+    times, num_input_tokens = {}, 0
     phase = functools.partial(timed, times)
     asked = catch_signals(ranks)
     bar = open_bar(total_steps, progress["step"], ranks)
@@ -2997,17 +2884,22 @@ def main() -> None:
         is_last = step >= total_steps
         if eval_sets and (is_last or (args.eval_interval and step and step % args.eval_interval == 0)):
             stall_after(None)
-            evaluation = evaluate_all(model, eval_sets, args.batch_size, progress, bar, ranks)
-            saver.best = progress["best_step"] if args.keep_best else -1
+            evaluation = evaluate(model, eval_sets, args.batch_size, ranks)
+            loss = next(iter(evaluation.values()))  # of the first set: it decides which step is the best
+            if loss < (progress["best_eval_loss"] or math.inf):
+                progress |= {"best_eval_loss": loss, "best_step": step}
+            if ranks.is_main:
+                losses = (f"{name} loss {evaluation[f'{name}/loss']:.4f}" for name in eval_sets)
+                bar.write(f"step {step:>7,}  {'  '.join(losses)}")
             for track in trackers:
                 track({"step": step, **evaluation})
         if is_last:
             break
+        saver.best = progress["best_step"] if args.keep_best else -1
         stall_after(args.stall_timeout)
 
         # Forward and backward: gradients of the summed loss, reduced with the last micro-batch (all ranks)
-        loss_sums.zero_()
-        token_count.zero_()
+        loss_sums = token_count = 0.0  # tensors on the device, from the first micro-batch on
         for micro in range(args.grad_accum_steps):
             with phase("data"):
                 batch = next(batches)
@@ -3018,7 +2910,7 @@ def main() -> None:
                 loss.backward()
                 loss_sums += terms  # read at the sync point only
                 token_count += (batch["labels"] != IGNORE).sum()
-            num_input_tokens += batch["input_ids"].numel() * ranks.world_size
+            num_input_tokens += batch["input_ids"].numel()
 
         # Clip and step (all ranks)
         with phase("checkpoint"):
@@ -3028,39 +2920,37 @@ def main() -> None:
                                args.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            losses, step_tokens, grad_norm, votes = reduce_stats(
-                model, loss_sums, token_count, num_replicas, votes_to_stop(asked, run_dir, ranks))
-            skipped.append(clip_and_step(optimizer, grad_norm, step_tokens, args.grad_clip))
+            num_replicas, votes = ranks.world_size // mesh.size(-1), votes_to_stop(asked, run_dir, ranks)
+            losses, count, grad_norm, votes = reduce_stats(model, loss_sums, token_count, num_replicas, votes)
+            skipped = clip_and_step(optimizer, grad_norm, count, args.grad_clip)
             optimizer.zero_grad()
-            # Votes of the step before: those of this one are not on the host yet, and nobody waits for them.
-            stop = next((name for name, count in zip(STOPS, read_votes()) if count), None)
-            read_votes = read_later(votes)
+            num_trained, norm, skipped, *values = torch.stack(
+                [count, grad_norm, skipped, *losses, *votes]).tolist()  # sync point
+            losses, votes = values[:len(losses)], values[len(losses):]
 
         # Count
         step += 1
-        progress |= {"step": step, "samples": progress["samples"] + samples_per_step}
-        num_trained += step_tokens
+        progress |= {
+            "step": step, "samples": progress["samples"] + samples_per_step,
+            "tokens": progress["tokens"] + int(num_trained),
+            "skipped_steps": progress["skipped_steps"] + int(skipped),
+            "bad_in_a_row": progress["bad_in_a_row"] + 1 if skipped else 0,
+        }
         bar.update()
-        is_last = step == total_steps
-        every = args.checkpoint_interval
+        stop = next((name for name, count in zip(STOPS, votes) if count), None)
+        is_last, every = step == total_steps, args.checkpoint_interval
         may_be_best = args.keep_best and args.eval_interval and step % args.eval_interval == 0
         is_save = every and (is_last or stop or may_be_best or step % every == 0)
 
         # Log
         if step % args.log_interval == 0 or is_save or is_last or stop or step == 1:
-            values = torch.stack([*losses, num_trained, grad_norm, *skipped]).tolist()  # sync point
-            values, (trained, norm_value, *recent) = values[:len(LOSSES)], values[len(LOSSES):]
-            progress["tokens"] += int(trained)
-            num_trained.zero_()
-            skipped.clear()
             seconds, num_steps = time.perf_counter() - row_started, step - row_step
-            per_gpu = num_input_tokens / seconds / ranks.world_size
-            note_bad_steps(recent, progress, bar, ranks)
+            per_gpu = num_input_tokens / seconds
             row = {
                 "step": step, "samples": progress["samples"],
-                **{f"train/{name}": value for name, value in zip(LOSSES, values)},
-                "train/perplexity": math.exp(min(values[0], 700.0)), "train/lr": lr,
-                "train/grad_norm": norm_value, "train/skipped_steps": progress["skipped_steps"],
+                **{f"train/{name}": value for name, value in zip(LOSSES, losses)},
+                "train/perplexity": math.exp(min(losses[0], 700.0)), "train/lr": lr,
+                "train/grad_norm": norm, "train/skipped_steps": progress["skipped_steps"],
                 "train/tokens": progress["tokens"], "perf/tokens_per_s": per_gpu * ranks.world_size,
                 "perf/tokens_per_s_per_gpu": per_gpu, "perf/peak_mem_gib": peak_memory_gib(ranks.device),
                 "time/step_s": seconds / num_steps,
@@ -3073,8 +2963,9 @@ def main() -> None:
             show_row(bar, row, total_steps, ranks)
             row_started, row_step, num_input_tokens = time.perf_counter(), step, 0
             times.clear()
-            refuse_bad_steps(progress, args.max_bad_steps, saver)
         stall_after(None)
+        if skipped:
+            note_bad_step(progress, args.max_bad_steps, saver, bar, ranks)
 
         # Save (all ranks): before the evaluation, which may run out of memory
         if is_save:
@@ -3098,7 +2989,6 @@ def main() -> None:
         if proof:
             print(f"model      {run_dir / 'hf'} (Hugging Face format; "
                   f"{verify_export(run_dir / 'hf', *proof, args.trust_remote_code)})")
-            print(f"next       {next_command(args)}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ evaluation, no record. The caller says in which precision it computes.
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_llm import MODEL_SIZES, CausalLM, epoch_order, init_from_scratch  # noqa: E402
+from train_llm import MODEL_SIZES, CausalLM, decoder_config, epoch_order, init_from_scratch  # noqa: E402
 
 
 def main() -> None:
@@ -36,7 +35,7 @@ def main() -> None:
     dist.init_process_group("nccl" if cuda else "gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
-    config = replace(MODEL_SIZES[args.model_size], vocab_size=args.vocab_size)
+    config = decoder_config(MODEL_SIZES[args.model_size], args.vocab_size)
     with torch.device("meta"):
         model = CausalLM(config)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]

@@ -55,7 +55,7 @@ def graphs(monkeypatch):
 
 
 def own_decoder(script):
-    config = script.ModelConfig(NUM_BLOCKS, 32, 2, 1, 64, vocab_size=VOCAB)
+    config = script.decoder_config((NUM_BLOCKS, 32, 2, 1, 64), VOCAB)
     torch.manual_seed(0)
     return script.CausalLM(config)
 

@@ -65,12 +65,12 @@ POSITIONS = torch.tensor([[*range(5), *range(7), *range(4)], [*range(9), *range(
 
 def test_own_attention_by_bounds_equals_the_mask(on_loops):
     torch.manual_seed(0)
-    config = train_llm.MODEL_SIZES["test"]  # 4 heads, 2 key-value heads
+    config = train_llm.decoder_config(train_llm.MODEL_SIZES["test"])  # 4 heads, 2 key-value heads
     attention = train_llm.Attention(config)
     x = torch.randn(2, 16, config.hidden_size)
-    table = train_llm.rotary_table(POSITIONS, config.head_size, config.rope_theta, torch.float32)
-    by_mask = attention(x, *table, train_llm.document_mask(POSITIONS), None)
-    by_bounds = attention(x, *table, None, train_llm.document_bounds(POSITIONS))
+    table = train_llm.rotary_table(POSITIONS, config.head_dim, 1e4, torch.float32)
+    by_mask = attention(x, table, train_llm.document_mask(POSITIONS), None)
+    by_bounds = attention(x, table, None, train_llm.document_bounds(POSITIONS))
     real = torch.ones(2, 16, dtype=torch.bool)
     real[1, 13:] = False
     torch.testing.assert_close(by_bounds[real], by_mask[real], rtol=1e-5, atol=1e-6)
@@ -109,10 +109,10 @@ def test_what_the_kernel_does_not_have_is_refused(options):
 
 def test_rows_of_logits_follow_the_vocabulary():
     class Model:
-        config = train_llm.dataclasses.replace(train_llm.MODEL_SIZES["test"], vocab_size=32000)
+        config = train_llm.decoder_config(train_llm.MODEL_SIZES["test"])
 
     for vocab_size, rows in ((32000, 8192), (128256, 2048), (151936, 1536), (1_000_000, 512)):
-        Model.config = train_llm.dataclasses.replace(Model.config, vocab_size=vocab_size)
+        Model.config.vocab_size = vocab_size
         assert train_llm.rows_at_once(Model, GPU) == rows
         assert train_llm.rows_at_once(Model, torch.device("cpu")) == 512
 
@@ -158,8 +158,7 @@ def test_one_device_gathers_and_divides_nothing(script, flags, frozen):
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         with kernels_as_they_were():
-            model = train_llm.CausalLM(train_llm.dataclasses.replace(
-                train_llm.MODEL_SIZES["test"], vocab_size=64))
+            model = train_llm.CausalLM(train_llm.decoder_config(train_llm.MODEL_SIZES["test"], 64))
             if frozen:
                 model.peft_config = {}  # as LoRA leaves it
             script.shard_model(model, args, init_device_mesh("cpu", (1,)), torch.float32)

@@ -713,7 +713,7 @@ def test_packed_loss_is_the_unpacked_loss(place, tmp_path, process_group, family
                     parameter.mul_(4.0)
         # Or packing would cut other tokens away.
         assert all(len(ids) <= 192 for ids in tokens_of(args, "eval"))
-        losses[flags] = train_llm.evaluate(model, "eval", held_out, 3, one_rank())
+        losses[flags] = train_llm.evaluate(model, {"eval": held_out}, 3, one_rank())
     packed, single, leaking = losses.values()
     assert packed["eval/tokens"] == single["eval/tokens"] == leaking["eval/tokens"] > 500
     assert packed["eval/loss"] == pytest.approx(single["eval/loss"], rel=1e-6)

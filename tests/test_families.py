@@ -211,8 +211,7 @@ def test_export_from_scratch_is_a_llama(nproc, dtype):
     exported = transformers.LlamaForCausalLM.from_pretrained(folder / "run" / "hf", dtype=torch.float32)
     exported.eval()
     saved = read_checkpoint(folder / "run" / "checkpoints" / "step_000002")
-    sizes = train_llm.MODEL_SIZES["test"]
-    sizes = train_llm.dataclasses.replace(sizes, vocab_size=config["vocab_size"], max_positions=SEQ_LEN)
+    sizes = train_llm.decoder_config(train_llm.MODEL_SIZES["test"], config["vocab_size"], SEQ_LEN)
     live = train_llm.CausalLM(sizes)
     live.load_state_dict({name: value.to(getattr(torch, dtype)).float()
                           for name, value in weights_of(saved).items()})
@@ -236,14 +235,14 @@ def test_sizes_are_what_their_names_say():
     import train_llm
 
     assert set(TABLE) <= set(train_llm.MODEL_SIZES)
-    for name, config in train_llm.MODEL_SIZES.items():
+    for name, sizes in train_llm.MODEL_SIZES.items():
         if name in TABLE:
-            assert (config.num_layers, config.hidden_size, config.num_heads) == TABLE[name]
+            assert sizes[:3] == TABLE[name]
         number = re.fullmatch(r"(\d+)([MB])", name)
         if number is None:
             continue  # test and quickstart promise no count
         with torch.device("meta"):
-            model = train_llm.CausalLM(config)
+            model = train_llm.CausalLM(train_llm.decoder_config(sizes))
         nominal = int(number[1]) * {"M": 1e6, "B": 1e9}[number[2]]
         assert sum(p.numel() for p in model.parameters()) == pytest.approx(nominal, rel=0.05), name
 

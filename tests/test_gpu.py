@@ -195,7 +195,7 @@ def own_settings():
 def own_decoder():
     """The model of train_llm.py, so far from zero that attention matters."""
     torch.manual_seed(0)
-    model = train_llm.CausalLM(train_llm.ModelConfig(4, 128, 4, 2, 256, vocab_size=VOCAB)).to(DEVICE)
+    model = train_llm.CausalLM(train_llm.decoder_config((4, 128, 4, 2, 256), VOCAB)).to(DEVICE)
     for param in model.parameters():
         torch.nn.init.normal_(param, std=0.1) if param.dim() > 1 else None
     return model
@@ -320,7 +320,7 @@ def test_packed_documents_need_no_mask_in_memory(mesh, family):
     """Two packs of 16,384 tokens: a mask of as many rows and columns, in bytes, would be 512 MiB."""
     T = 16384
     if family == "own":
-        model = train_llm.CausalLM(train_llm.ModelConfig(1, 64, 2, 1, 128, vocab_size=VOCAB)).to(DEVICE)
+        model = train_llm.CausalLM(train_llm.decoder_config((1, 64, 2, 1, 128), VOCAB)).to(DEVICE)
     else:
         from transformers import LlamaConfig, LlamaForCausalLM
         model = LlamaForCausalLM(LlamaConfig(

@@ -9,7 +9,6 @@ although it pads and packs.
 
 import json
 import math
-from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -125,12 +124,12 @@ def best_fit(documents):
 
 def scratch_model():
     """transformers' Llama with the weights that the script's own model starts with."""
-    c = replace(train_llm.MODEL_SIZES["test"], vocab_size=VOCAB, max_positions=SEQ_LEN)
+    c = train_llm.decoder_config(train_llm.MODEL_SIZES["test"], VOCAB, SEQ_LEN)
     start = train_llm.CausalLM(c)
     train_llm.init_from_scratch(start, SEED, torch.device("cpu"))
     config = transformers.LlamaConfig(
-        hidden_size=c.hidden_size, num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads,
-        num_key_value_heads=c.num_kv_heads, intermediate_size=c.ffn_size, vocab_size=VOCAB, rms_norm_eps=1e-5,
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=192, vocab_size=VOCAB, rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=False,
         attn_implementation="eager",
     )

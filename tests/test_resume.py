@@ -276,9 +276,9 @@ def test_activation_checkpointing_recomputes():
     """Matrix products in forward and backward: all of the block's forward again, or none of them."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = train_llm.MODEL_SIZES["test"]
+    config = train_llm.decoder_config(train_llm.MODEL_SIZES["test"])
     x = torch.randn(2, 16, config.hidden_size)
-    cos, sin = train_llm.rotary_table(torch.arange(16)[None], config.head_size, 1e4, torch.float32)
+    rotary = train_llm.rotary_table(torch.arange(16)[None], config.head_dim, 1e4, torch.float32)
     flops, grads = {}, {}
     for mode in ("none", "full", "selective"):
         torch.manual_seed(0)
@@ -286,7 +286,7 @@ def test_activation_checkpointing_recomputes():
         if mode != "none":
             train_llm.recompute_in_backward(block, selective=mode == "selective")
         with FlopCounterMode(display=False) as counter:
-            block(x, cos, sin, None, None).square().sum().backward()
+            block(x, rotary, None, None).square().sum().backward()
         flops[mode] = counter.get_total_flops()
         grads[mode] = torch.cat([p.grad.flatten() for p in block.parameters()])
     assert torch.equal(grads["none"], grads["full"])

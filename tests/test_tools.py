@@ -49,11 +49,11 @@ def test_activations_are_what_autograd_keeps():
     """A block's, without the fp32 copies inside of a norm, which its fused kernels do not keep."""
     import train_llm
     from plan_memory import memory_gib, sizes_of
-    config, T, kept = dataclasses.replace(train_llm.MODEL_SIZES["125M"], num_layers=1), 64, {}
+    T, kept, config = 64, {}, train_llm.decoder_config((1, *train_llm.MODEL_SIZES["125M"][1:]))
     model = train_llm.CausalLM(config).bfloat16()
     x = torch.randn(1, T, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-    cos, sin = train_llm.rotary_table(torch.arange(T)[None], config.head_size, 1e4, torch.bfloat16)
-    no_activation = {t.untyped_storage().data_ptr() for t in (*model.parameters(), cos, sin)}
+    rotary = train_llm.rotary_table(torch.arange(T)[None], config.head_dim, 1e4, torch.bfloat16)
+    no_activation = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *rotary)}
 
     def keep(tensor):
         if tensor.dtype == torch.bfloat16:
@@ -61,7 +61,7 @@ def test_activations_are_what_autograd_keeps():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.model.layers[0](x, cos, sin, None, None)
+        model.model.layers[0](x, rotary, None, None)
     inputs_of_norms = 2 * 2 * T * config.hidden_size
     nbytes = sum(kept[p].untyped_storage().nbytes() for p in kept.keys() - no_activation) + inputs_of_norms
     sizes = dataclasses.replace(sizes_of(train_llm, "125M"), num_layers=1)
@@ -102,8 +102,8 @@ def test_memory_of_a_copy(tmp_path):
     copy.write_text("x = 1\n")
     done = run_tool("plan_memory.py", copy)
     assert done.returncode == 1 and done.stderr == (
-        f"plan_memory.py: error: {copy} has no MODEL_SIZES, CausalLM, find_blocks, first_line: name "
-        "train_llm.py or a copy of it\n")
+        f"plan_memory.py: error: {copy} has no MODEL_SIZES, decoder_config, CausalLM, find_blocks, "
+        "first_line: name train_llm.py or a copy of it\n")
     done = run_tool("show_batch.py", tmp_path / "none.py")
     assert done.returncode == 1 and done.stderr == (
         f"show_batch.py: error: there is no script {tmp_path / 'none.py'}\n")

@@ -19,7 +19,7 @@ Not counted: CUDA's context, NCCL's buffers and fragmentation: leave 10 % and 2 
 
 import argparse
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 
 from user_script import take_script
@@ -46,10 +46,11 @@ class Sizes:
 def sizes_of(script: ModuleType, name: str, vocab_size: int = 32000) -> Sizes:
     """Of a --model-size of the script."""
     import torch
-    c = replace(script.MODEL_SIZES[name], vocab_size=vocab_size)
+    c = script.decoder_config(script.MODEL_SIZES[name], vocab_size)
     with torch.device("meta"):
         model = script.CausalLM(c)
-    widths = c.hidden_size, c.hidden_size, c.num_kv_heads * c.head_size, c.ffn_size, c.vocab_size
+    keys = c.num_key_value_heads * c.head_dim
+    widths = c.hidden_size, c.hidden_size, keys, c.intermediate_size, c.vocab_size
     return Sizes(*count_parameters(script, model), *widths)
 
 
@@ -118,7 +119,8 @@ def main() -> None:
     add("--detail", metavar="SIZE", help="the parts of one size, in place of the table")
     if {"-h", "--help"} & set(sys.argv):
         parser.parse_args(["--help"])
-    script, rest = take_script(sys.argv[1:], ("MODEL_SIZES", "CausalLM", "find_blocks", "first_line"))
+    script, rest = take_script(
+        sys.argv[1:], ("MODEL_SIZES", "decoder_config", "CausalLM", "find_blocks", "first_line"))
     args = parser.parse_args(rest)
     if args.detail and args.detail not in script.MODEL_SIZES:
         parser.error(f"--detail {args.detail}: one of {', '.join(script.MODEL_SIZES)}")
