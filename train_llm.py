@@ -9,14 +9,9 @@ Left out on purpose: tensor, pipeline and expert parallelism, reinforcement lear
     torchrun --nproc_per_node 8 train_llm.py --hf-model meta-llama/Llama-2-7b-hf --dataset my_chats.jsonl
     sbatch --nodes 4 launch_slurm.sh --config configs/train_llm/pretrain_7b.yaml
 
-Contents: 1 Arguments, 2 Distributed, 3 Data, 4 Model, 5 Optimizer and schedule, 6 Loss, 7 Checkpoints and
-export, 8 Run record, 9 Evaluation, 10 Training. `EDIT:` marks the lines that people change. A flag of your
-own: `add_training_flags`; a metric: the row in main(); what must survive a resume: an entry of `progress` in
-main(), or of the optimizer's state.
-
-"(all ranks)" means that every rank must make the call, because it communicates. At a "sync point" the host
-waits for the device. Blocks between `# >>> shared` and `# <<< shared` are the same in the other scripts; in a
-copy they are yours.
+`grep -n '^# [0-9]'` shows the sections, `grep -n EDIT:` the lines that people change. "(all ranks)" means
+that every rank must make the call, because it communicates. At a "sync point" the host waits for the device.
+Blocks between `# >>> shared` and `# <<< shared` are the same in the other scripts; in a copy they are yours.
 """
 
 import argparse
@@ -47,7 +42,6 @@ import sys
 import time
 import traceback
 import types
-import warnings
 import zlib
 from argparse import Namespace
 from array import array
@@ -138,12 +132,10 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--batch-size", type=int, default=4, help="sequences per process and micro-batch")
     add("--grad-accum-steps", type=int, default=1, help="micro-batches per optimizer step")
-    add("--max-steps", type=int, help="if not given: --num-epochs x --steps-per-epoch, 100000 at the most")
+    add("--max-steps", type=int, help="if not given: --num-epochs; 1000 with --streaming")
     add("--num-epochs", type=int, default=1, help="passes over the data")
-    add("--steps-per-epoch", type=int, help="if not given: one pass over the data; 1000 with --streaming")
-    add("--max-lr", type=float, help="learning rate after warm-up; if not given: 3e-4, for --hf-model 2e-5, "
-        "for LoRA 2e-4")
-    add("--min-lr", type=float, help="where it ends; if not given: 3e-5, a tenth of --max-lr at the most")
+    add("--max-lr", type=float, help="after warm-up; if not given: 3e-4, --hf-model 2e-5, LoRA 2e-4")
+    add("--min-lr", type=float, help="at the end; if not given: 3e-5, a tenth of --max-lr at the most")
     add("--schedule", choices=["cosine", "wsd", "constant"], default="cosine", help="after warm-up; wsd: "
         "constant, then straight down in the last fifth")
     add("--warmup-steps", type=int, help="if not given: 2000, a tenth of all steps at the most")
@@ -151,8 +143,8 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
     add("--grad-clip", type=float, default=1.0, help="largest global gradient norm; 0 is off")
     add("--loss-chunk-tokens", type=int, metavar="N", help="rows of logits that exist at once; if not given: "
         "512, on GPUs so many that they are some 2^28 numbers")
-    add("--max-bad-steps", type=int, default=10, help="stop after so many steps in a row whose gradient "
-        "is not finite; such a step changes nothing")
+    add("--max-bad-steps", type=int, default=10, help="stop after so many steps in a row without a finite "
+        "gradient; such a step changes nothing")
     add("--seed", type=int, default=0, help="of initial weights, sample order, held-out share and dropout")
     add("--log-interval", type=int, default=10, help="steps between logged rows")
     add("--eval-interval", type=int, default=0, help="steps between evaluations; 0: at the end only")
@@ -207,11 +199,10 @@ def add_run_flags(group: argparse._ArgumentGroup, folder: str, save_every: int) 
 
 def fill_defaults(args: Namespace) -> None:
     """Of flags that depend on others. --dataset becomes one text, as a file has it: 'a.jsonl:0.7 b/:0.3'."""
-    if args.dataset:
-        is_list = len(args.dataset) == 1 and not Path(args.dataset[0]).exists()
-        with contextlib.suppress(ValueError):  # a quote in a name
-            args.dataset = shlex.split(args.dataset[0]) if is_list else args.dataset
+    if args.dataset and (len(args.dataset) > 1 or Path(args.dataset[0]).exists()):
         args.dataset = shlex.join(args.dataset)
+    elif args.dataset:
+        args.dataset = args.dataset[0]
     if args.max_lr is None:
         args.max_lr = 2e-4 if args.lora_rank else 2e-5 if args.hf_model else 3e-4
     if args.min_lr is None:
@@ -315,7 +306,7 @@ def find_common_problems(args: Namespace, positive: str, not_negative: str, sour
 def find_problems(args: Namespace) -> Iterator[str]:
     """Every argument that cannot work, before anything is downloaded, tokenised or started."""
     positive = ("seq_len batch_size grad_accum_steps num_epochs loss_chunk_tokens max_bad_steps log_interval "
-                "max_steps steps_per_epoch nproc hsdp_shard_size vocab_size stall_timeout lora_rank")
+                "max_steps nproc hsdp_shard_size vocab_size stall_timeout lora_rank")
     not_negative = ("warmup_steps weight_decay grad_clip keep_checkpoints eval_interval max_lr min_lr "
                     "checkpoint_interval seed")
     yield from find_common_problems(args, positive, not_negative, "hf_model tokenizer")
@@ -1492,16 +1483,15 @@ def attach_chunked_loss(model: nn.Module) -> None:
     model.head_loss = functools.partial(head_loss, scale=scale, cap=cap)
 
     # As an attribute, not as a wrapping module: parameter names stay those of the files on disk.
-    def forward(input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None,
-                cu_seqlens: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        call = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
-        if config._attn_implementation == "varlen":
-            call["cu_seqlens"] = cu_seqlens
-        if labels is None:
-            return full_forward(**call).logits
-        if not model.whole_logits:
+    def forward(input_ids: Tensor, labels: Tensor | None = None, **call: object) -> Tensor | tuple:
+        call |= {"input_ids": input_ids, "use_cache": False}
+        if config._attn_implementation != "varlen":
+            call.pop("cu_seqlens", None)
+        if labels is not None and not model.whole_logits:
             return chunked_loss(base(**call)[0], labels, head, model.head_loss, model.loss_chunk)
         out = full_forward(**call)
+        if labels is None:
+            return out.logits
         sums = loss_terms(out.logits.flatten(0, 1), labels.flatten())
         loss = weigh(sums)
         if balance:
@@ -1752,13 +1742,11 @@ def init_from_scratch(model: CausalLM, seed: int, device: torch.device) -> None:
     """Normal(0, 0.02), output projections divided by sqrt(2 layers) (GPT-2); the same on any number of ranks,
     since each full parameter is drawn from a seed of its own."""
     for name, param in model.named_parameters():
-        if param.dim() == 1:
-            fill(param, torch.ones(param.shape, device=device))
-            continue
         is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
         std = 0.02 / math.sqrt(2 * model.config.num_hidden_layers) if is_output else 0.02
         generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        fill(param, torch.empty(param.shape, device=device).normal_(std=std, generator=generator))
+        value = torch.ones(param.shape, device=device)
+        fill(param, value.normal_(std=std, generator=generator) if param.dim() > 1 else value)
 
 
 # >>> shared: load
@@ -2039,11 +2027,11 @@ def resolve_steps(args: Namespace, dataset: TokenDataset | None, ranks: Ranks, p
     """(total steps, warm-up steps, ahead, lines to print). Epochs count in samples, also where the batch has
     changed since. Ahead: samples seen over today's batch, less the steps done; the schedule adds it."""
     per_step, ahead = args.batch_size * args.grad_accum_steps * ranks.world_size, 0.0
-    total = args.max_steps or min(args.num_epochs * (args.steps_per_epoch or 1000), 100_000)
-    if dataset and not (args.max_steps or args.steps_per_epoch):
+    total = args.max_steps or 1000
+    if dataset and not args.max_steps:
         ahead = progress["samples"] / per_step - progress["step"]
         left = args.num_epochs * len(dataset) - progress["samples"]
-        total = min(progress["step"] + math.ceil(left / per_step), 100_000)
+        total = progress["step"] + math.ceil(left / per_step)
     warmup = args.warmup_steps if args.warmup_steps is not None else min(2000, total // 10)
     if warmup > total:
         raise UserError(f"--warmup-steps {warmup} is more than the run's {total} steps")
@@ -2534,8 +2522,7 @@ def flops_per_token(model: nn.Module, seq_len: int) -> float | None:
 
 def peak_flops(device: torch.device) -> float | None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    found = (tflops for key, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name))
-    return next((1e12 * tflops for tflops in found), None)
+    return next((1e12 * peak for key, peak in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 # >>> shared: record
@@ -2696,8 +2683,7 @@ def ready_model(args: Namespace, model: nn.Module, checkpoints: list[Path], dtyp
         fill_buffers(model)
     if args.hf_model and (args.lora_rank or not checkpoints):
         load_hf_weights(model, fetch(args.hf_model), args.trust_remote_code, ranks)
-    if args.lora_rank:
-        init_lora(model, args.seed, ranks.device)
+    init_lora(model, args.seed, ranks.device)  # of adapters, if there are any
     if checkpoints:
         load_checkpoint(checkpoints, model, optimizer, ranks)
     elif args.from_scratch:
@@ -2732,15 +2718,6 @@ def describe_data(train_set: TokenDataset | None, eval_sets: dict[str, TokenData
                      f"{filled:.0%} full; documents "
                      f"{'do not see each other' if dataset.mask_documents else 'follow one another'}")
     return lines
-
-
-def note_bad_step(progress: dict, limit: int, saver: Checkpointer, bar, ranks: Ranks) -> None:
-    if ranks.is_main:
-        bar.write(f"no update in step {progress['step']}: its gradient is not finite")
-    if progress["bad_in_a_row"] >= limit:
-        finish_save(saver)
-        raise UserError(f"{limit} steps in a row had a gradient that is not finite, and changed nothing: "
-                        "lower --max-lr, or look at the data (a step without a trained token counts, too)")
 
 
 def show_row(bar, row: dict, total_steps: int, ranks: Ranks) -> None:
@@ -2836,7 +2813,7 @@ def main() -> None:
     args = parse_args()
     relaunch_under_torchrun(args)
     ranks = read_ranks(args)
-    run_dir, say = Path(args.checkpoint_dir), print if ranks.is_main else (lambda *line: None)
+    run_dir = Path(args.checkpoint_dir)
     data = prepare_data(args)  # takes as long as it needs: no process group exists yet
     train_set, eval_sets = open_datasets(args, data)
 
@@ -2864,8 +2841,9 @@ def main() -> None:
     texts = write_record(run_dir, args, ranks)
     saver = Checkpointer(run_dir / "checkpoints", args.keep_checkpoints)
     trackers = open_trackers(args, ranks)
-    for line in [describe_model(model, dtype), *data["notes"], *describe_data(train_set, eval_sets), *notes]:
-        say(line)
+    if ranks.is_main:
+        notes = [*data["notes"], *describe_data(train_set, eval_sets), *notes]
+        print(describe_model(model, dtype), *notes, sep="\n")
     samples_per_step = args.batch_size * args.grad_accum_steps * ranks.world_size
     reduces_always = args.reduce_every_micro_batch or mesh.size() == 1  # one device: no traffic, less memory
     token_flops, device_flops = flops_per_token(model, args.seq_len), peak_flops(ranks.device)
@@ -2964,8 +2942,12 @@ def main() -> None:
             row_started, row_step, num_input_tokens = time.perf_counter(), step, 0
             times.clear()
         stall_after(None)
-        if skipped:
-            note_bad_step(progress, args.max_bad_steps, saver, bar, ranks)
+        if skipped and ranks.is_main:
+            bar.write(f"no update in step {step}: its gradient is not finite")
+        if progress["bad_in_a_row"] >= args.max_bad_steps:
+            finish_save(saver)
+            raise UserError(f"{args.max_bad_steps} steps in a row had a gradient that is not finite: lower "
+                            "--max-lr, or look at the data (a step without a trained token counts, too)")
 
         # Save (all ranks): before the evaluation, which may run out of memory
         if is_save:
