@@ -2720,11 +2720,14 @@ def describe_data(train_set: TokenDataset | None, eval_sets: dict[str, TokenData
     return lines
 
 
-def show_row(bar, row: dict, total_steps: int, ranks: Ranks) -> None:
-    """In the bar, or as one line of fixed width for logs that are files."""
-    if not bar.disable:
+def show_row(bar, total_steps: int, row: dict) -> None:
+    """In the bar, or as one line of fixed width for logs that are files; an evaluation always as a line."""
+    if "train/lr" not in row:
+        losses = [f"{key} {value:.4f}" for key, value in row.items() if key.endswith("/loss")]
+        bar.write(f"step {row['step']:>7,}  {'  '.join(losses)}")
+    elif not bar.disable:
         bar.set_postfix_str(f"loss {row['train/loss']:.4f}, {row['perf/tokens_per_s']:,.0f} tokens/s")
-    elif ranks.is_main:
+    else:
         mfu = f"  MFU {row['perf/mfu']:6.1%}" if "perf/mfu" in row else ""
         print(f"step {row['step']:>7,}/{total_steps:,}  loss {row['train/loss']:8.4f}  "
               f"lr {row['train/lr']:.2e}  norm {row['train/grad_norm']:8.3f}  "
@@ -2840,8 +2843,9 @@ def main() -> None:
 
     texts = write_record(run_dir, args, ranks)
     saver = Checkpointer(run_dir / "checkpoints", args.keep_checkpoints)
-    trackers = open_trackers(args, ranks)
+    bar, trackers = open_bar(total_steps, progress["step"], ranks), open_trackers(args, ranks)
     if ranks.is_main:
+        trackers.append(functools.partial(show_row, bar, total_steps))
         notes = [*data["notes"], *describe_data(train_set, eval_sets), *notes]
         print(describe_model(model, dtype), *notes, sep="\n")
     samples_per_step = args.batch_size * args.grad_accum_steps * ranks.world_size
@@ -2850,7 +2854,6 @@ def main() -> None:
     times, num_input_tokens = {}, 0
     phase = functools.partial(timed, times)
     asked = catch_signals(ranks)
-    bar = open_bar(total_steps, progress["step"], ranks)
     started = row_started = time.perf_counter()
     row, row_step, evaluation = {}, progress["step"], {}
 
@@ -2866,9 +2869,6 @@ def main() -> None:
             loss = next(iter(evaluation.values()))  # of the first set: it decides which step is the best
             if loss < (progress["best_eval_loss"] or math.inf):
                 progress |= {"best_eval_loss": loss, "best_step": step}
-            if ranks.is_main:
-                losses = (f"{name} loss {evaluation[f'{name}/loss']:.4f}" for name in eval_sets)
-                bar.write(f"step {step:>7,}  {'  '.join(losses)}")
             for track in trackers:
                 track({"step": step, **evaluation})
         if is_last:
@@ -2938,7 +2938,6 @@ def main() -> None:
                 row["perf/mfu"] = per_gpu * token_flops / device_flops
             for track in trackers:
                 track(row)
-            show_row(bar, row, total_steps, ranks)
             row_started, row_step, num_input_tokens = time.perf_counter(), step, 0
             times.clear()
         stall_after(None)
