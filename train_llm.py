@@ -1364,17 +1364,24 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Decoder(nn.Module):
+class CausalLM(nn.Module):
+    """The model of --from-scratch, its parameters named as in transformers' LlamaForCausalLM."""
+
     def __init__(self, c) -> None:
         super().__init__()
-        self.config = c
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
-        self.norm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.config, self.loss_chunk = c, 512  # rows of logits at once, see `rows_at_once`
+        self.head_loss = head_loss  # or its compiled form, see `ready_model`
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
+            "layers": nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers)),
+            "norm": nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps),
+        })
+        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None
-                ) -> Tensor:
-        x = self.embed_tokens(input_ids)
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None,
+                cu_seqlens: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits (B, T, V), or with labels (B, T) `chunked_loss` of them."""
+        x = self.model.embed_tokens(input_ids)
         if not (x.dtype == torch.bfloat16 and torch.backends.cuda.flash_sdp_enabled()):
             cu_seqlens = None  # flash attention's kernels are for these alone
         mask = document_mask(position_ids) if position_ids is not None and cu_seqlens is None else None
@@ -1382,25 +1389,9 @@ class Decoder(nn.Module):
             position_ids = torch.arange(input_ids.shape[1], device=x.device)[None]
         theta = self.config.rope_parameters["rope_theta"]
         rotary = rotary_table(position_ids, self.config.head_dim, theta, x.dtype)
-        for layer in self.layers:
+        for layer in self.model.layers:
             x = layer(x, rotary, mask, cu_seqlens)
-        return self.norm(x)
-
-
-class CausalLM(nn.Module):
-    """The model of --from-scratch, its parameters named as in transformers' LlamaForCausalLM."""
-
-    def __init__(self, config) -> None:
-        super().__init__()
-        self.config, self.loss_chunk = config, 512  # rows of logits at once, see `rows_at_once`
-        self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.head_loss = head_loss  # or its compiled form, see `ready_model`
-
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None,
-                cu_seqlens: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits (B, T, V), or with labels (B, T) `chunked_loss` of them."""
-        hidden = self.model(input_ids, position_ids, cu_seqlens)
+        hidden = self.model.norm(x)
         if labels is None:
             return self.lm_head(hidden)
         return chunked_loss(hidden, labels, self.lm_head, self.head_loss, self.loss_chunk)

@@ -15,7 +15,7 @@ def prepare(folder):
     make_tokenizer(folder / "tokenizer", 500)
     texts = [" ".join(ENGLISH[(5 * i + j) % 4] for j in range(1 + i % 4)) for i in range(50)]
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    line = '        is_last = step == total_steps\n'
+    line = '        is_last, every = step == total_steps, args.checkpoint_interval\n'
     source = (REPO / "train_llm.py").read_text()
     assert source.count(line) == 1
     added = '        exec(os.environ.get("AT_STEP", ""))\n'
