@@ -1441,15 +1441,14 @@ def build_model(args: Namespace, folder: Path | None, vocab_size: int) -> nn.Mod
         with torch.device("meta"):
             return CausalLM(decoder_config(MODEL_SIZES[args.model_size], size, args.seq_len))
     import transformers
-    with naming(f"--hf-model {args.hf_model}"):
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and args.seq_len > limit:
-        raise UserError(f"--seq-len {args.seq_len}: {args.hf_model} knows {limit} positions; "
-                        f"use --seq-len {limit}")
-    refuse_quantised(folder, config)
-    config.use_cache = False  # keys and values are kept for generation only
     with naming(f"--hf-model {args.hf_model}"), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit and args.seq_len > limit:
+            raise UserError(f"--seq-len {args.seq_len}: {args.hf_model} knows {limit} positions; "
+                            f"use --seq-len {limit}")
+        refuse_quantised(folder, config)
+        config.use_cache = False  # keys and values are kept for generation only
         model = note_fp32(transformers.AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, trust_remote_code=args.trust_remote_code))
     rows = model.get_input_embeddings().weight.shape[0]
