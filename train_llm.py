@@ -1920,7 +1920,9 @@ def prove_packing(model: nn.Module, ranks: Ranks, can_use_varlen: bool = False) 
     that it has alone, up to a fraction of what a leak changes (all ranks)."""
     ids = plain_tokens(model, 2, 64, ranks.device)
     positions = torch.arange(64, device=ranks.device).expand(2, 64) % 32
-    ways = [model.config._attn_implementation]
+    config, ways = model.config.get_text_config(), [model.config._attn_implementation]
+    if getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0):
+        can_use_varlen = False  # its kernel has no dropout
     if can_use_varlen and model._supports_flash_attn and model._supports_attention_backend:
         from transformers import AttentionInterface
         AttentionInterface.register("varlen", varlen_attention)
@@ -1929,7 +1931,7 @@ def prove_packing(model: nn.Module, ranks: Ranks, can_use_varlen: bool = False) 
         alone = model(ids.view(4, 32)).view(2, 64, -1)[:, 32:].float()
         leak = (model(ids)[:, 32:] - alone).abs().mean()
         for way in ways:
-            model.config._attn_implementation = model.config.get_text_config()._attn_implementation = way
+            model.config._attn_implementation = config._attn_implementation = way
             try:
                 packed = model(ids, position_ids=positions, cu_seqlens=document_bounds(positions))[:, 32:]
             except (TypeError, ValueError, RuntimeError):  # a kernel that this family cannot take

@@ -104,6 +104,21 @@ def test_what_the_kernel_does_not_have_is_refused(options):
         train_llm.varlen_attention(nn.Module(), x, x, x, options.pop("attention_mask", None), **options)
 
 
+@pytest.mark.parametrize("dropout, chosen", [(0.0, "varlen"), (0.1, "sdpa")])
+def test_dropout_in_attention_is_left_to_masks(on_loops, dropout, chosen):
+    """The kernel has none, which a proof without dropout does not meet."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=2, attn_pdrop=dropout, resid_pdrop=0.0,
+                        embd_pdrop=0.0, initializer_range=0.5)
+    model = GPT2LMHeadModel._from_config(config, attn_implementation="sdpa")
+    train_llm.attach_chunked_loss(model)
+    with kernels_as_they_were():
+        train_llm.prove_packing(model, train_llm.Ranks(0, 0, 1, torch.device("cpu")), can_use_varlen=True)
+    assert model.config._attn_implementation == chosen and model.training
+
+
 # ----------------------------------------------------------------------------------------------------
 # 2. Kernels, graphs and shards
 
