@@ -132,8 +132,9 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--batch-size", type=int, default=4, help="sequences per process and micro-batch")
     add("--grad-accum-steps", type=int, default=1, help="micro-batches per optimizer step")
-    add("--max-steps", type=int, help="if not given: --num-epochs; 1000 with --streaming")
+    add("--max-steps", type=int, help="if not given: --num-epochs x --steps-per-epoch, 100000 at the most")
     add("--num-epochs", type=int, default=1, help="passes over the data")
+    add("--steps-per-epoch", type=int, help="if not given: one pass over the data; 1000 with --streaming")
     add("--max-lr", type=float, help="after warm-up; if not given: 3e-4, --hf-model 2e-5, LoRA 2e-4")
     add("--min-lr", type=float, help="at the end; if not given: 3e-5, a tenth of --max-lr at the most")
     add("--schedule", choices=["cosine", "wsd", "constant"], default="cosine", help="after warm-up; wsd: "
@@ -306,7 +307,7 @@ def find_common_problems(args: Namespace, positive: str, not_negative: str, sour
 def find_problems(args: Namespace) -> Iterator[str]:
     """Every argument that cannot work, before anything is downloaded, tokenised or started."""
     positive = ("seq_len batch_size grad_accum_steps num_epochs loss_chunk_tokens max_bad_steps log_interval "
-                "max_steps nproc hsdp_shard_size vocab_size stall_timeout lora_rank")
+                "max_steps steps_per_epoch nproc hsdp_shard_size vocab_size stall_timeout lora_rank")
     not_negative = ("warmup_steps weight_decay grad_clip keep_checkpoints eval_interval max_lr min_lr "
                     "checkpoint_interval seed")
     yield from find_common_problems(args, positive, not_negative, "hf_model tokenizer")
@@ -2019,11 +2020,12 @@ def resolve_steps(args: Namespace, dataset: TokenDataset | None, ranks: Ranks, p
     """(total steps, warm-up steps, ahead, lines to print). Epochs count in samples, also where the batch has
     changed since. Ahead: samples seen over today's batch, less the steps done; the schedule adds it."""
     per_step, ahead = args.batch_size * args.grad_accum_steps * ranks.world_size, 0.0
-    total = args.max_steps or 1000
-    if dataset and not args.max_steps:
+    total = args.num_epochs * (args.steps_per_epoch or 1000)
+    if dataset and not (args.max_steps or args.steps_per_epoch):
         ahead = progress["samples"] / per_step - progress["step"]
         left = args.num_epochs * len(dataset) - progress["samples"]
         total = progress["step"] + math.ceil(left / per_step)
+    total = args.max_steps or min(total, 100_000)
     warmup = args.warmup_steps if args.warmup_steps is not None else min(2000, total // 10)
     if warmup > total:
         raise UserError(f"--warmup-steps {warmup} is more than the run's {total} steps")
@@ -2031,6 +2033,8 @@ def resolve_steps(args: Namespace, dataset: TokenDataset | None, ranks: Ranks, p
              f"{per_step * args.seq_len:,} tokens a step; learning rate {args.max_lr:g}"]
     if 0 < progress.get("total_steps", 0) == progress["step"] < total and args.schedule != "constant":
         lines.append("note       the run had ended: its learning rate rises again")
+    if total < 10 or (dataset and per_step > len(dataset)):
+        lines.append("note       fewer than 10 steps, or steps that take all of the data, learn little")
     return total, warmup, ahead, lines
 
 
@@ -2459,8 +2463,13 @@ def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remot
     precision goes, and those of a generation with a cache the same without. Returns a word on it for the end
     of a run. Raises UserError."""
     from transformers import AutoModelForCausalLM
-    # Adapters alone: transformers adds them to the model that they name, in the precision of the training.
-    options = {"dtype": expected.dtype} if (folder / "adapter_config.json").exists() else {}
+    adapter, whole, options = folder / "adapter_config.json", folder, {}
+    if adapter.exists():  # transformers adds it to the model that it names, here in the training's precision
+        whole = fetch(json.loads(adapter.read_text())["base_model_name_or_path"])
+        options = {"dtype": expected.dtype}
+    nbytes = sum(path.stat().st_size for path in whole.glob("*.safetensors"))
+    if nbytes * 1.2 > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        return "not reloaded: too little memory"
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=trust_remote_code, output_loading_info=True, **options)
     ids, expected, note = input_ids.cpu(), expected.cpu(), ""
@@ -2605,12 +2614,14 @@ def evaluate(model: nn.Module, eval_sets: dict[str, TokenDataset], batch_size: i
 
     Ranks take turns of single batches; one that has none left repeats a sample without labels, because every
     rank must take part in each forward's gathers."""
-    found = {}
+    from tqdm import tqdm
+    found, is_silent = {}, not (ranks.is_main and sys.stderr.isatty())
     model.eval()
     for name, dataset in eval_sets.items():
         started = time.perf_counter()
         sums = torch.zeros(2, device=ranks.device, dtype=torch.float64)  # an fp32 sum over millions rounds
-        for first in range(0, len(dataset), batch_size * ranks.world_size):
+        rounds = range(0, len(dataset), batch_size * ranks.world_size)
+        for first in tqdm(rounds, desc=f"evaluating {name}", leave=False, disable=is_silent):
             start = first + ranks.rank * batch_size
             mine = range(start, min(start + batch_size, len(dataset)))
             batch = collate([dataset[i] for i in mine or [0]], ranks.device, dataset.mask_documents,
@@ -2698,6 +2709,14 @@ def export_run(args: Namespace, model: nn.Module, hf_folder: Path | None, dtype:
     probe = plain_tokens(model, 2, 64, ranks.device)
     with untrained(model):
         return probe, model(probe)
+
+
+def next_command(args: Namespace) -> str:
+    """For the last line of a run."""
+    if args.lora_rank and not args.lora_merge:
+        return "the same command with --lora-merge puts the whole model in the adapters' place"
+    command = shlex.join([sys.executable, sys.argv[0], "--hf-model", str(Path(args.checkpoint_dir) / "hf")])
+    return f"{command} --dataset YOUR.jsonl --checkpoint-dir runs/finetuned"
 
 
 def describe_data(train_set: TokenDataset | None, eval_sets: dict[str, TokenDataset]) -> list[str]:
@@ -2962,6 +2981,7 @@ def main() -> None:
         if proof:
             print(f"model      {run_dir / 'hf'} (Hugging Face format; "
                   f"{verify_export(run_dir / 'hf', *proof, args.trust_remote_code)})")
+            print(f"next       {next_command(args)}")
 
 
 if __name__ == "__main__":

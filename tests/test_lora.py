@@ -103,7 +103,7 @@ def test_losses_and_adapters_are_those_of_peft(places, tmp_path, family, targets
     config = json.loads((tmp_path / "hf/adapter_config.json").read_text())
     assert {path.rpartition(".")[2] for path in config["target_modules"]} == targets
     assert config["base_model_name_or_path"] == str(place / "source")
-    assert "reloaded: logits within" in result.stdout
+    assert "reloaded: logits within" in result.stdout and "with --lora-merge puts" in result.stdout
     base = AutoModelForCausalLM.from_pretrained(place / "source")
     loaded = PeftModel.from_pretrained(base, tmp_path / "hf")
     found = {name.removeprefix("base_model.model."): param for name, param in loaded.named_parameters()}
@@ -225,7 +225,7 @@ def test_the_merged_export_is_the_model_with_its_adapters(places, tmp_path):
     quick_ranks(flags_for(place, tmp_path / "run", 2, *more), 2)
     shutil.copytree(tmp_path / "run/hf", tmp_path / "adapter")
     result = quick_ranks(flags_for(place, tmp_path / "run", 2, *more, "--lora-merge"), 2)[0]
-    assert "reloaded: logits within" in result.stdout
+    assert "reloaded: logits within" in result.stdout and "--hf-model" in result.stdout.split("next ")[1]
     again = quick_ranks(flags_for(place, tmp_path / "run", 2, *more, "--lora-merge"), 2)[0]
     assert "this run is finished" in again.stdout
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run/hf")

@@ -162,7 +162,7 @@ def test_arguments(tmp_path, capsys):
             verify_resume.parse_args(list(argv))
         assert ended.value.code == 2
         assert message in capsys.readouterr().err
-    args = verify_resume.parse_args([script, "--device", "cpu", "--num-epochs", "9"])
+    args = verify_resume.parse_args([script, "--device", "cpu", "--steps-per-epoch", "9"])
     assert (args.nproc, args.resume_nproc, args.tolerance) == (1, 1, 0.0)
     assert verify_resume.parse_args(["--nproc", "2", "--resume-nproc", "1", script]).tolerance > 0
 
