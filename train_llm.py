@@ -329,24 +329,24 @@ def find_data_problems(args: Namespace) -> Iterator[str]:
     if not args.dataset:
         yield "--dataset is missing: a file, a folder or a hub name"
         return
-    names = dataset_names(args)
-    for name, _ in names:
+    names, weights = zip(*dataset_names(args))
+    for name in names:
         is_path = looks_like_path(name) or data_suffix(Path(name)) or name.endswith("/")
         if is_path and not Path(name).exists():
             yield f"--dataset {name}: no such file or folder"
-    if len({weight is None for _, weight in names}) > 1 or not all(weight != 0 for _, weight in names):
+    if any(weights) and not all(weights) or 0 in weights:
         yield f"--dataset {args.dataset}: give all of them a weight above 0, or none"
-    if args.streaming and args.bad_rows == "skip":
-        yield "--streaming stops at a bad row: leave out --bad-rows skip"
+    if args.streaming and (args.bad_rows == "skip" or any(weights)):
+        yield "--streaming goes with neither --bad-rows skip nor weights behind the names of --dataset"
     if not 0 <= args.eval_fraction < 1:
         yield "--eval-fraction must be at least 0 and below 1"
     if args.eval_fraction and (args.eval_split or args.streaming):
         yield "--eval-fraction goes with neither --eval-split nor --streaming: use --eval-split alone"
-    only_files = all(Path(name).is_file() for name, _ in names)
-    if args.dataset_split != "train" and only_files:
+    have_no_splits = all(Path(name).is_file() for name in names)
+    if args.dataset_split != "train" and have_no_splits:
         yield f"--dataset-split {args.dataset_split}: {args.dataset} has no splits; leave it out"
     if args.eval_split and not Path(args.eval_split).is_file() and (
-            looks_like_path(args.eval_split) or only_files):
+            looks_like_path(args.eval_split) or have_no_splits):
         yield (f"--eval-split {args.eval_split}: no such file, and {args.dataset} has no splits; "
                "--eval-fraction cuts one")
 
@@ -556,91 +556,93 @@ PLAIN_TEMPLATE = (
 
 def data_suffix(path: Path) -> str:
     """'.jsonl' of rows.JSONL.gz; '' of a file of another kind."""
-    suffixes = ["", *(suffix.lower() for suffix in path.suffixes)]
-    suffix = suffixes[-2] if suffixes[-1] in COMPRESSIONS else suffixes[-1]
+    suffix = Path(re.sub(r"\.(gz|zst)$", "", path.name.lower())).suffix
     return suffix if suffix in READERS else ""
 
 
 def split_words(path: Path) -> set[str]:
     """Where a split is named: a folder, the stem, its first or last part. Numbers of shards do not count."""
-    stem = path.name.lower().rpartition(data_suffix(path))[0]
-    stem = re.sub(r"([-_.]\d+)?([-_.]of[-_.]\d+)?$", "", stem)
+    stem = re.sub(r"([-_.]\d+)?([-_.]of[-_.]\d+)?\.[a-z]+(\.gz|\.zst)?$", "", path.name.lower())
     parts = re.split("[-_.]", stem)
     return {stem, parts[0], parts[-1], *(folder.lower() for folder in path.parts[:-1])}
 
 
-def data_files(source: Path, split: str) -> tuple[list[Path], str]:
-    """The files of a split, in the order of their names, and a word on the others. Where nothing in a folder
+def data_files(source: Path, split: str) -> tuple[str, list[str], str]:
+    """(reader, files of a split in the order of their names, a word on all files). Where nothing in a folder
     is called train, all files without another split's name are."""
-    every = [Path()] if source.is_file() else sorted(
-        path.relative_to(source) for path in source.rglob("*") if path.is_file())
-    seen = [path for path in every if not any(part.startswith(".") for part in path.parts)]
-    known = [path for path in seen if data_suffix(source / path)]
-    named = [path for path in known if source.is_file() or split.lower() in split_words(path)]
+    every = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
+    known, left_out = {}, Counter()
+    for path in every:
+        inside = path.relative_to(source)
+        if any(part.startswith(".") for part in inside.parts):
+            left_out["hidden"] += 1
+        elif not data_suffix(path):
+            left_out["of another kind"] += 1
+        else:
+            known[path] = split_words(inside)
+    named = [path for path, words in known.items() if source.is_file() or split.lower() in words]
     if not named and split == "train":
         others = {"test", "validation", "valid", "val", "dev", "eval"}
-        named = [path for path in known if not split_words(path) & others]
+        named = [path for path, words in known.items() if not words & others]
     if not named:
         raise UserError(f"{source}: no file of split '{split}' among its {len(known)} data files, which end "
                         f"in {' '.join(READERS)}, or in .gz or .zst behind that")
-    left_out = {"hidden": len(every) - len(seen), "of another kind": len(seen) - len(known),
-                "of another split": len(known) - len(named)}
-    told = "".join(f", {count:,} {why}" for why, count in left_out.items() if count)
-    return [source / path for path in named], f"{len(named):,} of {len(every):,} files{told}"
+    reader, *others = {READERS[data_suffix(path)] for path in named}
+    if others:
+        raise UserError(f"{source} ({split}): JSON or texts beside tables: name them one by one")
+    left_out["of another split"] = len(known) - len(named)
+    told = "".join(f"{count:,} {why}, " for why, count in left_out.items() if count)
+    return reader, [str(path) for path in named], f"{len(named):,} of {len(every):,} files, {told}"
 
 
 def read_lines(files: list[tuple]) -> Iterator[dict]:
-    """Lines of JSON, elements of a JSON array, or texts in pieces of some 16 KB of whole lines. A text is one
-    document: `_part` is 1 where it goes on, 2 where it went on from the piece before, 3 for both."""
+    """Rows as JSON, each with its place: lines, elements of a JSON array, or texts in pieces of some 16 KB of
+    whole lines. `_ends` says whether a piece begins its document, and whether it ends it."""
     import pyarrow
     for name, *_ in files:
-        compression = COMPRESSIONS.get(Path(name).suffix.lower())
+        compression, suffix = COMPRESSIONS.get(Path(name).suffix.lower()), data_suffix(Path(name))
         with naming(name), io.BufferedReader(pyarrow.input_stream(name, compression=compression)) as file:
-            if data_suffix(Path(name)) == ".txt":
-                piece, part = file.readlines(1 << 14), 0
-                while piece:
-                    following, text = file.readlines(1 << 14), b"".join(piece).decode("utf-8", "replace")
-                    yield {"_where": name, "text": text, "_part": part + bool(following)}
-                    piece, part = following, 2
-            elif data_suffix(Path(name)) == ".json" and file.peek(1 << 12).lstrip()[:1] == b"[":
-                for number, row in enumerate(json.load(file)):
-                    yield {"_where": f"{name} row {number}", "_line": json.dumps(row).encode()}
-            else:
-                for number, line in enumerate(file, 1):
+            begins = True
+            while suffix == ".txt" and (piece := b"".join(file.readlines(1 << 14))):
+                row = {"text": piece.decode("utf-8", "replace"), "_ends": [begins, not file.peek(1)]}
+                yield {"_where": name, "_line": json.dumps(row).encode()}
+                begins = False
+            is_array = suffix == ".json" and file.peek(1 << 12).lstrip()[:1] == b"["
+            for number, row in enumerate(json.load(file) if is_array else ()):
+                yield {"_where": f"{name} row {number}", "_line": json.dumps(row).encode()}
+            for number, line in enumerate(file, 1):
+                if line.strip():
                     yield {"_where": f"{name}:{number}", "_line": line}
 
 
-def open_rows(args: Namespace, name: str, split: str, streaming: bool = False) -> tuple[list, str]:
-    """(data sets of the datasets library, a word on files) of a file, a folder or a hub name."""
+def open_rows(args: Namespace, name: str, split: str, streaming: bool = False) -> tuple[object, str]:
+    """(data set of the datasets library, a word on files) of a file, a folder or a hub name."""
     import datasets
-    source, cache, parts = Path(name), str(Path(args.data_cache) / "rows"), []
+    source, cache = Path(name), str(Path(args.data_cache) / "rows")
     try:
         if not source.exists():
-            return [datasets.load_dataset(name, args.dataset_config, split=split, streaming=streaming)], ""
+            return datasets.load_dataset(name, args.dataset_config, split=split, streaming=streaming), ""
         if any((source / mark).exists() for mark in ("dataset_dict.json", "dataset_info.json")):
             found = datasets.load_from_disk(name)
             found = found[split] if isinstance(found, dict) else found
-            return [found.to_iterable_dataset() if streaming else found], ""
-        files, note = data_files(source, split)
-        for reader in dict.fromkeys(READERS.values()):
-            mine = [str(path) for path in files if READERS[data_suffix(path)] == reader]
-            if mine and reader != "lines":
-                parts.append(datasets.load_dataset(reader, data_files=mine, split="train", cache_dir=cache,
-                                                   streaming=streaming))
-            elif mine:  # the library's own reader of JSON names no line, and ends at the first bad one
-                stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in mine]
-                make = datasets.IterableDataset if streaming else datasets.Dataset
-                more = {} if streaming else {"cache_dir": cache, "fingerprint": digest(
-                    stats, inspect.getsource(read_lines))}
-                types = {"_where": "string", "_line": "large_binary", "text": "large_string", "_part": "int8"}
-                features = datasets.Features({key: datasets.Value(kind) for key, kind in types.items()})
-                parts.append(make.from_generator(read_lines, features, gen_kwargs={"files": stats}, **more))
-        return parts, note
+            return found.to_iterable_dataset() if streaming else found, ""
+        reader, files, note = data_files(source, split)
+        if reader != "lines":
+            return datasets.load_dataset(reader, data_files=files, split="train", cache_dir=cache,
+                                         streaming=streaming), note
+        # The library's own reader of JSON names no line, and ends at the first bad one.
+        types = {"_where": datasets.Value("string"), "_line": datasets.Value("large_binary")}
+        stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
+        known = {"features": datasets.Features(types), "gen_kwargs": {"files": stats}}
+        if streaming:
+            return datasets.IterableDataset.from_generator(read_lines, **known), note
+        return datasets.Dataset.from_generator(read_lines, **known, cache_dir=cache, fingerprint=digest(
+            stats, inspect.getsource(read_lines))), note
     except Exception as error:  # the library raises dozens of types; the first cause says what is wrong
         while error.__cause__ and not isinstance(error, UserError):
             error = error.__cause__
         if "corresponds to no data" in str(error):
-            return [], ""
+            raise UserError(f"--dataset {name} ({split}): no document at all") from error
         where = "" if source.exists() else "no such file or folder, and the hub says: "
         raise error if isinstance(error, UserError) else UserError(
             f"--dataset {name} ({split}): {where}{first_line(error)}") from error
@@ -661,15 +663,15 @@ def to_messages(row: dict) -> list[dict] | None:  # EDIT: what one of your rows 
     return None
 
 
-def read_row(raw: dict) -> dict | None:
-    """A row as a dictionary; None for an empty line. Raises ValueError for what is no JSON object."""
-    if raw.get("_line") is None:
-        return without_nulls(raw)
+def read_row(raw: dict) -> dict:
+    """A row as a dictionary. Raises ValueError for what is no JSON object."""
+    if "_line" not in raw:
+        return without_nulls(dict(raw))
     try:
-        row = json.loads(raw["_line"]) if raw["_line"].strip() else None
+        row = json.loads(raw["_line"])
     except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise ValueError(f"not JSON ({error}); expected one object a line") from None
-    if row is not None and not isinstance(row, dict):
+    if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, found {type(row).__name__}")
     return row
 
@@ -746,120 +748,93 @@ def render_chat(tokenizer, messages: list[dict], tools: list | None) -> tuple[st
             shown = content + shown.rpartition(content)[2]
         if start >= len(bare) and text.startswith(shown, start):
             spans.append((start, start + len(shown)))
-    if any(wanted) and not spans:
-        raise ValueError("the chat template shows no answer as it was given: give it {% generation %} tags, "
-                         "or pass another with --chat-template")
     return text, spans
 
 
-def render_row(tokenizer, raw: dict, how: dict) -> tuple[str, list | None, int] | None:
-    """(text, spans that are trained or None for a plain text, `_part`); None for an empty line."""
-    row = read_row(raw)
-    if row is None:
-        return None
-    messages, column = None if how["text_column"] else to_messages(row), how["text_column"] or "text"
-    if (messages is not None) != how["chat"]:
-        raise ValueError("chats and plain texts in one data set; split them, or give --text-column")
-    if messages is not None:
-        messages = check_messages(messages, how["spelt"])
-        try:
-            return *render_chat(tokenizer, messages, read_json(row.get("tools")) or None), 0
-        except Exception as error:  # jinja's raise_exception, for example on a role unknown to the template
-            raise ValueError(f"the chat template refuses this row: {first_line(error)}") from error
-    if column not in row:
-        shown = ", ".join(key for key in row if not key.startswith("_"))
-        raise ValueError(f"no column '{column}'; the row has: {shown}. Name one with --text-column, or use "
-                         "messages, prompt+completion, question+answer or instruction+output")
-    if not isinstance(row[column], str):
-        raise ValueError(f"column '{column}' holds {type(row[column]).__name__}, expected text")
-    return row[column], None, row.get("_part") or 0
-
-
-def encode(rows: dict[str, list], numbers: list[int], tokenizer, how: dict) -> dict[str, list]:
-    """A batch of rows as `token_columns`: what `map` calls. A bad row raises ValueError; with --bad-rows skip
-    it has no tokens, but a `problem`. Chats are cut to the seq_len + 1 tokens that a sample needs."""
-    columns, items = {name: [] for name in token_columns(0)}, []
-    for number, values in zip(numbers, zip(*rows.values())):
-        raw = dict(zip(rows, values))
-        where, rendered, problem = raw.get("_where") or f"{how['name']} row {number}", None, ""
-        try:
-            rendered = render_row(tokenizer, raw, how)
-        except Exception as error:  # a row may hold anything
-            kind = "" if isinstance(error, ValueError) else f"malformed, {type(error).__name__}: "
-            problem = f"{where}: {kind}{first_line(error)}"
-        if rendered or problem:
-            items.append((where, problem, *(rendered or ("", None, 0))))
-    texts = [LONE.sub("\ufffd", text) for *_, text, _, _ in items]
-    out = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=how["chat"]) if items else {}
-    for i, (where, problem, text, spans, part) in enumerate(items):
-        ids, trained = out["input_ids"][i], []
-        if spans is None and not problem:
-            ids = how["bos"] * (part < 2) + ids + [tokenizer.eos_token_id] * (part % 2 == 0)
-        elif not problem:
-            trained = flags_inside(out["offset_mapping"][i], spans)
-        if ids[:2] == [tokenizer.bos_token_id] * 2:
-            ids, trained = [], []
-            problem = f"{where}: two beginning-of-text tokens: the template or the text repeats bos_token"
-        if problem and how["stop"]:
-            raise ValueError(problem)
-        whole, is_long = bool(trained) and all(trained), how["chat"] and len(ids) > how["seq_len"]
-        ids, trained = (part[:how["seq_len"] + 1 if is_long else None] for part in (ids, trained))
-        record = {
-            "ids": ids, "trained": trained, "problem": problem, "length": len(ids), "whole": whole,
-            "crc": zlib.crc32(bytes(trained), zlib.crc32(array("q", ids))), "largest": max(ids, default=0),
-            "num_trained": sum(trained[1:]),
-            "ends": any(flag and token in how["ends"] for token, flag in zip(ids[1:], trained[1:])),
-            "long": is_long, "replaced": text != texts[i]}
-        for name, column in columns.items():
-            column.append(record[name])
-    return columns
-
-
-def flags_inside(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
-    """1 for each token, (start, stop) in the text, that lies in a span; both in order."""
-    flags, number = [], 0
-    for start, stop in offsets:
-        while number < len(spans) and spans[number][1] <= start:
-            number += 1
-        flags.append(int(number < len(spans) and spans[number][0] <= start < stop <= spans[number][1]))
-    return flags
-
-
-def token_columns(vocab_size: int):
-    """Of a document: token ids, for chats a flag for each (trained or not), and what checks need."""
-    from datasets import Features, Sequence, Value
-    ids = Value("uint16" if vocab_size <= 1 << 16 else "int32")
-    return Features(
-        {"ids": Sequence(ids), "trained": Sequence(Value("uint8")), "problem": Value("string")}
-        | {name: Value("int64") for name in ("crc", "length", "largest", "num_trained")}
-        | {name: Value("bool") for name in ("whole", "ends", "long", "replaced")})
-
-
-def sample_columns(ids):
-    """Of a sample, see `pack`."""
-    from datasets import Features, Sequence, Value
-    return Features({"ids": ids, "labelled": Sequence(Value("uint8")), "starts": Sequence(Value("int32"))})
-
-
-def how_to_encode(args: Namespace, tokenizer, parts: list, label: str) -> dict:
-    """What `encode` must know of all rows. The first one that can be read says whether they are chats."""
-    chat = False
-    for raw in itertools.islice(itertools.chain(*parts), 1000):
-        with contextlib.suppress(ValueError):
-            if row := read_row(raw):
-                chat = not args.text_column and to_messages(row) is not None
-                break
-    if chat and not tokenizer.is_fast:
-        raise UserError(f"{label}: chats need a tokenizer with a fast version, which tells where its tokens "
-                        "stand in the text: pass another --tokenizer")
+@functools.lru_cache
+def special_tokens(tokenizer) -> tuple[list[int], set[int], re.Pattern]:
+    """(what the tokenizer puts before a text, ids that can end a turn, a pattern of all special tokens)."""
     special = {token: str(added) for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    longest_first = "|".join(re.escape(text) for text in sorted(special.values(), key=len, reverse=True))
-    # What can end a turn: the end-of-text token and every special token that the vocabulary adds.
-    ends = {tokenizer.eos_token_id} | {*special} - {tokenizer.bos_token_id}
     bos = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id][:1]
-    return {"name": label, "chat": chat, "text_column": args.text_column, "stop": args.bad_rows == "stop",
-            "seq_len": args.seq_len if chat else 0, "ends": ends, "bos": bos,
-            "spelt": re.compile(longest_first or "$^")}
+    ends = {tokenizer.eos_token_id} | {*special} - {tokenizer.bos_token_id}
+    longest_first = sorted(special.values(), key=len, reverse=True)
+    return bos, ends, re.compile("|".join(map(re.escape, longest_first)) or "$^")
+
+
+def tokenise(tokenizer, row: dict, chat: bool, text_column: str | None) -> tuple[list, list, bool]:
+    """(token ids, for a chat 1 where trained, whether lone surrogates were replaced) of a row. Raises
+    ValueError where the row is bad."""
+    bos, _, spelt = special_tokens(tokenizer)
+    messages = None if text_column else to_messages(row)
+    if (messages is not None) != chat:
+        raise ValueError("chats and plain texts in one data set; split them, or give --text-column")
+    if chat and not tokenizer.is_fast:
+        raise ValueError("chats need a tokenizer with a fast version, which tells where its tokens stand in "
+                         "the text: pass another --tokenizer")
+    if chat:
+        messages, tools = check_messages(messages, spelt), read_json(row.get("tools"))
+        text, spans = render_chat(tokenizer, messages, tools or None)
+    else:
+        column = text_column or "text"
+        text = row.get(column)
+        if not isinstance(text, str):
+            raise ValueError(f"no text in column '{column}'; the row has: {', '.join(row)}. Name one with "
+                             "--text-column, or use messages, prompt+completion, question+answer or "
+                             "instruction+output")
+    text, num_lone = LONE.subn("\ufffd", text)
+    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=chat)
+    ids, trained = out["input_ids"], []
+    if chat:
+        inside = bytearray(len(text))  # 1 for each character that is trained
+        for start, stop in spans:
+            inside[start:stop] = b"\1" * (stop - start)
+        trained = [int(start < stop and 0 not in inside[start:stop])
+                   for start, stop in out["offset_mapping"]]
+    else:  # of a text that is read in pieces the first one begins it, and the last one ends it
+        begins, ends = row.get("_ends", (True, True))
+        ids = bos * begins + ids + [tokenizer.eos_token_id] * ends
+    if ids[:2] == [tokenizer.bos_token_id] * 2:
+        raise ValueError("two beginning-of-text tokens: the template or the text repeats bos_token")
+    return ids, trained, num_lone > 0
+
+
+def encode(raw: dict, number: int, tokenizer, args: Namespace, label: str, chat: bool) -> dict:
+    """The document of a row, as `map` calls it. A bad row ends the run; with --bad-rows skip it has no
+    tokens, but a `problem`. Chats are cut to the seq_len + 1 tokens that a sample needs."""
+    ids, trained, replaced, problem = [], [], False, ""
+    try:
+        ids, trained, replaced = tokenise(tokenizer, read_row(raw), chat, args.text_column)
+    except Exception as error:  # a row may hold anything
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        problem = f"{raw.get('_where') or f'{label} row {number}'}: {kind}{first_line(error)}"
+        if args.bad_rows == "stop":
+            raise ValueError(f"{problem} (--bad-rows skip leaves out one in a hundred)") from error
+    if chat:
+        ids, trained = ids[:args.seq_len + 1], trained[:args.seq_len + 1]
+    _, ends, _ = special_tokens(tokenizer)
+    return {
+        "ids": ids, "trained": trained, "problem": problem, "replaced": replaced,
+        "length": len(ids), "largest": max(ids, default=0),
+        "crc": zlib.crc32(bytes(trained), zlib.crc32(array("q", ids))),
+        "num_trained": sum(trained[1:]) if chat else len(ids),  # nothing predicts the first token
+        "ends": any(flag and token in ends for token, flag in zip(ids[1:], trained[1:]))}
+
+
+def column_types() -> tuple[dict, dict]:
+    """(columns of a document, see `encode`; columns of a sample, see `pack`) for the datasets library."""
+    from datasets import Features, Sequence, Value
+    ids, flags, number = Sequence(Value("int32")), Sequence(Value("uint8")), Value("int64")
+    return Features({"ids": ids, "trained": flags, "problem": Value("string"), "length": number,
+                     "largest": number, "crc": number, "num_trained": number, "ends": Value("bool"),
+                     "replaced": Value("bool")}), Features({"ids": ids, "labelled": flags, "starts": ids})
+
+
+def has_chats(args: Namespace, rows) -> bool:
+    """Whether the rows are chats: the first one that can be read decides."""
+    for raw in itertools.islice(rows, 0 if args.text_column else 1000):
+        with contextlib.suppress(ValueError):
+            return to_messages(read_row(raw)) is not None
+    return False
 
 
 def load_tokenizer(args: Namespace):
@@ -903,11 +878,6 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def section_text() -> list[str]:
-    """This section: a part of the cache's keys, so that no edit of it meets tokens of before."""
-    return re.findall(r"(?ms)^# 3\. .*?(?=^# 4\. )", Path(__file__).read_text(encoding="utf-8"))
-
-
 def tokenizer_identity(tokenizer) -> str:
     inner = (tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else
              (sorted(tokenizer.get_vocab().items()), inspect.getsource(type(tokenizer))))
@@ -929,67 +899,69 @@ def one_at_a_time(args: Namespace) -> Iterator[None]:
         yield
 
 
-def cached_map(args: Namespace, rows, function: Callable, key: str, **options: object):
-    """`rows` mapped in batches, from --data-cache or made now. Columns of before are gone."""
+def cached_map(args: Namespace, rows, function: Callable, known: tuple, **options: object):
+    """`rows` mapped, from --data-cache or made now; their old columns are gone. The key is `known`, and the
+    text of this section, so that no edit of it meets rows of before."""
+    section = re.findall(r"(?ms)^# 3\. .*?(?=^# 4\. )", Path(__file__).read_text(encoding="utf-8"))
+    key = digest(section, *known)
     path = Path(args.data_cache).absolute() / f"{function.__name__}-{key}.arrow"
-    return rows.map(function, batched=True, remove_columns=rows.column_names, cache_file_name=str(path),
-                    new_fingerprint=key, **options)
+    try:
+        return rows.map(function, remove_columns=rows.column_names, cache_file_name=str(path),
+                        new_fingerprint=key, **options)
+    except ValueError as error:  # of `encode`, perhaps in another process, which knows no UserError of ours
+        raise UserError(first_line(error)) from error
+
+
+def column(tokens, name: str):
+    """The numbers of a column, as an array."""
+    return tokens.with_format("numpy")[name][:]
 
 
 def open_tokens(args: Namespace, tokenizer, name: str, split: str) -> tuple[object, bool, str]:
-    """(data set of `token_columns`, chats or not, a word on files and rows)."""
-    import datasets
-    label, tokens = f"{name} ({split})", []
-    parts, note = open_rows(args, name, split)
-    how = how_to_encode(args, tokenizer, parts, label)
-    for part in filter(len, parts):
-        key = digest(part._fingerprint, section_text(), tokenizer_identity(tokenizer), args.text_column,
-                     how["chat"], how["seq_len"])
-        workers = min(len(os.sched_getaffinity(0)), len(part) // 20_000)  # each keeps what it has at a kill
-        try:
-            tokens.append(cached_map(
-                args, part, encode, key, batch_size=256, with_indices=True, desc=f"tokenising {label}",
-                features=token_columns(len(tokenizer)), fn_kwargs={"tokenizer": tokenizer, "how": how},
-                num_proc=workers if workers > 1 else None))
-        except ValueError as error:  # of `encode`, perhaps in another process
-            raise UserError(f"{first_line(error)} (--bad-rows skip leaves out one in a hundred)") from error
-    if not sum(map(len, tokens)):
+    """(documents, as `encode` makes them; chats or not; a line to print)."""
+    label = f"{name} ({split})"
+    rows, files = open_rows(args, name, split)
+    if not len(rows):
         raise UserError(f"{label}: no document at all")
-    note = f"{note + ', ' if note else ''}{sum(map(len, parts)):,} rows"
-    return datasets.concatenate_datasets(tokens), how["chat"], note
+    chat = has_chats(args, rows)
+    known = (rows._fingerprint, tokenizer_identity(tokenizer), args.text_column, chat and args.seq_len)
+    workers = min(len(os.sched_getaffinity(0)), len(rows) // 1000)
+    tokens = cached_map(args, rows, encode, known, with_indices=True, features=column_types()[0],
+                        num_proc=workers if workers > 1 else None, desc=f"tokenising {label}", fn_kwargs={
+                            "tokenizer": tokenizer, "args": args, "label": label, "chat": chat})
+    return tokens, chat, f"read       {label}: {files}{check_tokens(args, tokens, chat, label)}"
 
 
 def check_tokens(args: Namespace, tokens, chat: bool, label: str) -> str:
-    """A word on what is left out, cut or changed. Raises UserError where training would be silently wrong."""
-    table = tokens.data.table
-    trained, length, whole, ends, long, replaced = (torch.tensor(table.column(name).to_numpy()) for name in (
-        "num_trained", "length", "whole", "ends", "long", "replaced"))
-    problems = [text for text in table.column("problem").unique().to_pylist() if text]
+    """A word on what was read, left out and cut. Raises UserError where training would be silently wrong."""
+    length, trained, ends = (column(tokens, name) for name in ("length", "num_trained", "ends"))
+    problems = [text for text in tokens.unique("problem") if text]
     if problems and (args.bad_rows == "stop" or len(problems) * 100 > len(tokens)):
         raise UserError(f"{problems[0]} ({len(problems):,} of {len(tokens):,} rows are bad: --bad-rows skip "
                         "takes one in a hundred)")
-    untrained = trained == 0 if chat else length == 0
-    keep = ~(untrained | long) if args.long_chats == "drop" else ~untrained
-    cut = f"--seq-len {args.seq_len} cuts {int(long.sum()):,} chats: raise it"
+    is_long = (length > args.seq_len) & chat
+    keep = (trained > 0) & ~(is_long & (args.long_chats == "drop"))
+    cut = f"--seq-len {args.seq_len} cuts {is_long.sum():,} chats: raise it"
     wrong = ""
     if not keep.any():
-        wrong = "no document at all" if not chat else f"nothing is trained: {cut}" if long.any() else (
+        wrong = f"nothing is trained: {cut}" if is_long.any() else (
             "no token is trained: the chat template marks no assistant tokens (tools/show_batch.py shows it)")
-    elif chat and whole[keep].all():
+    elif chat and (trained[keep] == length[keep] - 1).all():
         wrong = "every token is trained, prompts too: the template's generation tags enclose all"
     elif chat and not ends[keep].any():
-        wrong = "no end token is ever trained, so the model would never stop: " + (cut if long.any() else (
+        wrong = "no end token is ever trained, so the model would never stop: " + (cut if is_long.any() else (
             "the chat template must end an assistant turn with eos_token or another special token"))
     if wrong:
         raise UserError(f"{label}: {wrong}")
     listed = Path(args.data_cache) / f"bad_rows-{tokens._fingerprint}.txt"
     if problems:
         listed.write_text("\n".join(problems) + "\n", encoding="utf-8", errors="backslashreplace")
-    told = {f"bad rows left out, see {listed}": len(problems), "cut to --seq-len": int((long & keep).sum()),
-            "left out with nothing to train": int(untrained.sum()) - len(problems),
-            "left out as longer than --seq-len": int((long & ~untrained & ~keep).sum()),
-            "with lone surrogates, replaced": int(replaced.sum())}
-    return "".join(f"; {count:,} {why}" for why, count in told.items() if count)
+    told = {f"bad rows left out, see {listed}": len(problems), "cut to --seq-len": (is_long & keep).sum(),
+            "left out with nothing to train": (trained == 0).sum() - len(problems),
+            "left out as longer than --seq-len": ((trained > 0) & ~keep).sum(),
+            "with lone surrogates, replaced": column(tokens, "replaced").sum()}
+    return f"{length[keep].sum():,} tokens in {len(tokens):,} rows" + "".join(
+        f"; {count:,} {why}" for why, count in told.items() if count)
 
 
 def dataset_names(args: Namespace) -> list[tuple[str, float | None]]:
@@ -1002,79 +974,71 @@ def dataset_names(args: Namespace) -> list[tuple[str, float | None]]:
 
 
 def prepare_data(args: Namespace) -> dict:
-    """Tokens of all rows: {"train", "eval": [(data set of `token_columns`, weight)], "chat": whether there
+    """Tokens of all rows: {"train", "eval": [(documents, weight)], "chat": whether there
     are chats, "notes": lines to print, "rows" that an embedding needs, "identity" of the documents}."""
-    tokenizer, found, chats, notes = load_tokenizer(args), {"train": [], "eval": []}, [], []
-    names = dataset_names(args)
-    wanted = [] if args.streaming else [
-        ("train", name, args.dataset_split, weight, f"--dataset {name} ({args.dataset_split})")
-        for name, weight in names]
+    tokenizer, names = load_tokenizer(args), dataset_names(args)
+    data = {"train": [], "eval": [], "chat": False, "notes": []}
+    wanted = [] if args.streaming else [("train", name, args.dataset_split, weight) for name, weight in names]
     if args.eval_split:
         sources = [(args.eval_split, None)] if Path(args.eval_split).is_file() else names
-        wanted += [("eval", name, args.eval_split, None, f"--eval-split {args.eval_split}")
-                   for name, _ in sources]
+        wanted += [("eval", name, args.eval_split, None) for name, _ in sources]
     with one_at_a_time(args):
-        for target, name, split, weight, label in wanted:
-            tokens, chat, read = open_tokens(args, tokenizer, name, split)
-            notes.append(f"read       {name} ({split}): {read}{check_tokens(args, tokens, chat, label)}")
+        for target, name, split, weight in wanted:
+            tokens, chat, note = open_tokens(args, tokenizer, name, split)
+            data["notes"].append(note)
+            data["chat"] |= chat
             if args.eval_fraction:  # drawn by content: what stands in the data twice is never on both sides
-                crc = torch.tensor(tokens.data.table.column("crc").to_numpy())
-                is_held = (crc ^ args.seed) * 2654435761 % 2**32 < args.eval_fraction * 2**32
-                found["eval"].append((tokens.select(is_held.nonzero().flatten().tolist()), None))
-                tokens = tokens.select((~is_held).nonzero().flatten().tolist())
-            found[target].append((tokens, weight))
-            chats.append(chat)
+                drawn = (column(tokens, "crc") ^ args.seed) * 2654435761 % 2**32
+                is_held = drawn < args.eval_fraction * 2**32
+                data["eval"].append((tokens.select(is_held.nonzero()[0]), None))
+                tokens = tokens.select((~is_held).nonzero()[0])
+            data[target].append((tokens, weight))
         for name, _ in names if args.streaming else ():
-            parts, _ = open_rows(args, name, args.dataset_split, streaming=True)
-            chats.append(how_to_encode(args, tokenizer, parts, name)["chat"])
-    every = [tokens for split in found.values() for tokens, _ in split]
+            data["chat"] |= has_chats(args, open_rows(args, name, args.dataset_split, streaming=True)[0])
+    every = [tokens for tokens, _ in data["train"] + data["eval"]]
     if not all(map(len, every)):
         raise UserError(f"--eval-fraction {args.eval_fraction} holds out nothing, or all, of "
                         f"{sum(map(len, every)):,} documents: change it")
-    largest = max((tokens.data.table.column("largest").to_numpy().max() for tokens in every), default=0)
-    identity = digest([content_of(tokens) for tokens in every], [weight for _, weight in names],
-                      tokenizer_identity(tokenizer) if args.streaming else "")
-    return found | {
-        "chat": any(chats), "notes": notes, "identity": identity,
-        "rows": len(tokenizer) if args.from_scratch or args.streaming else int(largest) + 1}
-
-
-def content_of(tokens) -> str:
-    """Of documents, whatever their files are called and whoever tokenised them."""
-    return digest(len(tokens), zlib.crc32(tokens.with_format("numpy")["crc"][:].tobytes()))
+    largest = max((int(column(tokens, "largest").max()) for tokens in every), default=0)
+    # Of documents, whatever their files are called and whoever tokenised them.
+    content = [digest(len(tokens), zlib.crc32(column(tokens, "crc").tobytes())) for tokens in every]
+    return data | {
+        "identity": digest(content, [weight for _, weight in names],
+                           tokenizer_identity(tokenizer) if args.streaming else ""),
+        "rows": len(tokenizer) if args.from_scratch or args.streaming else largest + 1}
 
 
 def pack(rows: dict[str, list], args: Namespace) -> dict[str, list]:
     """The samples of a batch of documents, as `map` calls it: ids (of T inputs and of the last one's label),
     labelled (1 where the next token is a label) and starts (where a document begins).
 
-    Plain text with packing is one stream cut every seq_len tokens. Chats, and --no-packing, are pieces:
-    documents of at most seq_len inputs, several to a sample (best fit) or one. No label crosses pieces."""
-    T, samples, pieces = args.seq_len, [], []
-    chat = any(rows["trained"])
-    keep = [not problem and not (chat and not trained) and not (is_long and args.long_chats == "drop")
-            for problem, trained, is_long in zip(rows["problem"], rows["num_trained"], rows["long"])]
-    documents = list(itertools.compress(zip(rows["ids"], rows["trained"]), keep))
+    Documents are cut into pieces of at most seq_len inputs, several to a sample (best fit) or, without
+    packing, one. No label crosses pieces. But plain text with packing is a single stream."""
+    T, chat = args.seq_len, any(rows["trained"])
+    documents = [(ids, [*(trained or [1] * len(ids)), 0], [0])  # the last 0: its last token predicts nothing
+                 for ids, trained, count in zip(rows["ids"], rows["trained"], rows["num_trained"])
+                 if count and not (chat and len(ids) > T and args.long_chats == "drop")]
     if args.packing and not chat:
-        flat = list(itertools.chain.from_iterable(ids for ids, _ in documents))
-        begins = list(itertools.accumulate((len(ids) for ids, _ in documents), initial=0))
-        for first in range(0, len(flat) - 1, T):
-            ids = flat[first:first + T + 1]
-            inside = begins[bisect.bisect(begins, first):bisect.bisect(begins, first + len(ids) - 1)]
-            samples.append((ids, [1] * (len(ids) - 1), [0, *(begin - first for begin in inside)]))
-    for ids, trained in documents if chat or not args.packing else ():
-        flags = trained or [1] * len(ids)
+        stream = list(itertools.chain.from_iterable(ids for ids, *_ in documents))
+        begins = itertools.accumulate((len(ids) for ids, *_ in documents), initial=0)
+        documents = [(stream, [1] * len(stream), list(begins))]
+    pieces, samples = [], {"ids": [], "labelled": [], "starts": []}
+    for ids, flags, begins in documents:
         for first in range(0, len(ids) - 1, T):  # a last token alone would predict nothing
-            tokens = ids[first:first + T + 1]
-            labelled = [*flags[first + 1:first + T + 1], 0][:min(len(tokens), T)]  # 0: the document's last
-            pieces.append((tokens, labelled))
-    sizes = [len(labelled) for _, labelled in pieces]
+            labelled = flags[first + 1:first + T + 1]
+            inside = begins[bisect.bisect(begins, first):bisect.bisect(begins, first + len(labelled))]
+            pieces.append((ids[first:first + T + 1], labelled, [0, *(begin - first for begin in inside)]))
+    sizes = [len(labelled) for _, labelled, _ in pieces]
     for chosen in pack_best_fit(sizes, T) if args.packing else [[i] for i in range(len(pieces))]:
-        parts = zip(*(pieces[i] for i in chosen))
-        ids, labelled = (list(itertools.chain.from_iterable(part)) for part in parts)
-        starts = itertools.accumulate((sizes[i] for i in chosen[:-1]), initial=0)
-        samples.append(((ids + [0])[:len(labelled) + 1], labelled, list(starts)))
-    return dict(zip(("ids", "labelled", "starts"), map(list, zip(*samples)) if samples else ([], [], [])))
+        ids, labelled, starts = [], [], []
+        for piece_ids, piece_labelled, piece_starts in (pieces[i] for i in chosen):
+            starts += [len(labelled) + start for start in piece_starts]
+            ids += piece_ids
+            labelled += piece_labelled
+        samples["ids"].append((ids + [0])[:len(labelled) + 1])
+        samples["labelled"].append(labelled)
+        samples["starts"].append(starts)
+    return samples
 
 
 def pack_best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
@@ -1091,51 +1055,55 @@ def pack_best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-class TokenDataset(torch.utils.data.Dataset):
-    """Samples of `pack`, of one data set or of several: input_ids, labels (next token or -100), position_ids.
+class TokenDataset:
+    """Samples of `pack`, of one data set or of several (documents, weight).
 
     Without weights a pass takes each sample once. Weights are shares of a pass's samples; each part goes on
-    where the pass before left it, and takes every sample before any twice. Positions start again at each
-    document of a sample; with mask_documents attention tells them apart by that."""
+    where the pass before left it, and takes every sample before any twice."""
 
     def __init__(self, parts: list[tuple], args: Namespace) -> None:
-        weights, self.sizes = [weight for _, weight, _ in parts], [len(table) for table, *_ in parts]
-        self.columns = [{name: table.column(name) for name in table.column_names} for table, *_ in parts]
+        self.args, self.columns = args, []
+        with one_at_a_time(args):
+            for tokens, _ in parts:
+                known = (tokens._fingerprint, args.seq_len, args.packing, args.long_chats)
+                size = max(1_000_000, 256 * args.seq_len)  # tokens of a batch: its last sample is not full
+                mean = max(1, int(column(tokens, "length")[:1000].mean()))
+                packed = cached_map(args, tokens, pack, known, batched=True, batch_size=size // mean + 1,
+                                    desc="packing", features=column_types()[1], fn_kwargs={"args": args})
+                self.columns.append({name: packed.data.table.column(name) for name in packed.column_names})
+        self.sizes = [len(columns["ids"]) for columns in self.columns]
+        if not all(self.sizes):
+            raise UserError("data without two tokens in a row: nothing to learn")
+        weights = [weight for _, weight in parts]
         self.counts = [size if weight is None else round(sum(self.sizes) * weight / sum(weights))
                        for size, weight in zip(self.sizes, weights)]
-        self.length, self.mask_documents = args.seq_len if args.packing else 0, args.mask_documents
-        self.seq_len = args.seq_len
-        self.num_tokens = sum(num_tokens for *_, num_tokens in parts)
 
     def __len__(self) -> int:
         return sum(self.counts)
 
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return self.sample(i, 0)
-
-    def sample(self, i: int, epoch: int) -> dict[str, Tensor]:
+    def sample(self, i: int, epoch: int = 0) -> dict[str, Tensor]:
         for columns, size, count in zip(self.columns, self.sizes, self.counts):
-            if i < count == size:
-                return self.read(columns, i)
-            if i < count:  # in steps of some 0.6 of its size that have no divisor in common with it
-                step = next(n for n in itertools.count(int(0.618 * size) + 1) if math.gcd(n, size) == 1)
-                return self.read(columns, (epoch * count + i) * step % size)
+            if i < count:
+                if count != size:  # in steps of some 0.6 of its size that have no divisor in common with it
+                    step = next(n for n in itertools.count(int(0.618 * size) + 1) if math.gcd(n, size) == 1)
+                    i = (epoch * count + i) * step % size
+                row = {name: torch.from_numpy(column[i].values.to_numpy().astype("int64"))
+                       for name, column in columns.items()}  # memory-mapped
+                return unpack(row, self.args)
             i -= count
         raise IndexError(i)
 
-    def read(self, columns: dict, i: int) -> dict[str, Tensor]:
-        """Sample i from the memory-mapped Arrow columns."""
-        row = {name: torch.from_numpy(column[i].values.to_numpy().astype("int64"))
-               for name, column in columns.items()}
-        return unpack(row, self.length, self.mask_documents)
+    __getitem__ = sample
 
 
-def unpack(row: dict[str, Tensor], length: int, mask_documents: bool) -> dict[str, Tensor]:
-    """A sample of `pack`, each (T,) int64, padded on the right to `length` with untrained tokens."""
+def unpack(row: dict[str, Tensor], args: Namespace) -> dict[str, Tensor]:
+    """A sample of `pack` as input_ids, labels (next token or -100) and position_ids, each (T,) int64, with
+    --packing padded on the right to seq_len. With --mask-documents positions start again at each document, by
+    which attention tells them apart."""
     ids, labelled, starts = row["ids"], row["labelled"], row["starts"]
     labels = ids[1:].masked_fill(labelled == 0, IGNORE)
-    positions = torch.arange(len(labels))
-    if mask_documents:
+    positions, length = torch.arange(len(labels)), args.seq_len if args.packing else 0
+    if args.mask_documents:
         labels[starts[1:] - 1] = IGNORE
         starts = starts[starts < len(labels)]
         positions -= starts.repeat_interleave(torch.diff(starts, append=torch.tensor([len(labels)])))
@@ -1145,34 +1113,16 @@ def unpack(row: dict[str, Tensor], length: int, mask_documents: bool) -> dict[st
 
 
 def pad_to(tensor: Tensor, length: int, value: int) -> Tensor:
-    return F.pad(tensor, (0, length - len(tensor)), value=value) if len(tensor) < length else tensor
+    return F.pad(tensor, (0, max(0, length - len(tensor))), value=value)
 
 
-def pack_datasets(parts: list[tuple], args: Namespace, split: str) -> TokenDataset:
-    """The samples of (data set of `token_columns`, weight) parts."""
-    tables = []
-    with one_at_a_time(args):
-        for tokens, weight in parts:
-            key = digest(content_of(tokens), section_text(), args.seq_len, args.packing, args.long_chats)
-            size = max(1_000_000, 256 * args.seq_len)  # tokens of a batch: its last sample is not full
-            mean = max(1, int(sum(tokens["length"][:1000]) / min(len(tokens), 1000)))
-            packed = cached_map(args, tokens, pack, key, batch_size=size // mean + 1,
-                                desc="packing", features=sample_columns(tokens.features["ids"]),
-                                fn_kwargs={"args": args})
-            tables.append((packed.data.table, weight, sum(tokens["length"])))
-    if not all(len(table) for table, *_ in tables):
-        raise UserError(f"the {split} data hold no two tokens: nothing to learn")
-    return TokenDataset(tables, args)
-
-
-def collate(samples: list[dict[str, Tensor]], device: torch.device, mask_documents: bool, seq_len: int
-            ) -> dict[str, Tensor]:
+def collate(samples: list[dict[str, Tensor]], args: Namespace, device: torch.device) -> dict[str, Tensor]:
     """(B, T) on the device, padded on the right; position_ids only where documents must be told apart, and on
     CUDA cu_seqlens (`document_bounds`) with them, so that nobody waits for the device to learn them."""
     T = max(len(sample["input_ids"]) for sample in samples)
     if device.type == "cuda":  # kernels are planned, and graphs compiled, for each new T
-        T = max(T, min(seq_len, math.ceil(T / 128) * 128))
-    several = mask_documents and any((sample["position_ids"][1:] == 0).any() for sample in samples)
+        T = max(T, min(args.seq_len, math.ceil(T / 128) * 128))
+    several = args.mask_documents and any((sample["position_ids"][1:] == 0).any() for sample in samples)
     fill_with = {"input_ids": 0, "labels": IGNORE} | ({"position_ids": 0} if several else {})
     batch = {key: torch.stack([pad_to(sample[key], T, value) for sample in samples])
              for key, value in fill_with.items()}
@@ -1206,63 +1156,45 @@ def ordered_batches(dataset: TokenDataset, args: Namespace, ranks: Ranks, start:
     while True:
         positions = range(position, position + B)
         samples = [dataset.sample(sample_at(p, size, args.seed), p // size) for p in positions]
-        yield collate(samples, ranks.device, dataset.mask_documents, args.seq_len)
+        yield collate(samples, dataset.args, ranks.device)
         position += B * ranks.world_size
 
 
-def open_stream_rows(args: Namespace, ranks: Ranks):
+def open_stream(args: Namespace, ranks: Ranks):
     """One epoch of this rank's samples of --streaming: every world_size-th file or row, in order, of one data
-    set after the other, or drawn by their weights until each was seen whole."""
+    set after the other."""
     import datasets
-    tokenizer, names = load_tokenizer(args), dataset_names(args)
-    samples, weights = [open_stream(args, name, tokenizer, ranks) for name, _ in names], [w for _, w in names]
-    if weights[0] is None:
-        return datasets.concatenate_datasets(samples)
-    shares = [weight / sum(weights) for weight in weights]
-    return datasets.interleave_datasets(samples, shares, args.seed, stopping_strategy="all_exhausted")
-
-
-def open_stream(args: Namespace, name: str, tokenizer, ranks: Ranks):
-    """This rank's samples of one data set."""
-    import datasets
-    parts, _ = open_rows(args, name, args.dataset_split, streaming=True)
-    how = how_to_encode(args, tokenizer, parts, f"{name} ({args.dataset_split})")
-    features, documents = token_columns(len(tokenizer)), []
-    for part in parts:
-        columns = list(next(iter(part), {}))
+    tokenizer, (columns, features), samples = load_tokenizer(args), column_types(), []
+    for name, _ in dataset_names(args):
+        rows, _ = open_rows(args, name, args.dataset_split, streaming=True)
+        known = {"tokenizer": tokenizer, "args": args, "label": f"{name} ({args.dataset_split})",
+                 "chat": has_chats(args, rows)}
         # The library's split_dataset_by_node would tokenise all rows on each rank.
-        by_files = part.num_shards % ranks.world_size == 0
-        mine = part.shard(ranks.world_size, ranks.rank) if by_files else part.filter(
-            lambda _, number: number % ranks.world_size == ranks.rank, with_indices=True)
-        documents.append(mine.map(
-            encode, batched=True, batch_size=64, with_indices=True, remove_columns=columns, features=features,
-            fn_kwargs={"tokenizer": tokenizer, "how": how}))
-    return datasets.concatenate_datasets(documents).map(
-        pack, batched=True, batch_size=256, remove_columns=list(features), fn_kwargs={"args": args},
-        features=sample_columns(features["ids"]))
+        mine = rows.shard(ranks.world_size, ranks.rank) if rows.num_shards % ranks.world_size == 0 else (
+            rows.filter(lambda _, number: number % ranks.world_size == ranks.rank, with_indices=True))
+        documents = mine.map(encode, with_indices=True, fn_kwargs=known, features=columns,
+                             remove_columns=list(next(iter(rows), {})))
+        samples.append(documents.map(pack, batched=True, batch_size=256, fn_kwargs={"args": args},
+                                     features=features, remove_columns=list(columns)))
+    return datasets.concatenate_datasets(samples)
 
 
 def streamed_batches(args: Namespace, ranks: Ranks, state: dict) -> Iterator[dict]:
     """This rank's micro-batches of --streaming, epoch after epoch. `state`, the library's, is kept up to
     date, so that a checkpoint of it resumes exactly."""
-    samples, length = [], args.seq_len if args.packing else 0
-    while True:
-        stream, found = open_stream_rows(args, ranks), "library" in state
-        if found:
-            stream.load_state_dict(state["library"])
-        try:
-            for row in stream:
-                found, row = True, {name: torch.tensor(row[name]) for name in ("ids", "labelled", "starts")}
-                samples.append(unpack(row, length, args.mask_documents))
-                if len(samples) == args.batch_size:
-                    state["library"] = stream.state_dict()
-                    yield collate(samples, ranks.device, args.mask_documents, args.seq_len)
-                    samples = []
-        except ValueError as error:  # of `encode`
-            raise UserError(first_line(error)) from error
-        if not found:
-            raise UserError(f"--dataset {args.dataset}: no row for rank {ranks.rank} of {ranks.world_size}")
-        state.pop("library", None)
+    stream, samples = open_stream(args, ranks).repeat(None), []
+    if state:
+        stream.load_state_dict(state["library"])
+    try:
+        for row in stream:
+            samples.append(unpack({name: torch.tensor(value) for name, value in row.items()}, args))
+            if len(samples) == args.batch_size:
+                state["library"] = stream.state_dict()
+                yield collate(samples, args, ranks.device)
+                samples = []
+    except ValueError as error:  # of `encode`
+        raise UserError(first_line(error)) from error
+    raise UserError(f"--dataset {args.dataset}: no row for rank {ranks.rank} of {ranks.world_size}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2020,7 +1952,9 @@ def resolve_steps(args: Namespace, dataset: TokenDataset | None, ranks: Ranks, p
     """(total steps, warm-up steps, ahead, lines to print). Epochs count in samples, also where the batch has
     changed since. Ahead: samples seen over today's batch, less the steps done; the schedule adds it."""
     per_step, ahead = args.batch_size * args.grad_accum_steps * ranks.world_size, 0.0
-    total = args.num_epochs * (args.steps_per_epoch or 1000)
+    total, known = args.num_epochs * (args.steps_per_epoch or 1000), "of a stream"
+    if dataset:
+        known = f"{math.ceil(len(dataset) / per_step):,} are one pass over {len(dataset):,} sequences"
     if dataset and not (args.max_steps or args.steps_per_epoch):
         ahead = progress["samples"] / per_step - progress["step"]
         left = args.num_epochs * len(dataset) - progress["samples"]
@@ -2029,7 +1963,7 @@ def resolve_steps(args: Namespace, dataset: TokenDataset | None, ranks: Ranks, p
     warmup = args.warmup_steps if args.warmup_steps is not None else min(2000, total // 10)
     if warmup > total:
         raise UserError(f"--warmup-steps {warmup} is more than the run's {total} steps")
-    lines = [f"steps      {total:,}, {warmup:,} of warm-up; {per_step:,} sequences, "
+    lines = [f"steps      {total:,} ({known}), {warmup:,} of warm-up; {per_step:,} sequences, "
              f"{per_step * args.seq_len:,} tokens a step; learning rate {args.max_lr:g}"]
     if 0 < progress.get("total_steps", 0) == progress["step"] < total and args.schedule != "constant":
         lines.append("note       the run had ended: its learning rate rises again")
@@ -2624,8 +2558,7 @@ def evaluate(model: nn.Module, eval_sets: dict[str, TokenDataset], batch_size: i
         for first in tqdm(rounds, desc=f"evaluating {name}", leave=False, disable=is_silent):
             start = first + ranks.rank * batch_size
             mine = range(start, min(start + batch_size, len(dataset)))
-            batch = collate([dataset[i] for i in mine or [0]], ranks.device, dataset.mask_documents,
-                            dataset.seq_len)
+            batch = collate([dataset[i] for i in mine or [0]], dataset.args, ranks.device)
             if not mine:
                 batch["labels"].fill_(IGNORE)
             sums += torch.stack([model(**batch)[1][0].double(), (batch["labels"] != IGNORE).sum()])
@@ -2648,7 +2581,7 @@ IDENTITY = ("hf_model model_size data seed seq_len packing mask_documents long_c
 def open_datasets(args: Namespace, data: dict) -> tuple[TokenDataset | None, dict[str, TokenDataset]]:
     """(train or None with --streaming, held-out sets by name)."""
     def make(split: str, **changes: object) -> TokenDataset:
-        return pack_datasets(data[split], Namespace(**vars(args) | changes), split)
+        return TokenDataset(data[split], Namespace(**vars(args) | changes))
 
     if args.mask_documents is None:  # plain text from scratch is one stream
         args.mask_documents = bool(args.hf_model) or data["chat"]
@@ -2717,18 +2650,6 @@ def next_command(args: Namespace) -> str:
         return "the same command with --lora-merge puts the whole model in the adapters' place"
     command = shlex.join([sys.executable, sys.argv[0], "--hf-model", str(Path(args.checkpoint_dir) / "hf")])
     return f"{command} --dataset YOUR.jsonl --checkpoint-dir runs/finetuned"
-
-
-def describe_data(train_set: TokenDataset | None, eval_sets: dict[str, TokenDataset]) -> list[str]:
-    lines = []
-    for name, dataset in (({"data": train_set} if train_set else {}) | eval_sets).items():
-        passes = [f"{count / size:.2f}" for count, size in zip(dataset.counts, dataset.sizes)]
-        mixed = f" ({', '.join(passes)} passes over its parts)" if set(passes) != {"1.00"} else ""
-        filled = min(1.0, dataset.num_tokens / (sum(dataset.sizes) * dataset.seq_len))
-        lines.append(f"{name:10s} {dataset.num_tokens:,} tokens in {len(dataset):,} sequences{mixed}, "
-                     f"{filled:.0%} full; documents "
-                     f"{'do not see each other' if dataset.mask_documents else 'follow one another'}")
-    return lines
 
 
 def show_row(bar, total_steps: int, row: dict) -> None:
@@ -2857,8 +2778,7 @@ def main() -> None:
     bar, trackers = open_bar(total_steps, progress["step"], ranks), open_trackers(args, ranks)
     if ranks.is_main:
         trackers.append(functools.partial(show_row, bar, total_steps))
-        notes = [*data["notes"], *describe_data(train_set, eval_sets), *notes]
-        print(describe_model(model, dtype), *notes, sep="\n")
+        print(describe_model(model, dtype), *data["notes"], *notes, sep="\n")
     samples_per_step = args.batch_size * args.grad_accum_steps * ranks.world_size
     reduces_always = args.reduce_every_micro_batch or mesh.size() == 1  # one device: no traffic, less memory
     token_flops, device_flops = flops_per_token(model, args.seq_len), peak_flops(ranks.device)

@@ -60,7 +60,7 @@ def ours(path: Path, tokenizer: str) -> dict:
         started = time.process_time()
         next(batches)
         times.append(1000 * (time.process_time() - started))
-    return {"tokens": train_set.num_tokens, "batch_ms": statistics.median(times),
+    return {"tokens": sum(data["train"][0][0]["length"]), "batch_ms": statistics.median(times),
             "fastest_batch_ms": min(times)}
 
 

@@ -276,7 +276,7 @@ def test_nproc_reports_once(place, tmp_path):
     assert result.stderr.count("--hsdp-shard-size 3 does not divide the 2 processes") == 1
     result = run_script([*flags, "--text-column", "nothing"], check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert result.stderr.count("no column 'nothing'") == 1 and result.stderr.count("error") == 1
+    assert result.stderr.count("no text in column 'nothing'") == 1 and result.stderr.count("error") == 1
 
 
 def test_nproc_relaunch_trains(place, tmp_path):

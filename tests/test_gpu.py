@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import re
+from argparse import Namespace
 
 import grpo_models
 import pytest
@@ -241,7 +242,7 @@ def joined(found, length):
 
 def packed_batch(packs, seq_len, device=DEVICE):
     samples = [joined(pieces(lengths, seed), seq_len) for seed, lengths in enumerate(packs)]
-    return train_llm.collate(samples, device, True, seq_len)
+    return train_llm.collate(samples, Namespace(seq_len=seq_len, mask_documents=True), device)
 
 
 def gradients(model):
@@ -357,8 +358,9 @@ def test_lengths_are_multiples_of_128():
     bounds = batch["cu_seqlens"]
     assert bounds.dtype == torch.int32 and bounds.device == batch["input_ids"].device == DEVICE
     unpacked = [joined(pieces([length], 0), 0) for length in (100, 130)]
-    assert train_llm.collate(unpacked, DEVICE, True, 512)["input_ids"].shape == (2, 256)
-    assert train_llm.collate(unpacked, DEVICE, True, 200)["input_ids"].shape == (2, 200)
+    for seq_len, length in ((512, 256), (200, 200)):
+        args = Namespace(seq_len=seq_len, mask_documents=True)
+        assert train_llm.collate(unpacked, args, DEVICE)["input_ids"].shape == (2, length)
     sequence = train_gsm8k_fsdp2.Sequence([1] * 40, 10, [0.0] * 30, 1.0)
     assert train_gsm8k_fsdp2.collate([sequence], DEVICE, 512)["input_ids"].shape == (1, 128)
 

@@ -133,7 +133,7 @@ def test_one_process(folder, straight):
     resumed = stop(folder, "straight", STOP, "one")
     out = train(folder, scratch(folder, 4, 2), "one").stdout
     # The stop is in the middle of an epoch, which ends in the middle of a later step.
-    num_samples = int(re.search(r"tokens in (\d+) sequences", out)[1])
+    num_samples = int(re.search(r"one pass over (\d+) sequences", out)[1])
     assert STOP * 8 < num_samples < STEPS * 8
     assert num_samples % 8
     assert "resumed" in out and f"{STOP * 8} samples seen" in out

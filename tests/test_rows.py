@@ -321,7 +321,7 @@ def test_a_bad_row_of_a_table_is_named_by_its_number(place):
     import datasets
     table = datasets.Dataset.from_dict({"text": ["fine", "fine", None]})
     table.to_parquet(place / "table.parquet")
-    with pytest.raises(train_llm.UserError, match=r"table.parquet \(train\) row 2: no column 'text'"):
+    with pytest.raises(train_llm.UserError, match=r"table.parquet \(train\) row 2: no text in column 'text'"):
         prepare(place, place / "table.parquet")
 
 
