@@ -925,7 +925,7 @@ def open_tokens(args: Namespace, tokenizer, name: str, split: str) -> tuple[obje
         raise UserError(f"{label}: no document at all")
     chat = has_chats(args, rows)
     known = (rows._fingerprint, tokenizer_identity(tokenizer), args.text_column, chat and args.seq_len)
-    workers = min(len(os.sched_getaffinity(0)), len(rows) // 1000)
+    workers = min(len(os.sched_getaffinity(0)), len(rows) // 10_000)
     tokens = cached_map(args, rows, encode, known, with_indices=True, features=column_types()[0],
                         num_proc=workers if workers > 1 else None, desc=f"tokenising {label}", fn_kwargs={
                             "tokenizer": tokenizer, "args": args, "label": label, "chat": chat})
@@ -1113,7 +1113,7 @@ def unpack(row: dict[str, Tensor], args: Namespace) -> dict[str, Tensor]:
 
 
 def pad_to(tensor: Tensor, length: int, value: int) -> Tensor:
-    return F.pad(tensor, (0, max(0, length - len(tensor))), value=value)
+    return F.pad(tensor, (0, length - len(tensor)), value=value) if len(tensor) < length else tensor
 
 
 def collate(samples: list[dict[str, Tensor]], args: Namespace, device: torch.device) -> dict[str, Tensor]:
