@@ -92,7 +92,7 @@ def straight_losses(place):
 
 
 def test_a_stop_signal_saves_and_the_run_goes_on_bitwise(place):
-    """Also under deterministic algorithms; the stop comes after the step that the signal meets, or the next."""
+    """The stop comes after the step that the signal meets, or the next; the run then goes on bitwise."""
     script = place / "stopping" / "train_llm.py"
     script.parent.mkdir()
     line = '        is_last, every = step == total_steps, args.checkpoint_interval\n'
