@@ -78,7 +78,7 @@ def open_ours(args: argparse.Namespace):
     mesh, tokenizer = script.init_distributed(own, ranks), script.load_tokenizer(own)
     model = script.build_model(own)
     optimizer = script.ready_model(own, model, [], torch.float32, mesh, ranks)
-    objective = script.read_objective(own, model.config.hidden_size)
+    objective = script.read_objective(own)
     count = torch.tensor(float(args.batch_size))
 
     def step(rows: list[dict], lr: float) -> float:

@@ -2,8 +2,8 @@
 
 One file, no Trainer: it shards the model with `fully_shard`, pools its last hidden states to one vector a
 text, and pulls each query to its document and away from the documents of all ranks (InfoNCE, with hard
-negatives and Matryoshka dimensions), or orders scored pairs (CoSENT). With a gradient cache the batch does
-not have to fit in memory. It evaluates retrieval while sharded, resumes exactly, and ends with a folder that
+negatives and Matryoshka dimensions), or orders scored pairs (CoSENT). A gradient cache makes batches larger
+than memory. It evaluates retrieval while sharded, resumes exactly, and ends with a folder that
 `SentenceTransformer(folder)` loads. Vision-language models take images beside texts. Left out on purpose:
 distillation, several data sets at once, sparse and multi-vector embeddings, video.
 
@@ -13,10 +13,9 @@ distillation, several data sets at once, sparse and multi-vector embeddings, vid
     sbatch --nodes 4 launch_slurm.sh examples/train_embedding_fsdp2.py --model FOLDER --dataset my_pairs.jsonl
 
 Contents: 1 Arguments, 2 Distributed, 3 Data, 4 Model, 5 Optimizer and schedule, 6 Loss, 7 Checkpoints and
-export, 8 Run record, 9 Evaluation, 10 Training. What a row of your data becomes is decided in section 3, the
-pooling in 4, the objective in 6, the order of things in main(), at the end. `EDIT:` marks the lines that
-people change. "(all ranks)" means that every rank must make the call, because it communicates. Blocks between
-`# >>> shared` and `# <<< shared` are the same in train_llm.py; in a copy they are yours.
+export, 8 Run record, 9 Evaluation, 10 Training. `EDIT:` marks what people change: what a row becomes, in
+section 3, the pooling in 4, the schedule in 5, the objective in 6. "(all ranks)" means that every rank must
+make the call. Blocks between `# >>> shared` and `# <<< shared` are the same in train_llm.py.
 """
 
 import argparse
@@ -113,15 +112,13 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("loss").add_argument
     add("--temperature", type=float, default=0.05, help="scores are divided by it")
     add("--learn-temperature", action=onoff, default=False, help="train it, too, down to 0.01")
-    add("--symmetric", action=onoff, default=False, help="average with that of finding a document's query")
-    add("--mrl-dims", metavar="D,D,…", help="Matryoshka: the first D numbers are an embedding each, as in "
-        "1024,256,64; evaluations show the first of them without its number")
+    add("--symmetric", action=onoff, default=False, help="half of the loss: find a document's query")
+    add("--mrl-dims", metavar="D,D,…", help="Matryoshka: train the first D numbers, for each D: 1024,256,64")
     add("--mrl-weights", metavar="W,W,…", help="of the losses of --mrl-dims; if not given: 1 each")
     add = parser.add_argument_group("training, evaluation and logging").add_argument
-    add("--batch-size", type=int, default=32, help="pairs per process and step; each query is compared with "
-        "the documents of all processes")
-    add("--grad-cache-chunk", type=int, metavar="N", help="texts in a forward: embed all texts without "
-        "gradients, then again N at a time with them; memory no longer depends on --batch-size")
+    add("--batch-size", type=int, default=32, help="pairs per process and step")
+    add("--grad-cache-chunk", type=int, metavar="N", help="embed all texts without gradients, then again N "
+        "at a time with them: memory no longer depends on --batch-size")
     add("--max-steps", type=int, help="if not given: --num-epochs")
     add("--num-epochs", type=int, default=1, help="passes over the data")
     add("--max-lr", type=float, help="learning rate after warm-up; if not given: 2e-5, for LoRA 2e-4")
@@ -131,8 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--grad-clip", type=float, default=1.0, help="largest global gradient norm; 0 is off")
     add("--seed", type=int, default=0, help="of sample order and dropout")
     add("--log-interval", type=int, default=10, help="steps between logged rows")
-    add("--eval-interval", type=int, default=0, help="steps between evaluations, the first of which comes "
-        "before training; 0: at the end only")
+    add("--eval-interval", type=int, default=0, help="steps between evaluations, from 0 on; 0: end only")
     add_lora_flags(parser.add_argument_group("LoRA"))
     add_system_flags(parser.add_argument_group("devices, sharding and memory"), recompute="full")
     add_run_flags(parser.add_argument_group("checkpoints and record"), "checkpoints", save_every=500)
@@ -308,20 +304,10 @@ def find_problems(args: Namespace) -> Iterator[str]:
     if (args.eval_interval or args.keep_best) and not args.eval_split:
         yield "--eval-interval and --keep-best need something held out: --eval-split"
     try:
-        weighted_dims(args)
+        read_objective(args)
     except ValueError:
         yield ("--mrl-dims and --mrl-weights are numbers with commas, such as 1024,256: each dimension once, "
                "as many weights as dimensions, all above 0")
-
-
-def weighted_dims(args: Namespace) -> list[tuple[int, float]]:
-    """(dimension, weight) of each embedding that --mrl-dims names. Raises ValueError."""
-    dims = args.mrl_dims.split(",") if args.mrl_dims else []
-    weights = args.mrl_weights.split(",") if args.mrl_weights else ["1"] * len(dims)
-    found = [(int(d), float(w)) for d, w in zip(dims, weights, strict=True)]
-    if len(dict(found)) < len(found) or not all(d > 0 and 0 < w < 1e6 for d, w in found):
-        raise ValueError("a dimension stands there twice, or a number is not above 0")
-    return found
 
 
 # ------------------------------------------------------------------------------------------------
@@ -604,8 +590,7 @@ class PairDataset:
 def open_split(args: Namespace, split: str) -> PairDataset:
     """A split of --dataset, or a file, read by the datasets library. Raises UserError."""
     import datasets
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    datasets.disable_progress_bars()  # each rank would show its own
     path, split = (Path(split), "train") if Path(split).is_file() else (Path(args.dataset), split)
     try:
         if path.is_file():
@@ -630,10 +615,9 @@ def load_tokenizer(args: Namespace):
     """Its `processor` makes the inputs of a model that takes images; None for others."""
     from transformers import AutoProcessor, AutoTokenizer
     folder = fetch(args.model)
-    is_text_only = not any(folder.glob("*processor_config.json"))
+    kind = AutoProcessor if any(folder.glob("*processor_config.json")) else AutoTokenizer
     with naming(f"no usable tokenizer or processor in {folder}; most processors need python -m pip install "
                 "pillow torchvision"):
-        kind = AutoTokenizer if is_text_only else AutoProcessor
         processor = kind.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
     tokenizer = getattr(processor, "tokenizer", processor)
     takes_images = hasattr(processor, "image_processor") and processor.chat_template
@@ -852,21 +836,21 @@ def build_model(args: Namespace) -> nn.Module:
     if (padding := getattr(table, "padding_idx", None)) is not None:
         limit -= padding + 1  # RoBERTa and its kin count positions from the padding token's id on
     if args.seq_len > limit:
-        raise UserError(f"--seq-len {args.seq_len}: {args.model} knows {limit} positions; "
-                        f"use --seq-len {limit}")
+        raise UserError(f"--model {args.model} knows {limit} positions; use --seq-len {limit}")
     on_disk = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     if not any("pooler" in name for name in on_disk):
         model.pooler = None  # BERT's, of another objective: kept as it is, if there
     backbone = model.forward
 
-    # As an attribute, not as a wrapping module: parameter names stay those of the files on disk.
-    def forward(input_ids: Tensor, attention_mask: Tensor, num_texts: int | None = None, **images: Tensor
-                ) -> Tensor:
-        hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, **images)[0]
-        return pool(hidden[:num_texts], attention_mask[:num_texts], model.pooling)
+    args.pooling = args.pooling or default_pooling(folder, config)
 
-    model.forward, args.pooling = forward, args.pooling or default_pooling(folder, config)
-    model.pooling = args.pooling
+    # As an attribute, not as a wrapping module: parameter names stay those of the files on disk.
+    def forward(input_ids: Tensor, attention_mask: Tensor, num_texts: int | None = None,
+                pooling: str = args.pooling, **images: Tensor) -> Tensor:
+        hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, **images)[0]
+        return pool(hidden[:num_texts], attention_mask[:num_texts], pooling)
+
+    model.forward = forward
     return model
 
 
@@ -1304,12 +1288,10 @@ def resolve_steps(args: Namespace, dataset: PairDataset, ranks: Ranks, progress:
     warmup = total // 10 if args.warmup_steps is None else args.warmup_steps
     if warmup > total:
         raise UserError(f"--warmup-steps {warmup} is more than the run's {total} steps")
-    lines = [f"data       {len(dataset):,} pairs{' with scores' if dataset.scored else ''}",
-             f"steps      {total:,} (one pass is {math.ceil(len(dataset) / per_step):,}), {warmup:,} of "
-             f"warm-up; {per_step:,} pairs a step; learning rate {args.max_lr:g}"]
+    lines = [f"steps      {total:,} of {per_step:,} pairs, {warmup:,} of warm-up; the data hold "
+             f"{len(dataset):,}{' with scores' if dataset.scored else ''}; learning rate {args.max_lr:g}"]
     if args.num_negatives != dataset.most_negatives:
-        lines.append(f"note       rows have up to {dataset.most_negatives} negatives, --num-negatives takes "
-                     f"{args.num_negatives}")
+        lines.append(f"note       rows have up to {dataset.most_negatives} negatives: see --num-negatives")
     return total, warmup, lines
 
 
@@ -1318,22 +1300,24 @@ def resolve_steps(args: Namespace, dataset: PairDataset, ranks: Ranks, progress:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What a batch is scored by: (dimension, weight) of each loss; B is the pairs of a rank."""
-    dims: list[tuple[int, float]]
+    """What a batch is scored by: (dimension, weight) of each loss, None for the model's; pairs of a rank."""
+    dims: list[tuple[int | None, float]]
     batch_size: int
     symmetric: bool
     normalize: bool
 
 
-def read_objective(args: Namespace, dimension: int) -> Objective:
-    """Raises UserError; `dimension` is that of the model's embeddings."""
-    dims = weighted_dims(args) or [(dimension, 1.0)]
-    if max(d for d, _ in dims) > dimension:
-        raise UserError(f"--mrl-dims {args.mrl_dims}: the model's embeddings have {dimension} numbers")
-    return Objective(dims, args.batch_size, args.symmetric, args.normalize)
+def read_objective(args: Namespace) -> Objective:
+    """Raises ValueError."""
+    dims = args.mrl_dims.split(",") if args.mrl_dims else []
+    weights = args.mrl_weights.split(",") if args.mrl_weights else ["1"] * len(dims)
+    found = [(int(d), float(w)) for d, w in zip(dims, weights, strict=True)]
+    if len(dict(found)) < len(found) or not all(d > 0 and 0 < w < 1e6 for d, w in found):
+        raise ValueError("a dimension stands there twice, or a number is not above 0")
+    return Objective(found or [(None, 1.0)], args.batch_size, args.symmetric, args.normalize)
 
 
-def first_numbers(embeddings: Tensor, d: int, normalize: bool) -> Tensor:
+def first_numbers(embeddings: Tensor, d: int | None, normalize: bool) -> Tensor:
     """(N, D) -> (N, d), the embeddings that Matryoshka makes of theirs."""
     return F.normalize(embeddings[:, :d], dim=-1) if normalize else embeddings[:, :d]
 
@@ -1455,17 +1439,13 @@ def forward_backward(model: nn.Module, batch: Batch, objective: Objective, args:
         model.set_requires_gradient_sync(is_reduced)
         model.set_is_last_backward(is_last)
         if cached:
-            restore_random_states(states[i], ranks)
+            torch.set_rng_state(states[i][f"cpu_{ranks.rank}"])
+            if ranks.device.type == "cuda":
+                torch.cuda.set_rng_state(states[i][f"cuda_{ranks.rank}"], ranks.device)
             outputs[i] = model(**part)
         outputs[i].backward(part_grad)
         outputs[i] = None  # with its graph
     return torch.stack([*terms, objective.batch_size / scale.detach().squeeze()])
-
-
-def restore_random_states(states: dict[str, Tensor], ranks: Ranks) -> None:
-    torch.set_rng_state(states[f"cpu_{ranks.rank}"])
-    if ranks.device.type == "cuda":
-        torch.cuda.set_rng_state(states[f"cuda_{ranks.rank}"], ranks.device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1846,7 +1826,6 @@ def export_run(args: Namespace, model: nn.Module, tokenizer, pairs: list[dict], 
     prompts = {"query": args.query_prompt, "positive": args.document_prompt}
     expected = torch.cat([embed_texts(model, tokenizer, [pair[key] for pair in pairs], prompt, args, ranks)
                           for key, prompt in prompts.items()])
-    dimension = expected.shape[1]
     if args.learn_temperature:
         del model.log_scale  # no part of an embedding
     if args.lora_merge:
@@ -1855,8 +1834,8 @@ def export_run(args: Namespace, model: nn.Module, tokenizer, pairs: list[dict], 
     fresh = load_tokenizer(args)  # one that has cut texts would be saved with the length that it cut at
     export_model(model, folder, (config, fresh, fetch(args.model)), dtype, ranks)
     if ranks.is_main:
-        write_sentence_transformer(folder, args, dimension, fresh.processor)
-    return first_numbers(expected, dimension, args.normalize)
+        write_sentence_transformer(folder, args, expected.shape[1], fresh.processor)
+    return first_numbers(expected, None, args.normalize)
 
 
 def verify_export(folder: Path, pairs: list[dict], expected: Tensor, dtype: torch.dtype, args: Namespace
@@ -2096,9 +2075,7 @@ def prove_embeddings(model: nn.Module, args: Namespace, bound: float, ranks: Ran
     model.eval()
     with torch.compiler.set_stance("force_eager"):
         alone, beside = model(ids, mask), model(F.pad(ids, (0, 16)), F.pad(mask, (0, 16)))
-        model.pooling = "cls"
-        first, other = model(ids, mask), model(changed, mask)
-        model.pooling = args.pooling
+        first, other = model(ids, mask, pooling="cls"), model(changed, mask, pooling="cls")
     reshard(model)
     model.train()
     if not torch.isfinite(alone).all():
@@ -2110,12 +2087,10 @@ def prove_embeddings(model: nn.Module, args: Namespace, bound: float, ranks: Ran
         raise UserError(f"padding changes the embeddings of {family}: it cannot be trained here")
 
 
-def note_bad_step(is_bad: float, progress: dict, saver: Checkpointer, bar, ranks: Ranks) -> None:
-    """Count it (all ranks). Raises UserError after ten in a row."""
+def count_bad_steps(is_bad: float, progress: dict, saver: Checkpointer) -> None:
+    """Raises UserError after ten in a row (all ranks)."""
     progress["bad_in_a_row"] = progress["bad_in_a_row"] + 1 if is_bad else 0
     progress["skipped_steps"] += bool(is_bad)
-    if is_bad and ranks.is_main:
-        bar.write(f"no update in step {progress['step']}: its gradient is not finite")
     if progress["bad_in_a_row"] == 10:
         finish_save(saver)
         raise UserError("10 steps in a row had a gradient that is not finite, and changed nothing: lower "
@@ -2214,7 +2189,7 @@ def main() -> None:
     args = parse_args()
     relaunch_under_torchrun(args)
     ranks = read_ranks(args)
-    run_dir, say = Path(args.checkpoint_dir), print if ranks.is_main else (lambda *line: None)
+    run_dir = Path(args.checkpoint_dir)
     train_set, eval_set = open_data(args)  # takes as long as it needs: no process group exists yet
     tokenizer = load_tokenizer(args)
     for data in filter(None, (train_set, eval_set)):
@@ -2226,7 +2201,9 @@ def main() -> None:
     # Shapes, then shards, then memory, then weights: no device needs room for more than its part.
     model = build_model(args)
     add_lora(model, args, args.model, "FEATURE_EXTRACTION", dtype)
-    objective = read_objective(args, model.config.get_text_config().hidden_size)
+    objective, dimension = read_objective(args), model.config.get_text_config().hidden_size
+    if any(d and d > dimension for d, _ in objective.dims):
+        raise UserError(f"--mrl-dims {args.mrl_dims}: the model's embeddings have {dimension} numbers")
     check_memory(model, args, mesh)
     lock = lock_run(run_dir) if ranks.is_main else None  # noqa: F841, held until this process ends
     checkpoints = gather_objects(checkpoints_to_resume(args) if ranks.is_main else None)[0]
@@ -2241,11 +2218,10 @@ def main() -> None:
     batches = ordered_batches(train_set, tokenizer, args, ranks, progress["samples"])
 
     texts = write_record(run_dir, args, ranks)
-    best = progress["best_step"] if args.keep_best else -1
-    saver = Checkpointer(run_dir / "checkpoints", args.keep_checkpoints, best)
+    saver = Checkpointer(run_dir / "checkpoints", args.keep_checkpoints)
     trackers = open_trackers(args, ranks)
-    for line in [describe_model(model, dtype), *notes]:
-        say(line)
+    if ranks.is_main:
+        print(describe_model(model, dtype), *notes, sep="\n")
     samples_per_step = args.batch_size * ranks.world_size
     num_replicas = ranks.world_size // mesh.size(-1)  # 1 without HSDP
     pair_count = torch.tensor(float(args.batch_size), device=ranks.device)
@@ -2266,7 +2242,6 @@ def main() -> None:
             stall_after(None)
             evaluation = evaluate(model, eval_set, tokenizer, objective, args, ranks)
             note_evaluation(evaluation, progress, bar, ranks)
-            saver.best = progress["best_step"] if args.keep_best else -1
             for track in trackers:
                 track({"step": step, **evaluation})
         if is_last:
@@ -2299,7 +2274,7 @@ def main() -> None:
         progress |= {"step": step, "samples": progress["samples"] + samples_per_step}
         stop = next((name for name, count in zip(STOPS, votes) if count), None)
         bar.update()
-        note_bad_step(skipped, progress, saver, bar, ranks)
+        count_bad_steps(skipped, progress, saver)
         is_last, every = step == total_steps, args.checkpoint_interval
         may_be_best = args.keep_best and args.eval_interval and step % args.eval_interval == 0
         is_save = every and (is_last or stop or may_be_best or step % every == 0)
@@ -2326,6 +2301,7 @@ def main() -> None:
         # Save (all ranks): before the evaluation, which may run out of memory
         if is_save:
             with phase("checkpoint"):
+                saver.best = progress["best_step"] if args.keep_best else -1
                 start_save(saver, checkpoint_tensors(model, optimizer, ranks), progress, texts, ranks)
                 if is_last or stop or not args.async_checkpoint:
                     finish_save(saver, must=is_last or stop)

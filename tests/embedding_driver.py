@@ -27,7 +27,7 @@ def run_case(spec, out, mesh, ranks):
         script.add_lora(model, args, args.model, "FEATURE_EXTRACTION", torch.float32)
     script.ready_model(args, model, [], torch.float32, mesh, ranks)
     embedding_models.draw_adapters(model)
-    objective = script.read_objective(args, model.config.get_text_config().hidden_size)
+    objective = script.read_objective(args)
     mine = rows[ranks.rank * args.batch_size:(ranks.rank + 1) * args.batch_size]
     pairs = [script.to_pair(row, "row", Path(spec["model"])) for row in mine]
     batch = script.make_batch(pairs, tokenizer, args, ranks.device, "pictures" in spec["case"])
