@@ -76,9 +76,9 @@ def open_ours(args: argparse.Namespace):
         str(args.chunk), "--batch-size", str(args.batch_size)])
     ranks = script.read_ranks(own)
     mesh, tokenizer = script.init_distributed(own, ranks), script.load_tokenizer(own)
-    model = script.build_model(own, script.fetch(own.model), len(tokenizer))
+    model = script.build_model(own)
     optimizer = script.ready_model(own, model, [], torch.float32, mesh, ranks)
-    objective = script.read_objective(own, model.config.hidden_size)
+    objective = script.read_objective(own)
     count = torch.tensor(float(args.batch_size))
 
     def step(rows: list[dict], lr: float) -> float:
@@ -156,7 +156,7 @@ def learn(args: argparse.Namespace) -> None:
             for key in ("query", "positive"))
     for d in DIMS:
         vectors = [torch.nn.functional.normalize(x[:, :d], dim=-1) for x in (q, p)]
-        rank = script.retrieval_ranks(*vectors, torch.arange(len(test)), torch.empty(0, 2, dtype=torch.int64))
+        rank = script.retrieval_ranks(*vectors, torch.arange(len(test)), torch.arange(len(test)), slice(None))
         near = (rank <= 10).float()
         print(f"dimension {d}: recall@1 {(rank == 1).float().mean():.4f}  recall@10 {near.mean():.4f}  "
               f"mrr@10 {(near / rank).mean():.4f}  ndcg@10 {(near / torch.log2(1.0 + rank)).mean():.4f}")

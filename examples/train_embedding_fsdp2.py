@@ -2,8 +2,8 @@
 
 One file, no Trainer: it shards the model with `fully_shard`, pools its last hidden states to one vector a
 text, and pulls each query to its document and away from the documents of all ranks (InfoNCE, with hard
-negatives and Matryoshka dimensions), or orders scored pairs (CoSENT). With a gradient cache the batch does
-not have to fit in memory. It evaluates retrieval while sharded, resumes exactly, and ends with a folder that
+negatives and Matryoshka dimensions), or orders scored pairs (CoSENT). A gradient cache makes batches larger
+than memory. It evaluates retrieval while sharded, resumes exactly, and ends with a folder that
 `SentenceTransformer(folder)` loads. Vision-language models take images beside texts. Left out on purpose:
 distillation, several data sets at once, sparse and multi-vector embeddings, video.
 
@@ -13,10 +13,9 @@ distillation, several data sets at once, sparse and multi-vector embeddings, vid
     sbatch --nodes 4 launch_slurm.sh examples/train_embedding_fsdp2.py --model FOLDER --dataset my_pairs.jsonl
 
 Contents: 1 Arguments, 2 Distributed, 3 Data, 4 Model, 5 Optimizer and schedule, 6 Loss, 7 Checkpoints and
-export, 8 Run record, 9 Evaluation, 10 Training. What a row of your data becomes is decided in section 3, the
-pooling in 4, the objective in 6, the order of things in main(), at the end. `EDIT:` marks the lines that
-people change. "(all ranks)" means that every rank must make the call, because it communicates. Blocks between
-`# >>> shared` and `# <<< shared` are the same in train_llm.py; in a copy they are yours.
+export, 8 Run record, 9 Evaluation, 10 Training. `EDIT:` marks what people change: what a row becomes, in
+section 3, the pooling in 4, the schedule in 5, the objective in 6. "(all ranks)" means that every rank must
+make the call. Blocks between `# >>> shared` and `# <<< shared` are the same in train_llm.py.
 """
 
 import argparse
@@ -90,19 +89,9 @@ def naming(what: str) -> Iterator[None]:
 # 1. Arguments: the flags, a YAML or JSON file as a saved command line, and every check that needs no data
 
 def build_parser() -> argparse.ArgumentParser:
+    onoff = argparse.BooleanOptionalAction
     parser = open_parser("%(prog)s [--config FILE] --model NAME_OR_FOLDER --dataset NAME_OR_PATH [flags]")
-    add_model_and_data_flags(parser.add_argument_group("model"), parser.add_argument_group("data"))
-    add_loss_flags(parser.add_argument_group("loss"))
-    add_training_flags(parser.add_argument_group("training, evaluation and logging"))
-    add_lora_flags(parser.add_argument_group("LoRA"))
-    add_system_flags(parser.add_argument_group("devices, sharding and memory"), recompute="full")
-    add_run_flags(parser.add_argument_group("checkpoints and record"), "checkpoints", save_every=500)
-    parser.set_defaults(chat_template=None)  # `find_common_problems` looks at it
-    return parser
-
-
-def add_model_and_data_flags(model: argparse._ArgumentGroup, data: argparse._ArgumentGroup) -> None:
-    onoff, add = argparse.BooleanOptionalAction, model.add_argument
+    add = parser.add_argument_group("model").add_argument
     add("--model", metavar="NAME_OR_FOLDER", help="the encoder or decoder to train")
     add("--pooling", choices=list(POOLING), help="the embedding: the mean of all tokens, the first or the "
         "last one; if not given: what the model's 1_Pooling says, else last for decoders, else mean")
@@ -112,49 +101,39 @@ def add_model_and_data_flags(model: argparse._ArgumentGroup, data: argparse._Arg
     add("--document-prompt", default="", metavar="TEXT", help="the same for each document")
     add("--seq-len", type=int, default=512, help="tokens of a text, with prompt and image; more are cut")
     add("--trust-remote-code", action=onoff, default=False, help="run code that comes with the model")
-    add = data.add_argument
+    add = parser.add_argument_group("data").add_argument
     add("--dataset", metavar="NAME_OR_PATH", help="hub name, folder, or .jsonl .json .parquet .csv file; "
         "rows have query and positive, and negatives (a list of texts) or score (a number); query_image and "
         "positive_image (paths, from the file's folder on) stand beside or in place of the texts")
     add("--dataset-config", metavar="NAME", help="configuration of a hub data set")
-    add("--dataset-split", default="train", help="split to train on")
+    add("--dataset-split", default="train", help="split to train on, such as train[:95%%]")
     add("--eval-split", metavar="SPLIT_OR_FILE", help="split, or file, that is held out")
     add("--num-negatives", type=int, default=0, metavar="N", help="take the first N of each row's negatives")
-
-
-def add_loss_flags(group: argparse._ArgumentGroup) -> None:
-    onoff, add = argparse.BooleanOptionalAction, group.add_argument
+    add = parser.add_argument_group("loss").add_argument
     add("--temperature", type=float, default=0.05, help="scores are divided by it")
     add("--learn-temperature", action=onoff, default=False, help="train it, too, down to 0.01")
-    add("--symmetric", action=onoff, default=False, help="average with the loss of finding the query of a "
-        "document")
-    add("--mrl-dims", metavar="D,D,…", help="Matryoshka: the first D numbers are an embedding each, such as "
-        "1024,256,64; evaluations show the first of them without its number")
+    add("--symmetric", action=onoff, default=False, help="half of the loss: find a document's query")
+    add("--mrl-dims", metavar="D,D,…", help="Matryoshka: train the first D numbers, for each D: 1024,256,64")
     add("--mrl-weights", metavar="W,W,…", help="of the losses of --mrl-dims; if not given: 1 each")
-
-
-def add_training_flags(group: argparse._ArgumentGroup) -> None:
-    onoff, add = argparse.BooleanOptionalAction, group.add_argument
-    add("--batch-size", type=int, default=32, help="pairs per process and step; each query is compared with "
-        "the documents of all processes")
-    add("--grad-cache-chunk", type=int, metavar="N", help="texts in a forward: embed all texts without "
-        "gradients, then again N at a time with them; memory no longer depends on --batch-size")
+    add = parser.add_argument_group("training, evaluation and logging").add_argument
+    add("--batch-size", type=int, default=32, help="pairs per process and step")
+    add("--grad-cache-chunk", type=int, metavar="N", help="embed all texts without gradients, then again N "
+        "at a time with them: memory no longer depends on --batch-size")
     add("--max-steps", type=int, help="if not given: --num-epochs")
     add("--num-epochs", type=int, default=1, help="passes over the data")
     add("--max-lr", type=float, help="learning rate after warm-up; if not given: 2e-5, for LoRA 2e-4")
-    add("--min-lr", type=float, help="where it ends; if not given: a tenth of --max-lr")
-    add("--schedule", choices=["cosine", "wsd", "constant"], default="cosine", help="after warm-up; wsd: "
-        "constant, then straight down in the last fifth")
+    add("--min-lr", type=float, help="where a cosine ends; if not given: a tenth of --max-lr")
     add("--warmup-steps", type=int, help="if not given: a tenth of all steps")
     add("--weight-decay", type=float, default=0.01, help="on matrices; not on norms, biases and embeddings")
     add("--grad-clip", type=float, default=1.0, help="largest global gradient norm; 0 is off")
-    add("--max-bad-steps", type=int, default=10, help="stop after so many steps in a row whose gradient "
-        "is not finite; such a step changes nothing")
     add("--seed", type=int, default=0, help="of sample order and dropout")
     add("--log-interval", type=int, default=10, help="steps between logged rows")
-    add("--eval-interval", type=int, default=0, help="steps between evaluations; 0: at the end only")
-    add("--eval-first", action=onoff, default=False, help="evaluate before the first step, too")
-    add("--eval-batch-size", type=int, default=64, metavar="N", help="texts per process and forward there")
+    add("--eval-interval", type=int, default=0, help="steps between evaluations, from 0 on; 0: end only")
+    add_lora_flags(parser.add_argument_group("LoRA"))
+    add_system_flags(parser.add_argument_group("devices, sharding and memory"), recompute="full")
+    add_run_flags(parser.add_argument_group("checkpoints and record"), "checkpoints", save_every=500)
+    parser.set_defaults(chat_template=None)  # `find_common_problems` looks at it
+    return parser
 
 
 # >>> shared: flags
@@ -305,15 +284,10 @@ def find_common_problems(args: Namespace, positive: str, not_negative: str, sour
 # <<< shared: problems
 
 
-def numbers_of(text: str | None, kind: type) -> list:
-    """'1024,256' as numbers. Raises ValueError."""
-    return [kind(number) for number in text.split(",")] if text else []
-
-
 def find_problems(args: Namespace) -> Iterator[str]:
     """Every argument that cannot work, before anything is downloaded or started."""
-    positive = ("seq_len batch_size grad_cache_chunk num_epochs max_bad_steps log_interval max_steps nproc "
-                "hsdp_shard_size stall_timeout eval_batch_size lora_rank")
+    positive = ("seq_len batch_size grad_cache_chunk num_epochs log_interval max_steps nproc hsdp_shard_size "
+                "stall_timeout lora_rank")
     not_negative = ("warmup_steps weight_decay grad_clip keep_checkpoints eval_interval max_lr min_lr "
                     "checkpoint_interval seed num_negatives")
     yield from find_common_problems(args, positive, not_negative, "dataset model")
@@ -327,25 +301,13 @@ def find_problems(args: Namespace) -> Iterator[str]:
         yield f"--temperature must be above 0 and below 100, not {args.temperature}"
     if args.learn_temperature and (args.cpu_offload or args.temperature < 0.01):
         yield "--learn-temperature goes neither with --cpu-offload nor with a --temperature below 0.01"
-    if args.warmup_steps and args.max_steps and args.warmup_steps > args.max_steps:
-        yield f"--warmup-steps {args.warmup_steps} is more than the run's {args.max_steps} steps"
-    if (args.eval_interval or args.eval_first or args.keep_best) and not args.eval_split:
-        yield "--eval-interval, --eval-first and --keep-best need something held out: --eval-split"
-    is_file = Path(args.dataset or "").is_file()
-    if args.dataset_split != "train" and is_file:
-        yield f"--dataset-split {args.dataset_split}: {args.dataset} has no splits; leave it out"
-    if args.eval_split and not Path(args.eval_split).is_file() and (
-            is_file or looks_like_path(args.eval_split)):
-        no_splits = f", and {args.dataset} has no splits" * is_file
-        yield f"--eval-split {args.eval_split}: no such file{no_splits}"
+    if (args.eval_interval or args.keep_best) and not args.eval_split:
+        yield "--eval-interval and --keep-best need something held out: --eval-split"
     try:
-        dims, weights = numbers_of(args.mrl_dims, int), numbers_of(args.mrl_weights, float)
-        if min(dims, default=1) < 1 or len(set(dims)) < len(dims) or not all(0 < w < 1e6 for w in weights):
-            raise ValueError("each dimension once, at least 1; weights above 0")
-        if weights and len(weights) != len(dims):
-            raise ValueError("as many weights as dimensions")
-    except ValueError as error:
-        yield f"--mrl-dims and --mrl-weights are numbers with commas, such as 1024,256 ({error})"
+        read_objective(args)
+    except ValueError:
+        yield ("--mrl-dims and --mrl-weights are numbers with commas, such as 1024,256: each dimension once, "
+               "as many weights as dimensions, all above 0")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -541,24 +503,6 @@ def end_now(message: str, show: bool, code: int = 1) -> None:
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
 
-def open_rows(args: Namespace, split: str):
-    """The rows of a split by the datasets library, columns mapped from disk. Raises UserError."""
-    import datasets
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    source = split if Path(split).is_file() else args.dataset
-    try:
-        if Path(source).is_file():
-            kind = Path(source).suffix[1:].replace("jsonl", "json")
-            return datasets.load_dataset(kind, data_files=source, split="train")
-        if any(Path(source, name).exists() for name in ("dataset_dict.json", "state.json")):
-            found = datasets.load_from_disk(source)
-            return found[split] if isinstance(found, dict) else found
-        return datasets.load_dataset(source, args.dataset_config, split=split)
-    except Exception as error:  # the library raises dozens of types; its first line says what is wrong
-        raise UserError(f"--dataset {source} ({split}): {first_line(error.__cause__ or error)}") from error
-
-
 @dataclasses.dataclass(frozen=True)
 class Picture:
     """An image, as a path or a file's bytes, with a text, which may be empty. Equal if both are."""
@@ -591,7 +535,7 @@ def to_pair(row: dict, where: str, folder: Path = Path()) -> dict:  # EDIT: what
             "negatives": row.get("negatives") or [], "score": row.get("score")}
     for name in ("query", "positive"):
         image = row.get(f"{name}_image")
-        image = image.get("bytes") or image.get("path") if isinstance(image, dict) else image  # of datasets
+        image = image["bytes"] or image["path"] if isinstance(image, dict) else image  # of datasets
         if image and isinstance(pair[name], str | None):
             pair[name] = Picture(pair[name] or "", image, folder, where)
     texts = [pair["query"], pair["positive"]]
@@ -604,14 +548,13 @@ def to_pair(row: dict, where: str, folder: Path = Path()) -> dict:  # EDIT: what
     return pair
 
 
-class PairDataset(torch.utils.data.Dataset):
+class PairDataset:
     """The checked pairs of a split. `digest` stands for all their texts, `scored` for pairs with scores,
     `most_negatives` is the largest number of a row; `picture` is the first one, None without images, whose
     relative paths begin at `folder`."""
 
     def __init__(self, rows, where: str, folder: Path = Path()) -> None:
         import datasets
-        from tqdm import tqdm
         names = [name for name in ("query", "query_image", "positive", "positive_image", "negatives", "score")
                  if name in rows.column_names]
         for name in ("query", "positive"):
@@ -620,10 +563,9 @@ class PairDataset(torch.utils.data.Dataset):
         for name in names:
             if isinstance(rows.features[name], datasets.Image):
                 rows = rows.cast_column(name, datasets.Image(decode=False))  # as bytes, or as a path
-        self.rows, self.where, digest, num_scored = rows.select_columns(names), where, 0, 0
-        self.folder, self.picture, self.most_negatives = folder, None, 0
-        silent = not sys.stderr.isatty() or os.environ.get("LOCAL_RANK", "0") != "0"
-        for start in tqdm(range(0, len(rows), 1000), desc="checking rows", unit="k", disable=silent):
+        self.rows, self.where, self.folder = rows.select_columns(names), where, folder
+        self.picture, self.most_negatives, digest, num_scored = None, 0, 0, 0
+        for start in range(0, len(rows), 1000):
             for pair in self.take(range(start, min(start + 1000, len(rows)))):
                 digest = zlib.crc32(repr(pair).encode(errors="replace"), digest)
                 num_scored += pair["score"] is not None
@@ -645,17 +587,40 @@ class PairDataset(torch.utils.data.Dataset):
         return [to_pair(row, f"{self.where} row {i + 1}", self.folder) for i, row in zip(indices, rows)]
 
 
+def open_split(args: Namespace, split: str) -> PairDataset:
+    """A split of --dataset, or a file, read by the datasets library. Raises UserError."""
+    import datasets
+    datasets.disable_progress_bars()  # each rank would show its own
+    path, split = (Path(split), "train") if Path(split).is_file() else (Path(args.dataset), split)
+    try:
+        if path.is_file():
+            kind = path.suffix[1:].replace("jsonl", "json")
+            rows = datasets.load_dataset(kind, data_files=str(path), split=split)
+        else:
+            rows = datasets.load_dataset(args.dataset, args.dataset_config, split=split)
+    except Exception as error:  # the library raises dozens of types; its first line says what is wrong
+        raise UserError(f"--dataset {path} ({split}): {first_line(error.__cause__ or error)}") from error
+    return PairDataset(rows, f"{path} ({split})", path.parent if path.is_file() else path)
+
+
+def open_data(args: Namespace) -> tuple[PairDataset, PairDataset | None]:
+    """(train, held out). Raises UserError."""
+    train_set = open_split(args, args.dataset_split)
+    if train_set.scored and (args.symmetric or args.num_negatives):
+        raise UserError("--symmetric and --num-negatives do not go with scored pairs")
+    return train_set, open_split(args, args.eval_split) if args.eval_split else None
+
+
 def load_tokenizer(args: Namespace):
     """Its `processor` makes the inputs of a model that takes images; None for others."""
     from transformers import AutoProcessor, AutoTokenizer
-    folder, processor = fetch(args.model), None
-    with naming(f"no usable tokenizer in {folder}"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
-    if any((folder / name).exists() for name in ("processor_config.json", "preprocessor_config.json")):
-        with naming(f"no usable processor in {folder}; most need python -m pip install pillow torchvision"):
-            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
+    folder = fetch(args.model)
+    kind = AutoProcessor if any(folder.glob("*processor_config.json")) else AutoTokenizer
+    with naming(f"no usable tokenizer or processor in {folder}; most processors need python -m pip install "
+                "pillow torchvision"):
+        processor = kind.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
+    tokenizer = getattr(processor, "tokenizer", processor)
     takes_images = hasattr(processor, "image_processor") and processor.chat_template
-    tokenizer = processor.tokenizer if takes_images else tokenizer
     tokenizer.processor = processor if takes_images else None
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
@@ -754,20 +719,18 @@ def pad_texts(encoded: list[dict], tokenizer, seq_len: int, device: torch.device
     """input_ids and attention_mask (b, T), padded on the right, and what images add; pixels wait in host
     memory. With `has_images` a part without one gets a blank one, as a last text whose embedding is dropped:
     FSDP gathers the vision tower from all ranks, so all must run it."""
-    num_texts = len(encoded)
+    num_texts, batch = len(encoded), {}
     if has_images and not any("pixel_values" in inputs for inputs in encoded):
         encoded = encoded + encode([BLANK], "", tokenizer, seq_len)
-    T, batch = max(len(inputs["input_ids"]) for inputs in encoded), {}
+    T = max(len(inputs["input_ids"]) for inputs in encoded)
     if device.type == "cuda":  # kernels are planned, and graphs compiled, for each new T
         T = max(T, min(seq_len, math.ceil(T / 64) * 64))
     for key in dict.fromkeys(itertools.chain(*encoded)):
         values = [inputs[key] for inputs in encoded if key in inputs]
         pad = tokenizer.pad_token_id if key == "input_ids" else 0
-        batch[key] = (torch.cat(values) if isinstance(values[0], Tensor)
-                      else torch.tensor([row + [pad] * (T - len(row)) for row in values]))
-    if device.type == "cuda":
-        batch = {key: value if value.is_floating_point() else value.pin_memory().to(device, non_blocking=True)
-                 for key, value in batch.items()}
+        value = (torch.cat(values) if isinstance(values[0], Tensor)
+                 else torch.tensor([row + [pad] * (T - len(row)) for row in values]))
+        batch[key] = value if value.is_floating_point() else value.to(device)
     return batch | {"num_texts": num_texts}
 
 
@@ -787,10 +750,12 @@ def make_batch(pairs: list[dict], tokenizer, args: Namespace, device: torch.devi
         order, bounds = list(range(len(encoded))), [0, len(queries), len(encoded)]
     parts = [pad_texts([encoded[i] for i in order[start:stop]], tokenizer, args.seq_len, device, has_images)
              for start, stop in zip(bounds, bounds[1:])]
-    ids = torch.tensor([text_id(text) if text else 0 for text in queries + documents])
-    scores = None if pairs[0]["score"] is None else torch.tensor([float(pair["score"]) for pair in pairs])
-    return Batch(parts, torch.tensor(order).to(device), ids.to(device),
-                 None if scores is None else scores.to(device), sum(lengths))
+    scores = None
+    if pairs[0]["score"] is not None:
+        scores = torch.tensor([float(pair["score"]) for pair in pairs], device=device)
+    ids = [text_id(text) if text else 0 for text in queries + documents]
+    return Batch(parts, torch.tensor(order, device=device), torch.tensor(ids, device=device), scores,
+                 sum(lengths))
 
 
 def ordered_batches(dataset: PairDataset, tokenizer, args: Namespace, ranks: Ranks, start: int
@@ -798,14 +763,14 @@ def ordered_batches(dataset: PairDataset, tokenizer, args: Namespace, ranks: Ran
     """This rank's batches from global position `start` on: ranks take turns of --batch-size pairs. A thread
     makes the next one while this one trains."""
     def make(position: int) -> Batch:
+        if ranks.device.type == "cuda":
+            torch.cuda.set_device(ranks.device)  # a thread has a current device of its own
         positions = range(position, position + args.batch_size)
         indices = [sample_at(p, len(dataset), args.seed) for p in positions]
         return make_batch(dataset.take(indices), tokenizer, args, ranks.device, dataset.picture is not None)
 
     position, stride = start + ranks.rank * args.batch_size, args.batch_size * ranks.world_size
-    cuda = ranks.device.type == "cuda"  # a thread has a current device of its own
-    with ThreadPoolExecutor(1, "data", torch.cuda.set_device if cuda else None,
-                            (ranks.device,) if cuda else ()) as pool:
+    with ThreadPoolExecutor(1, "data") as pool:
         waiting = pool.submit(make, position)
         while True:
             batch, position = waiting.result(), position + stride
@@ -817,7 +782,7 @@ def ordered_batches(dataset: PairDataset, tokenizer, args: Namespace, ranks: Ran
 # 4. Model: any encoder or decoder of transformers; pooling, shards, weights, proofs
 
 # The names of this script and of sentence-transformers.
-POOLING = {"mean": "mean", "cls": "cls", "last": "lasttoken"}
+POOLING = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:  # EDIT: what becomes the embedding
@@ -831,90 +796,62 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:  # EDI
     return (hidden.float() * weight).sum(1) / weight.sum(1)
 
 
-class Scale(nn.Module):
-    """The learned 1 / temperature, at most 100 (Radford et al. 2021, arXiv:2103.00020)."""
-
-    def __init__(self, temperature: float, device: torch.device) -> None:
-        super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)], device=device))
-
-    def forward(self) -> Tensor:
-        return self.log_scale.exp().clamp(max=100.0)
-
-
-def default_pooling(folder: Path, is_causal: bool) -> str:
+def default_pooling(folder: Path, config: object) -> str:
+    """What sentence-transformers' file says, in its old or new form; else last for decoders, which are the
+    models of which transformers has a class that generates, and none that fills masks; else mean."""
+    import transformers as hf
     try:
         found = json.loads((folder / "1_Pooling/config.json").read_text())
-    except (OSError, ValueError):
-        return "last" if is_causal else "mean"
-    names = {"cls": "cls", "cls_token": "cls", "lasttoken": "last", "mean": "mean", "mean_tokens": "mean"}
-    modes = [found["pooling_mode"]] if "pooling_mode" in found else [
-        key.removeprefix("pooling_mode_") for key, value in found.items() if value is True]
-    known = [names[mode] for mode in modes if mode in names]
+    except OSError:
+        generating = hf.MODEL_FOR_CAUSAL_LM_MAPPING, hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        is_decoder = (any(type(config) in classes for classes in generating)
+                      and type(config) not in hf.MODEL_FOR_MASKED_LM_MAPPING)
+        return "last" if is_decoder else "mean"
+    known = [name for name, theirs in POOLING.items()
+             if found.get(f"pooling_mode_{theirs}") or found.get("pooling_mode") in (name, theirs)]
     if len(known) != 1:
         raise UserError(f"{folder}/1_Pooling asks for a pooling that is not known here: give --pooling")
     return known[0]
 
 
-def build_model(args: Namespace, folder: Path, vocab_size: int) -> nn.Module:
+def build_model(args: Namespace) -> nn.Module:
     """The model on the meta device: shapes, no memory. Called with a part of a batch, it returns embeddings
-    (b, D), and the scale of scores (1,) where that is learned, else None."""
+    (b, D)."""
+    import torch.distributed.checkpoint as dcp
     import transformers
+    folder = fetch(args.model)
     with naming(f"--model {args.model}"):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
     refuse_quantised(folder, config)
     if config.is_encoder_decoder:
         raise UserError(f"--model {args.model} has an encoder and a decoder, which cannot be trained here")
     config.use_cache = config.get_text_config().use_cache = False  # keys and values are for generation only
-    if args.attention and not is_decoder(config):
-        raise UserError(f"--attention is for decoders, and {args.model} is an encoder")
     if args.attention:
         config.is_causal = config.get_text_config().is_causal = args.attention == "causal"
     with naming(f"--model {args.model}"), torch.device("meta"):
         model = note_fp32(transformers.AutoModel.from_config(
             config, dtype=torch.bfloat16, trust_remote_code=args.trust_remote_code))
-    rows, limit = model.get_input_embeddings().weight.shape[0], longest_text(config)
-    if rows < vocab_size:
-        raise UserError(f"{args.model} embeds {rows} tokens, its tokenizer has {vocab_size}")
-    if limit and args.seq_len > limit:
-        raise UserError(f"--seq-len {args.seq_len}: {args.model} knows {limit} positions; "
-                        f"use --seq-len {limit}")
-    if getattr(model, "pooler", None) is not None:  # BERT's, of another objective: kept as it is, if there
-        model.pooler = model.pooler.requires_grad_(False) if is_on_disk(folder, "pooler") else None
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    if (padding := getattr(table, "padding_idx", None)) is not None:
+        limit -= padding + 1  # RoBERTa and its kin count positions from the padding token's id on
+    if args.seq_len > limit:
+        raise UserError(f"--model {args.model} knows {limit} positions; use --seq-len {limit}")
+    on_disk = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    if not any("pooler" in name for name in on_disk):
+        model.pooler = None  # BERT's, of another objective: kept as it is, if there
     backbone = model.forward
 
+    args.pooling = args.pooling or default_pooling(folder, config)
+
     # As an attribute, not as a wrapping module: parameter names stay those of the files on disk.
-    def forward(input_ids: Tensor, attention_mask: Tensor, num_texts: int | None = None, **images: Tensor
-                ) -> tuple[Tensor, Tensor | None]:
+    def forward(input_ids: Tensor, attention_mask: Tensor, num_texts: int | None = None,
+                pooling: str = args.pooling, **images: Tensor) -> Tensor:
         hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, **images)[0]
-        scale = model.scale() if hasattr(model, "scale") else None
-        return pool(hidden[:num_texts], attention_mask[:num_texts], model.pooling), scale
+        return pool(hidden[:num_texts], attention_mask[:num_texts], pooling)
 
-    model.forward, model.pooling = forward, args.pooling or default_pooling(folder, is_decoder(config))
-    args.pooling = model.pooling
+    model.forward = forward
     return model
-
-
-def is_on_disk(folder: Path, word: str) -> bool:
-    import torch.distributed.checkpoint as dcp
-    names = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return any(word in name for name in names)
-
-
-def is_decoder(config: object) -> bool:
-    """Whether a generating class of transformers has this configuration, and encoders' classes do not."""
-    import transformers as hf
-    generating = hf.MODEL_FOR_CAUSAL_LM_MAPPING, hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return (any(type(config) in classes for classes in generating)
-            and type(config) not in hf.MODEL_FOR_MASKED_LM_MAPPING)
-
-
-def longest_text(config: object) -> int | None:
-    """RoBERTa and its kin count positions from the padding token's id on."""
-    config = config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    shifted = any(name in config.model_type for name in ("roberta", "camembert", "mpnet", "longformer"))
-    return limit - config.pad_token_id - 1 if limit and shifted else limit
 
 
 # >>> shared: shard
@@ -1332,41 +1269,30 @@ def clip_and_step(optimizer: torch.optim.Optimizer, grad_norm: Tensor, count: Te
 # <<< shared: optimizer
 
 
-def learning_rate(step: float, total_steps: float, warmup_steps: int, max_lr: float, min_lr: float,
-                  schedule: str = "cosine") -> float:
+def learning_rate(step: int, total_steps: int, warmup_steps: int, max_lr: float, min_lr: float) -> float:
     """For the update after `step` updates: linear warm-up to max_lr, then down to min_lr at the last one."""
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
-    height = {  # EDIT: the schedule, from 1 after the warm-up to 0
-        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-        "wsd": min(1.0, (1 - progress) / 0.2),  # warm-up, stable, decay: Hu et al. 2024, arXiv:2404.06395
-        "constant": 1.0,
-    }
-    return min_lr + (max_lr - min_lr) * height[schedule]
+    height = 0.5 * (1 + math.cos(math.pi * progress))  # EDIT: the schedule, from 1 after the warm-up to 0
+    return min_lr + (max_lr - min_lr) * height
 
 
 def resolve_steps(args: Namespace, dataset: PairDataset, ranks: Ranks, progress: dict
-                  ) -> tuple[int, int, float, list[str]]:
-    """(total steps, warm-up steps, ahead, lines that say why). Epochs count in pairs, also where the batch
-    has changed since. Ahead: pairs seen over today's batch, less the steps done; the schedule adds it."""
-    per_step, ahead, total = args.batch_size * ranks.world_size, 0.0, args.max_steps
-    if not total:
-        ahead = progress["samples"] / per_step - progress["step"]
-        left = args.num_epochs * len(dataset) - progress["samples"]
-        total = progress["step"] + math.ceil(left / per_step)
-    warmup = args.warmup_steps if args.warmup_steps is not None else total // 10
+                  ) -> tuple[int, int, list[str]]:
+    """(total steps, warm-up steps, lines that say why). Epochs count in pairs, also where the batch has
+    changed since."""
+    per_step = args.batch_size * ranks.world_size
+    left = args.num_epochs * len(dataset) - progress["samples"]
+    total = args.max_steps or progress["step"] + math.ceil(left / per_step)
+    warmup = total // 10 if args.warmup_steps is None else args.warmup_steps
     if warmup > total:
         raise UserError(f"--warmup-steps {warmup} is more than the run's {total} steps")
-    lines = [f"data       {len(dataset):,} pairs{' with scores' if dataset.scored else ''}",
-             f"steps      {total:,} (one pass is {math.ceil(len(dataset) / per_step):,}), {warmup:,} of "
-             f"warm-up; {per_step:,} pairs a step; learning rate {args.max_lr:g}"]
+    lines = [f"steps      {total:,} of {per_step:,} pairs, {warmup:,} of warm-up; the data hold "
+             f"{len(dataset):,}{' with scores' if dataset.scored else ''}; learning rate {args.max_lr:g}"]
     if args.num_negatives != dataset.most_negatives:
-        lines.append(f"note       rows have up to {dataset.most_negatives} negatives, --num-negatives takes "
-                     f"{args.num_negatives}")
-    if per_step > len(dataset):
-        lines.append("note       a batch is larger than the data: its pairs stand in it several times")
-    return total, warmup, ahead, lines
+        lines.append(f"note       rows have up to {dataset.most_negatives} negatives: see --num-negatives")
+    return total, warmup, lines
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1374,11 +1300,26 @@ def resolve_steps(args: Namespace, dataset: PairDataset, ranks: Ranks, progress:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What a batch is scored by: (dimension, weight) of each loss; B is the pairs of a rank."""
-    dims: tuple[tuple[int, float], ...]
+    """What a batch is scored by: (dimension, weight) of each loss, None for the model's; pairs of a rank."""
+    dims: list[tuple[int | None, float]]
     batch_size: int
     symmetric: bool
     normalize: bool
+
+
+def read_objective(args: Namespace) -> Objective:
+    """Raises ValueError."""
+    dims = args.mrl_dims.split(",") if args.mrl_dims else []
+    weights = args.mrl_weights.split(",") if args.mrl_weights else ["1"] * len(dims)
+    found = [(int(d), float(w)) for d, w in zip(dims, weights, strict=True)]
+    if len(dict(found)) < len(found) or not all(d > 0 and 0 < w < 1e6 for d, w in found):
+        raise ValueError("a dimension stands there twice, or a number is not above 0")
+    return Objective(found or [(None, 1.0)], args.batch_size, args.symmetric, args.normalize)
+
+
+def first_numbers(embeddings: Tensor, d: int | None, normalize: bool) -> Tensor:
+    """(N, D) -> (N, d), the embeddings that Matryoshka makes of theirs."""
+    return F.normalize(embeddings[:, :d], dim=-1) if normalize else embeddings[:, :d]
 
 
 def info_nce(anchors: Tensor, candidates: Tensor, mask: Tensor, first: int, scale: Tensor
@@ -1425,19 +1366,17 @@ def batch_loss(embeddings: Tensor, text_ids: Tensor, scores: Tensor | None, rank
     B = objective.batch_size
     (queries, documents), ids = by_kind(embeddings), by_kind(text_ids)
     masks = masked_scores(*ids, rank * B, B)
-    loss, hits = torch.zeros((), device=queries.device), None
-    for d, weight in objective.dims:
-        q, p = queries[:, :d], documents[:, :d]
-        if objective.normalize:
-            q, p = F.normalize(q, dim=-1), F.normalize(p, dim=-1)
+    loss = hits = torch.zeros((), device=queries.device)
+    for number, (d, weight) in enumerate(objective.dims):
+        q, p = (first_numbers(x, d, objective.normalize) for x in (queries, documents))
         if scores is None:
             one_way, found = info_nce(q, p, masks[0], rank * B, scale)
             if objective.symmetric:
                 one_way = (one_way + info_nce(p, q, masks[1], rank * B, scale)[0]) / 2
-            loss, hits = loss + weight * one_way, found if hits is None else hits
+            loss, hits = loss + weight * one_way, hits if number else found
         else:  # each rank sees all pairs: an equal share of one number
             loss = loss + weight * B * cosent((q * p).sum(-1), scores.flatten(), scale)
-    return torch.stack([loss, loss.new_zeros(()) if hits is None else hits.to(loss)])
+    return torch.stack([loss, hits.to(loss)])
 
 
 def gather(tensor: Tensor, ranks: Ranks) -> Tensor:
@@ -1453,7 +1392,7 @@ def embedding_gradients(embeddings: Tensor, scale: Tensor, batch: Batch, objecti
     the scale) (all ranks). Each rank scores its own queries against everybody's documents; what it finds for
     their embeddings goes back to them by one reduce-scatter."""
     everything = gather(embeddings, ranks).requires_grad_()
-    scale = scale.detach().clone().requires_grad_()
+    scale = scale.detach().requires_grad_()
     scores = None if batch.scores is None else gather(batch.scores, ranks)
     terms = batch_loss(everything, gather(batch.text_ids, ranks), scores, ranks.rank, scale, objective)
     terms[0].backward()
@@ -1462,9 +1401,18 @@ def embedding_gradients(embeddings: Tensor, scale: Tensor, batch: Batch, objecti
     return terms.detach(), grad, scale.grad
 
 
+def learned_scale(log_scale: nn.Parameter) -> Tensor:
+    """1 / temperature (1,), at most 100 (Radford et al. 2021, arXiv:2103.00020) (all ranks). Its backward
+    adds up the ranks' gradients."""
+    from torch.distributed.tensor import Partial
+    sums = [Partial()] * log_scale.device_mesh.ndim
+    return log_scale.full_tensor(grad_placements=sums).exp().clamp(max=100.0)
+
+
 def forward_backward(model: nn.Module, batch: Batch, objective: Objective, args: Namespace, ranks: Ranks
                      ) -> Tensor:
-    """Gradients of the summed loss into the parameters; returns loss and hits (2,) (all ranks).
+    """Gradients of the summed loss into the parameters; returns loss, hits, and B times the temperature (3,)
+    (all ranks).
 
     Gradients are taken at the embeddings first, then part by part through the model, and are reduced with the
     last part only. With a gradient cache (Gao et al. 2021, arXiv:2101.06983) all parts are embedded without
@@ -1474,33 +1422,30 @@ def forward_backward(model: nn.Module, batch: Batch, objective: Objective, args:
         for part in batch.parts:
             states.append(random_states(ranks) if cached else {})
             outputs.append(model(**part))
-    is_learned, sizes = outputs[0][1] is not None, [len(out) for out, _ in outputs]
-    scale = outputs[0][1] if is_learned else torch.tensor([1 / args.temperature], device=ranks.device)
-    found = torch.cat([out.detach() for out, _ in outputs])
+    found = torch.cat([out.detach() for out in outputs])
     embeddings = torch.empty_like(found)
     embeddings[batch.order] = found
+    scale = (learned_scale(model.log_scale) if args.learn_temperature
+             else torch.tensor([1 / args.temperature], device=ranks.device))
     terms, grad, grad_scale = embedding_gradients(embeddings, scale, batch, objective, ranks)
+    if args.learn_temperature:
+        scale.backward(grad_scale)
 
-    for i, (part, part_grad) in enumerate(zip(batch.parts, grad[batch.order].split(sizes))):
+    grads = grad[batch.order].split([len(out) for out in outputs])
+    for i, (part, part_grad) in enumerate(zip(batch.parts, grads)):
         is_last = i == len(batch.parts) - 1
         # One device has nothing to send: it need not keep whole gradients beside its own.
         is_reduced = is_last or args.reduce_every_micro_batch or ranks.world_size == 1
         model.set_requires_gradient_sync(is_reduced)
         model.set_is_last_backward(is_last)
         if cached:
-            restore_random_states(states[i], ranks)
+            torch.set_rng_state(states[i][f"cpu_{ranks.rank}"])
+            if ranks.device.type == "cuda":
+                torch.cuda.set_rng_state(states[i][f"cuda_{ranks.rank}"], ranks.device)
             outputs[i] = model(**part)
-        out, live_scale = outputs[i]
-        outputs[i] = None  # with its graph, once the backward is done
-        ends = [(out, part_grad)] + ([(live_scale, grad_scale)] if is_learned and is_last else [])
-        torch.autograd.backward(*zip(*ends))
-    return torch.stack([*terms, objective.batch_size / scale.squeeze()])
-
-
-def restore_random_states(states: dict[str, Tensor], ranks: Ranks) -> None:
-    torch.set_rng_state(states[f"cpu_{ranks.rank}"])
-    if ranks.device.type == "cuda":
-        torch.cuda.set_rng_state(states[f"cuda_{ranks.rank}"], ranks.device)
+        outputs[i].backward(part_grad)
+        outputs[i] = None  # with its graph
+    return torch.stack([*terms, objective.batch_size / scale.detach().squeeze()])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1848,7 +1793,7 @@ def export_model(model: nn.Module, folder: Path, parts: tuple, dtype: torch.dtyp
 def write_sentence_transformer(folder: Path, args: Namespace, dimension: int, processor: object) -> None:
     """The files by which `SentenceTransformer(folder)` pools, normalises and prompts as this script does."""
     (folder / "generation_config.json").unlink(missing_ok=True)
-    module = {"max_seq_length": args.seq_len, "do_lower_case": False}
+    module = {"max_seq_length": args.seq_len}
     if processor:
         processor.save_pretrained(folder)
         hidden = {"method": "forward", "method_output_name": "last_hidden_state", "format": "structured"}
@@ -1856,15 +1801,14 @@ def write_sentence_transformer(folder: Path, args: Namespace, dimension: int, pr
                    "module_output_name": "token_embeddings",
                    "processing_kwargs": {"chat_template": {"add_generation_prompt": True}}}
     kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), *[("2_Normalize", "Normalize")] * args.normalize]
-    modes = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
     files = {
         "1_Pooling/config.json": {
-            "word_embedding_dimension": dimension, "include_prompt": True,
-            **{f"pooling_mode_{mode}": name == args.pooling for name, mode in modes.items()}},
+            "word_embedding_dimension": dimension,
+            **{f"pooling_mode_{theirs}": name == args.pooling for name, theirs in POOLING.items()}},
         "sentence_bert_config.json": module,
         "config_sentence_transformers.json": {
             "prompts": {"query": args.query_prompt, "document": args.document_prompt},
-            "default_prompt_name": None, "similarity_fn_name": "cosine" if args.normalize else "dot"},
+            "similarity_fn_name": "cosine" if args.normalize else "dot"},
         "modules.json": [
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
             for i, (path, kind) in enumerate(kinds)],
@@ -1874,7 +1818,26 @@ def write_sentence_transformer(folder: Path, args: Namespace, dimension: int, pr
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
-@torch.no_grad()
+def export_run(args: Namespace, model: nn.Module, tokenizer, pairs: list[dict], dtype: torch.dtype,
+               ranks: Ranks) -> Tensor:
+    """Write RUN/hf (all ranks). Returns the embeddings of the pairs' queries, then positives, by the trained
+    model, for `verify_export`."""
+    folder = Path(args.checkpoint_dir) / "hf"
+    prompts = {"query": args.query_prompt, "positive": args.document_prompt}
+    expected = torch.cat([embed_texts(model, tokenizer, [pair[key] for pair in pairs], prompt, args, ranks)
+                          for key, prompt in prompts.items()])
+    if args.learn_temperature:
+        del model.log_scale  # no part of an embedding
+    if args.lora_merge:
+        merge_lora(model)
+    config = getattr(model, "peft_config", {}).get("default", model.config)
+    fresh = load_tokenizer(args)  # one that has cut texts would be saved with the length that it cut at
+    export_model(model, folder, (config, fresh, fetch(args.model)), dtype, ranks)
+    if ranks.is_main:
+        write_sentence_transformer(folder, args, expected.shape[1], fresh.processor)
+    return first_numbers(expected, None, args.normalize)
+
+
 def verify_export(folder: Path, pairs: list[dict], expected: Tensor, dtype: torch.dtype, args: Namespace
                   ) -> str:
     """Load the folder with sentence-transformers, on the CPU, and embed the pairs: the embeddings must be
@@ -1883,14 +1846,11 @@ def verify_export(folder: Path, pairs: list[dict], expected: Tensor, dtype: torc
     if not importlib.util.find_spec("sentence_transformers"):
         return "not reloaded: python -m pip install sentence-transformers"
     from sentence_transformers import SentenceTransformer
-    nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if nbytes * 1.2 > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        return "not reloaded: too little memory"
     loaded = SentenceTransformer(str(folder), device="cpu", trust_remote_code=args.trust_remote_code,
                                  model_kwargs={"dtype": "auto"})
-    embed = functools.partial(loaded.encode, convert_to_tensor=True, show_progress_bar=False)
-    found = torch.cat([embed([contents(pair[key]) for pair in pairs], prompt_name=prompt)
-                       for key, prompt in (("query", "query"), ("positive", "document"))]).float()
+    found = torch.cat([
+        loaded.encode([contents(pair[key]) for pair in pairs], prompt_name=prompt, convert_to_tensor=True)
+        for key, prompt in (("query", "query"), ("positive", "document"))]).float()
     error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
     bound = 1e-5 if {dtype, next(loaded.parameters()).dtype} == {torch.float32} else 0.05
     if not error <= bound:
@@ -1900,37 +1860,7 @@ def verify_export(folder: Path, pairs: list[dict], expected: Tensor, dtype: torc
 
 
 # ------------------------------------------------------------------------------------------------
-# 8. Run record: metrics, console, timing
-#
-# Rows of metrics.jsonl, one per --log-interval, evaluation or checkpoint; a step that was repeated after a
-# resume stands there twice, and the later row counts.
-METRICS = {
-    "step": "optimizer steps completed",
-    "samples": "pairs seen, the position in the global order",
-    "train/loss": "of this step over all ranks, a pair: InfoNCE in nats (for scored pairs CoSENT of the "
-                  "whole batch), summed over --mrl-dims by their weights",
-    "train/accuracy": "share of this step's queries whose own document scores highest of the batch",
-    "train/temperature": "by which scores are divided",
-    "train/lr": "learning rate of this step",
-    "train/grad_norm": "global L2 norm of the gradient before clipping",
-    "train/skipped_steps": "steps since the start without an update, because the gradient was not finite",
-    "perf/pairs_per_s": "pairs a second over all ranks since the last row, evaluation and waits too",
-    "perf/tokens_per_s": "the same for tokens of texts, padding left out, from rank 0's",
-    "perf/peak_mem_gib": "rank 0's largest allocated GPU memory (on CPU: largest resident memory)",
-    "time/step_s": "seconds a step since the row before",
-    "time/data_s": "of which waiting for batches (host time, as the following)",
-    "time/forward_backward_s": "of which forward and backward; on GPUs the host only queues work here",
-    "time/optimizer_s": "of which reducing statistics, clipping and the update",
-    "time/checkpoint_s": "of which standing still for checkpoints",
-    "eval/recall@1": "share of held-out queries whose own document scores highest of all held-out documents; "
-                     "each of these names with _256 behind it is of the first 256 numbers, see --mrl-dims",
-    "eval/recall@10": "share whose own document is among the ten highest",
-    "eval/mrr@10": "mean of 1 / rank of the own document, 0 beyond rank 10",
-    "eval/ndcg@10": "mean of 1 / log2(1 + rank) of the own document, 0 beyond rank 10",
-    "eval/spearman": "rank correlation of cosines and scores, for scored pairs in place of the above",
-    "eval/time_s": "seconds that the evaluation took",
-}
-
+# 8. Run record: docs/metrics.md explains each key of metrics.jsonl
 
 # >>> shared: record
 def peak_memory_gib(device: torch.device) -> float:
@@ -2020,93 +1950,77 @@ def embed_texts(model: nn.Module, tokenizer, texts: list, prompt: str, args: Nam
 
     Texts of like length go together, images first; ranks take turns. One that has none left repeats a text,
     because every rank must take part in each forward's gathers."""
-    from tqdm import tqdm
-    has_images, b = any(isinstance(item, Picture) for item in texts), args.eval_batch_size
+    b = args.grad_cache_chunk or args.batch_size  # what fits with gradients fits without
+    has_images, found, per_round = any(isinstance(item, Picture) for item in texts), [], b * ranks.world_size
     lengths = [len(item) if isinstance(item, str) else math.inf for item in texts]
     order = sorted(range(len(texts)), key=lambda i: -lengths[i])
-    embeddings, per_round = None, b * ranks.world_size
     model.eval()
-    for start in tqdm(range(0, len(texts), per_round), desc="embedding", leave=False,
-                      disable=not (ranks.is_main and sys.stderr.isatty())):
-        turn = (order[start:start + per_round] + order[-1:] * per_round)[:per_round]
-        mine = [texts[i] for i in turn[ranks.rank * b:(ranks.rank + 1) * b]]
-        mine = encode(mine, prompt, tokenizer, args.seq_len)
-        found, _ = model(**pad_texts(mine, tokenizer, args.seq_len, ranks.device, has_images))
-        found = gather(found, ranks).flatten(0, 1).cpu()  # sync point
-        if embeddings is None:
-            embeddings = torch.empty(len(texts), found.shape[1])
-        kept = min(per_round, len(texts) - start)
-        embeddings[turn[:kept]] = found[:kept]
+    for start in range(0, len(texts), per_round):
+        turn = (order[start:start + per_round] + order[-1:] * per_round)[ranks.rank * b:][:b]
+        mine = encode([texts[i] for i in turn], prompt, tokenizer, args.seq_len)
+        vectors = model(**pad_texts(mine, tokenizer, args.seq_len, ranks.device, has_images))
+        found.append(gather(vectors, ranks).flatten(0, 1).cpu())  # sync point
     reshard(model)
     model.train()
-    return embeddings
+    return torch.cat(found)[torch.tensor(order).argsort()]
 
 
-def retrieval_ranks(queries: Tensor, documents: Tensor, own: Tensor, also_right: Tensor) -> Tensor:
-    """(N, D), (M, D), (N,) the index of each query's document -> (N,) its rank, from 1; ties count against
-    it. Documents `also_right` (K, 2), pairs of a query and a document, are left out."""
-    scores = queries @ documents.T
-    mine = scores.gather(1, own[:, None])
-    scores[also_right[:, 0], also_right[:, 1]] = -math.inf
-    return (scores >= mine).sum(1)
+def retrieval_ranks(queries: Tensor, documents: Tensor, own: Tensor, query_ids: Tensor, rows: slice
+                    ) -> Tensor:
+    """(N, D), (M, D), (N,) the index of each query's document -> the rank, from 1, of that of each query in
+    `rows`. Ties count against it; documents of queries with an equal id (N,) are left out."""
+    scores = queries[rows] @ documents.T
+    mine = scores.gather(1, own[rows, None])
+    i, j = (query_ids[rows, None] == query_ids).nonzero(as_tuple=True)
+    scores[i, own[j]] = -math.inf
+    return 1 + (~(scores < mine)).sum(1)  # one of NaN comes last
 
 
-def retrieval_metrics(embeddings: tuple[Tensor, Tensor], own: Tensor, queries: list, dims: Iterable[int],
-                      args: Namespace, ranks: Ranks) -> dict[str, float]:
-    """Of (N, D) queries and (M, D) documents; each rank takes a part of the queries (all ranks)."""
-    answers = {}
-    for i, query in enumerate(queries):
-        answers.setdefault(query, set()).add(own[i].item())
-    found = {}
-    for number, d in enumerate(dims):
-        q, p = (x[:, :d].to(ranks.device) for x in embeddings)
-        if args.normalize:
-            q, p = F.normalize(q, dim=-1), F.normalize(p, dim=-1)
-        sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
-        for start in range(ranks.rank * 256, len(queries), ranks.world_size * 256):
-            rows = range(start, min(start + 256, len(queries)))
-            others = [(i - start, j) for i in rows for j in answers[queries[i]] if j != own[i]]
-            rank = retrieval_ranks(q[rows.start:rows.stop], p, own[rows.start:rows.stop].to(ranks.device),
-                                   torch.tensor(others, dtype=torch.int64).view(-1, 2).to(ranks.device))
-            near = (rank <= 10).double()
-            sums += torch.stack([(rank == 1).double().sum(), near.sum(), (near / rank).sum(),
-                                 (near / torch.log2(1.0 + rank)).sum()])
-        means = (all_sum(sums) / len(queries)).tolist()  # sync point
-        suffix = f"_{d}" if number else ""
-        found |= {f"eval/{name}{suffix}": value for name, value in
-                  zip(("recall@1", "recall@10", "mrr@10", "ndcg@10"), means)}
-    return found
-
-
-def average_ranks(values: Tensor) -> Tensor:
-    """(N,) -> (N,) ranks in fp64; equal values share the mean of their ranks."""
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0).double() - (counts - 1) / 2)[inverse]
+def retrieval_metrics(queries: Tensor, documents: Tensor, own: Tensor, query_ids: Tensor, ranks: Ranks
+                      ) -> dict[str, float]:
+    """See `retrieval_ranks`; each rank takes a part of the queries (all ranks)."""
+    inputs = [tensor.to(ranks.device) for tensor in (queries, documents, own, query_ids)]
+    sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+    for start in range(ranks.rank * 256, len(queries), ranks.world_size * 256):
+        rank = retrieval_ranks(*inputs, slice(start, start + 256))
+        near = (rank <= 10).double()
+        sums += torch.stack([(rank == 1).double().sum(), near.sum(), (near / rank).sum(),
+                             (near / torch.log2(1.0 + rank)).sum()])
+    means = (all_sum(sums) / len(queries)).tolist()  # sync point
+    return dict(zip(("recall@1", "recall@10", "mrr@10", "ndcg@10"), means))
 
 
 def spearman(one: Tensor, other: Tensor) -> float:
-    return torch.corrcoef(torch.stack([average_ranks(one), average_ranks(other)]))[0, 1].item()
+    """The correlation of their ranks; equal values share the mean of theirs."""
+    ranks = []
+    for values in (one, other):
+        _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+        ranks.append((counts.cumsum(0).double() - (counts - 1) / 2)[inverse])
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
 
 def evaluate(model: nn.Module, dataset: PairDataset, tokenizer, objective: Objective, args: Namespace,
              ranks: Ranks) -> dict[str, float]:
-    """The eval/… of `METRICS` over the whole held-out split, the same on any number of ranks (all ranks).
-    Documents are the positives and all negatives, equal texts taken once."""
+    """The eval/… of docs/metrics.md over the whole held-out split, the same on any number of ranks (all
+    ranks). Documents are the positives and all negatives, equal texts taken once."""
     started, pairs = time.perf_counter(), dataset.take(range(len(dataset)))
-    queries, dims = [pair["query"] for pair in pairs], [d for d, _ in objective.dims]
-    positives = [pair["positive"] for pair in pairs]
+    queries, positives = [pair["query"] for pair in pairs], [pair["positive"] for pair in pairs]
     texts = list(dict.fromkeys([*positives, *(text for pair in pairs for text in pair["negatives"])]))
     place = {text: i for i, text in enumerate(texts)}
     own = torch.tensor([place[text] for text in positives])
-    q = embed_texts(model, tokenizer, queries, args.query_prompt, args, ranks)
-    p = embed_texts(model, tokenizer, texts, args.document_prompt, args, ranks)
-    if dataset.scored:
-        scores, found = torch.tensor([float(pair["score"]) for pair in pairs]), {}
-        for number, d in enumerate(dims):
-            cosines = F.cosine_similarity(q[:, :d], p[own, :d])
-            found[f"eval/spearman{f'_{d}' if number else ''}"] = spearman(cosines, scores)
-    else:
-        found = retrieval_metrics((q, p), own, queries, dims, args, ranks)
+    query_ids = torch.tensor([text_id(query) for query in queries])
+    all_q = embed_texts(model, tokenizer, queries, args.query_prompt, args, ranks)
+    all_p = embed_texts(model, tokenizer, texts, args.document_prompt, args, ranks)
+    found = {}
+    for number, (d, _) in enumerate(objective.dims):
+        q, p = (first_numbers(x, d, args.normalize) for x in (all_q, all_p))
+        if dataset.scored:
+            scores = torch.tensor([float(pair["score"]) for pair in pairs])
+            values = {"spearman": spearman(F.cosine_similarity(q, p[own]), scores)}
+        else:
+            values = retrieval_metrics(q, p, own, query_ids, ranks)
+        suffix = f"_{d}" if number else ""
+        found |= {f"eval/{name}{suffix}": value for name, value in values.items()}
     return found | {"eval/time_s": time.perf_counter() - started}
 
 
@@ -2131,6 +2045,7 @@ def ready_model(args: Namespace, model: nn.Module, checkpoints: list[Path], dtyp
                 mesh: torch.distributed.DeviceMesh, ranks: Ranks) -> torch.optim.Optimizer:
     """Shard the model, give it memory and the weights of a checkpoint or of files, and prove that they are
     there (all ranks). Returns its optimizer, filled, too."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
     shard_model(model, args, mesh, dtype)
     materialise(model, ranks.device, args.cpu_offload)
     fill_buffers(model)
@@ -2138,8 +2053,10 @@ def ready_model(args: Namespace, model: nn.Module, checkpoints: list[Path], dtyp
         load_hf_weights(model, fetch(args.model), args.trust_remote_code, ranks)
     if args.lora_rank:
         init_lora(model, args.seed, ranks.device)
-    if args.learn_temperature:  # after the files, which do not know of it
-        model.scale = shard_scale(args.temperature, mesh, ranks.device)
+    if args.learn_temperature:  # after the files, which do not know of it; outside of FSDP, so always fp32
+        value = torch.tensor([-math.log(args.temperature)], device=ranks.device)
+        placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
+        model.log_scale = nn.Parameter(distribute_tensor(value, mesh, placements))
     optimizer = build_optimizer(model, args)  # after sharding, which replaces the parameters
     if checkpoints:
         load_checkpoint(checkpoints, model, optimizer, ranks)
@@ -2148,96 +2065,36 @@ def ready_model(args: Namespace, model: nn.Module, checkpoints: list[Path], dtyp
     return optimizer
 
 
-def shard_scale(temperature: float, mesh: torch.distributed.DeviceMesh, device: torch.device) -> Scale:
-    """A unit of its own, always in fp32; gradients are plain sums, as in `shard_model`."""
-    from torch.distributed.fsdp import fully_shard
-    scale = fully_shard(Scale(temperature, device), mesh=mesh)
-    if mesh.size() > 1:
-        scale.set_gradient_divide_factor(1.0)
-        scale.set_force_sum_reduction_for_comms(True)
-    return scale
-
-
 @torch.no_grad()
 def prove_embeddings(model: nn.Module, args: Namespace, bound: float, ranks: Ranks) -> None:
     """Padding beside a text must not change its embedding, by more than `bound` of what another text does;
     and the first token must see the last one if, and only if, --attention says so (all ranks)."""
     ids = plain_tokens(model, 2, 32, ranks.device)
-    padded, mask = F.pad(ids, (0, 16)), F.pad(torch.ones_like(ids), (0, 16))
-    changed = torch.cat([ids[:, :-1], ids[:, -1:].flip(0)], dim=1)
+    mask, changed = torch.ones_like(ids), torch.cat([ids[:, :-1], ids[:, -1:].flip(0)], dim=1)
+    family = own_class(model).__name__ + (f" with --attention {args.attention}" if args.attention else "")
     model.eval()
     with torch.compiler.set_stance("force_eager"):
-        alone, beside = model(ids, torch.ones_like(ids))[0], model(padded, mask)[0]
-        model.pooling = "cls"
-        first = [model(tokens, torch.ones_like(ids))[0] for tokens in (ids, changed)]
-        model.pooling = args.pooling
+        alone, beside = model(ids, mask), model(F.pad(ids, (0, 16)), F.pad(mask, (0, 16)))
+        first, other = model(ids, mask, pooling="cls"), model(changed, mask, pooling="cls")
     reshard(model)
     model.train()
     if not torch.isfinite(alone).all():
         raise UserError("the model's embeddings are not finite on a plain input: its weights are broken")
-    if not (beside - alone).abs().mean() <= bound * (alone[0] - alone[1]).abs().mean():
-        raise UserError(f"padding changes the embeddings of {type(model).__bases__[-1].__name__}: this "
-                        "family cannot be trained here")
-    sees = bool((first[0] - first[1]).abs().max() > 1e-3 * first[0].abs().mean())
+    sees = bool((first - other).abs().max() > 1e-3 * first.abs().mean())
     if args.attention and sees != (args.attention == "bidirectional"):
-        raise UserError(f"--attention {args.attention}: {type(model).__bases__[-1].__name__} cannot do it")
+        raise UserError(f"{family}: the model does not do it")
+    if not (beside - alone).abs().mean() <= bound * (alone[0] - alone[1]).abs().mean():
+        raise UserError(f"padding changes the embeddings of {family}: it cannot be trained here")
 
 
-def note_bad_step(is_bad: float, progress: dict, limit: int, saver: Checkpointer, bar, ranks: Ranks) -> None:
-    """Count it (all ranks). Raises UserError after `limit` in a row."""
+def count_bad_steps(is_bad: float, progress: dict, saver: Checkpointer) -> None:
+    """Raises UserError after ten in a row (all ranks)."""
     progress["bad_in_a_row"] = progress["bad_in_a_row"] + 1 if is_bad else 0
     progress["skipped_steps"] += bool(is_bad)
-    if is_bad and ranks.is_main:
-        bar.write(f"no update in step {progress['step']}: its gradient is not finite")
-    if progress["bad_in_a_row"] >= limit:
+    if progress["bad_in_a_row"] == 10:
         finish_save(saver)
-        raise UserError(f"{limit} steps in a row had a gradient that is not finite, and changed nothing: "
-                        "lower --max-lr, or look at the data")
-
-
-def export_run(args: Namespace, model: nn.Module, tokenizer, pairs: list[dict], dtype: torch.dtype,
-               ranks: Ranks) -> Tensor:
-    """Write RUN/hf (all ranks). Returns the embeddings of the pairs' queries, then positives, by the trained
-    model, for `verify_export`."""
-    folder = Path(args.checkpoint_dir) / "hf"
-    prompts = {"query": args.query_prompt, "positive": args.document_prompt}
-    expected = torch.cat([embed_texts(model, tokenizer, [pair[key] for pair in pairs], prompt, args, ranks)
-                          for key, prompt in prompts.items()])
-    expected = F.normalize(expected, dim=-1) if args.normalize else expected
-    if args.learn_temperature:
-        del model.scale  # no part of an embedding
-    if args.lora_merge:
-        merge_lora(model)
-    config = getattr(model, "peft_config", {}).get("default", model.config)
-    parts = (config, load_tokenizer(args), fetch(args.model)) if ranks.is_main else None
-    export_model(model, folder, parts, dtype, ranks)
-    if ranks.is_main:
-        write_sentence_transformer(folder, args, expected.shape[1], parts[1].processor)
-    return expected
-
-
-def read_objective(args: Namespace, dimension: int) -> Objective:
-    dims, weights = numbers_of(args.mrl_dims, int) or [dimension], numbers_of(args.mrl_weights, float)
-    if max(dims) > dimension:
-        raise UserError(f"--mrl-dims {args.mrl_dims}: the model's embeddings have {dimension} numbers")
-    weighted = tuple(zip(dims, weights or [1.0] * len(dims)))
-    return Objective(weighted, args.batch_size, args.symmetric, args.normalize)
-
-
-def open_data(args: Namespace) -> tuple[PairDataset, PairDataset | None]:
-    """(train, held out). Raises UserError."""
-    def open_split(split: str) -> PairDataset:
-        source = split if Path(split).is_file() else args.dataset
-        rows = open_rows(args, split)
-        if (path := Path(source)).is_file():
-            return PairDataset(rows, source, path.parent)
-        return PairDataset(rows, f"{source} ({split})", path)
-
-    train_set = open_split(args.dataset_split)
-    eval_set = open_split(args.eval_split) if args.eval_split else None
-    if train_set.scored and (args.symmetric or args.num_negatives):
-        raise UserError("--symmetric and --num-negatives do not go with scored pairs")
-    return train_set, eval_set
+        raise UserError("10 steps in a row had a gradient that is not finite, and changed nothing: lower "
+                        "--max-lr, or look at the data")
 
 
 def show_row(bar, row: dict, total_steps: int, ranks: Ranks) -> None:
@@ -2248,7 +2105,6 @@ def show_row(bar, row: dict, total_steps: int, ranks: Ranks) -> None:
         print(f"step {row['step']:>7,}/{total_steps:,}  loss {row['train/loss']:8.4f}  "
               f"accuracy {row['train/accuracy']:.3f}  lr {row['train/lr']:.2e}  "
               f"norm {row['train/grad_norm']:8.3f}  {row['perf/pairs_per_s']:>9,.1f} pairs/s  "
-              f"{row['perf/tokens_per_s']:>9,.0f} tokens/s  {row['time/step_s'] * 1000:9.1f} ms  "
               f"{row['perf/peak_mem_gib']:6.2f} GiB", flush=True)
 
 
@@ -2333,9 +2189,9 @@ def main() -> None:
     args = parse_args()
     relaunch_under_torchrun(args)
     ranks = read_ranks(args)
-    run_dir, say = Path(args.checkpoint_dir), print if ranks.is_main else (lambda *line: None)
+    run_dir = Path(args.checkpoint_dir)
     train_set, eval_set = open_data(args)  # takes as long as it needs: no process group exists yet
-    folder, tokenizer = fetch(args.model), load_tokenizer(args)
+    tokenizer = load_tokenizer(args)
     for data in filter(None, (train_set, eval_set)):
         if data.picture and not tokenizer.processor:
             raise UserError(f"{data.picture.where}: {args.model} takes no images")
@@ -2343,15 +2199,17 @@ def main() -> None:
     mesh = init_distributed(args, ranks)
     dtype = compute_dtype(args.mixed_precision, ranks.device)
     # Shapes, then shards, then memory, then weights: no device needs room for more than its part.
-    model = build_model(args, folder, len(tokenizer))
+    model = build_model(args)
     add_lora(model, args, args.model, "FEATURE_EXTRACTION", dtype)
-    objective = read_objective(args, model.config.get_text_config().hidden_size)
+    objective, dimension = read_objective(args), model.config.get_text_config().hidden_size
+    if any(d and d > dimension for d, _ in objective.dims):
+        raise UserError(f"--mrl-dims {args.mrl_dims}: the model's embeddings have {dimension} numbers")
     check_memory(model, args, mesh)
     lock = lock_run(run_dir) if ranks.is_main else None  # noqa: F841, held until this process ends
     checkpoints = gather_objects(checkpoints_to_resume(args) if ranks.is_main else None)[0]
     progress = read_progress(checkpoints, {  # all of it survives a resume
         "step": 0, "samples": 0, "skipped_steps": 0, "bad_in_a_row": 0, "best_eval": None, "best_step": -1})
-    total_steps, warmup_steps, ahead, notes = resolve_steps(args, train_set, ranks, progress)
+    total_steps, warmup_steps, notes = resolve_steps(args, train_set, ranks, progress)
     notes += compare_runs(args, progress, checkpoints, IDENTITY, processes=ranks.world_size,
                           data=train_set.digest, total_steps=total_steps)
     if report_finished(args, ranks, checkpoints, progress["step"], total_steps, "--max-steps"):
@@ -2360,11 +2218,10 @@ def main() -> None:
     batches = ordered_batches(train_set, tokenizer, args, ranks, progress["samples"])
 
     texts = write_record(run_dir, args, ranks)
-    best = progress["best_step"] if args.keep_best else -1
-    saver = Checkpointer(run_dir / "checkpoints", args.keep_checkpoints, best)
+    saver = Checkpointer(run_dir / "checkpoints", args.keep_checkpoints)
     trackers = open_trackers(args, ranks)
-    for line in [describe_model(model, dtype), *notes]:
-        say(line)
+    if ranks.is_main:
+        print(describe_model(model, dtype), *notes, sep="\n")
     samples_per_step = args.batch_size * ranks.world_size
     num_replicas = ranks.world_size // mesh.size(-1)  # 1 without HSDP
     pair_count = torch.tensor(float(args.batch_size), device=ranks.device)
@@ -2381,12 +2238,10 @@ def main() -> None:
         # up for it when it is resumed. What an evaluation decides thus comes after the save of its step.
         step = progress["step"]
         is_last = step >= total_steps
-        is_due = args.eval_interval and step % args.eval_interval == 0 if step else args.eval_first
-        if eval_set and (is_last or is_due):
+        if eval_set and (is_last or (args.eval_interval and step % args.eval_interval == 0)):
             stall_after(None)
             evaluation = evaluate(model, eval_set, tokenizer, objective, args, ranks)
             note_evaluation(evaluation, progress, bar, ranks)
-            saver.best = progress["best_step"] if args.keep_best else -1
             for track in trackers:
                 track({"step": step, **evaluation})
         if is_last:
@@ -2404,8 +2259,7 @@ def main() -> None:
         with phase("checkpoint"):
             wait_for_copy(saver)  # the update would change what is being copied
         with phase("optimizer"):
-            lr = learning_rate(step + ahead, total_steps + ahead, warmup_steps, args.max_lr, args.min_lr,
-                               args.schedule)
+            lr = learning_rate(step, total_steps, warmup_steps, args.max_lr, args.min_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             means, num_pairs, grad_norm, votes = reduce_stats(
@@ -2420,7 +2274,7 @@ def main() -> None:
         progress |= {"step": step, "samples": progress["samples"] + samples_per_step}
         stop = next((name for name, count in zip(STOPS, votes) if count), None)
         bar.update()
-        note_bad_step(skipped, progress, args.max_bad_steps, saver, bar, ranks)
+        count_bad_steps(skipped, progress, saver)
         is_last, every = step == total_steps, args.checkpoint_interval
         may_be_best = args.keep_best and args.eval_interval and step % args.eval_interval == 0
         is_save = every and (is_last or stop or may_be_best or step % every == 0)
@@ -2447,6 +2301,7 @@ def main() -> None:
         # Save (all ranks): before the evaluation, which may run out of memory
         if is_save:
             with phase("checkpoint"):
+                saver.best = progress["best_step"] if args.keep_best else -1
                 start_save(saver, checkpoint_tensors(model, optimizer, ranks), progress, texts, ranks)
                 if is_last or stop or not args.async_checkpoint:
                     finish_save(saver, must=is_last or stop)

@@ -22,23 +22,22 @@ def run_case(spec, out, mesh, ranks):
     args = embedding_models.case_args(script, spec["model"], spec["case"], *spec.get("flags", []))
     rows = embedding_models.CASES[spec["case"]][0]
     args.batch_size = len(rows) // ranks.world_size
-    tokenizer, folder = script.load_tokenizer(args), script.fetch(args.model)
-    model = script.build_model(args, folder, len(tokenizer))
+    tokenizer, model = script.load_tokenizer(args), script.build_model(args)
     if args.lora_rank:
         script.add_lora(model, args, args.model, "FEATURE_EXTRACTION", torch.float32)
     script.ready_model(args, model, [], torch.float32, mesh, ranks)
     embedding_models.draw_adapters(model)
-    objective = script.read_objective(args, model.config.get_text_config().hidden_size)
+    objective = script.read_objective(args)
     mine = rows[ranks.rank * args.batch_size:(ranks.rank + 1) * args.batch_size]
     pairs = [script.to_pair(row, "row", Path(spec["model"])) for row in mine]
     batch = script.make_batch(pairs, tokenizer, args, ranks.device, "pictures" in spec["case"])
     outputs = []
-    model.register_forward_hook(lambda _, __, result: outputs.append(result[0].detach()))
+    model.register_forward_hook(lambda _, __, result: outputs.append(result.detach()))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         terms = script.forward_backward(model, batch, objective, args, ranks)
     reductions = sum(event.count for event in profile.key_averages()
                      if event.key == "c10d::_reduce_scatter_base_")
-    units = len(script.find_blocks(model)) + args.learn_temperature
+    units = len(script.find_blocks(model))
     count = torch.tensor(float(args.batch_size))
     means, total, _, _ = script.reduce_stats(model, terms, count, 1, torch.zeros(1))
     n = len(batch.parts)

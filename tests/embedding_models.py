@@ -338,11 +338,10 @@ def plain_gradients(script, model_folder, case, args, dtype):
         return plain_vl_embeddings(model, processor, items, Path(model_folder))
 
     log_scale = torch.tensor([-math.log(args.temperature)], dtype=dtype, requires_grad=True)
-    dims = list(zip(script.numbers_of(args.mrl_dims, int) or [model.config.get_text_config().hidden_size],
-                    script.numbers_of(args.mrl_weights, float) or itertools.repeat(1.0)))
+    dims = script.read_objective(args).dims
     loss = plain_loss(embed, rows, log_scale.exp().squeeze(), dims, args.num_negatives, args.symmetric)
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     if args.learn_temperature:
-        gradients["scale.log_scale"] = log_scale.grad
+        gradients["log_scale"] = log_scale.grad
     return loss.item(), gradients

@@ -1,6 +1,7 @@
 """examples/train_embedding_fsdp2.py: losses, gradients over ranks, evaluation, data, export, runs."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import embedding_models as em
 import pytest
 import torch
 import train_embedding_fsdp2 as script
-from helpers import REPO, read_checkpoint, read_metrics, run_script
+from helpers import REPO, documented_metrics, read_checkpoint, read_metrics, run_script
 from quick_runs import quick_ranks
 
 SCRIPT = "examples/train_embedding_fsdp2.py"
@@ -153,12 +154,15 @@ def test_masked_scores():
 
 def test_retrieval_ranks():
     queries, documents = torch.eye(3), torch.tensor([[1.0, 0, 0], [0.9, 1, 0], [0.9, 1, 0], [0, 0.5, 0.5]])
-    none = torch.empty(0, 2, dtype=torch.int64)
-    own = torch.tensor([0, 1, 0])
+    own, ids = torch.tensor([0, 1, 0]), torch.tensor([7, 8, 9])
     # Ties count against the own document.
-    assert script.retrieval_ranks(queries, documents, own, none).tolist() == [1, 2, 4]
-    also_right = torch.tensor([[1, 2]])
-    assert script.retrieval_ranks(queries, documents, own, also_right).tolist() == [1, 1, 4]
+    assert script.retrieval_ranks(queries, documents, own, ids, slice(0, 3)).tolist() == [1, 2, 4]
+    # The second query again, with another document: neither counts against the other.
+    queries, own, ids = queries[[0, 1, 2, 1]], torch.tensor([0, 1, 0, 2]), torch.tensor([7, 8, 9, 8])
+    assert script.retrieval_ranks(queries, documents, own, ids, slice(0, 4)).tolist() == [1, 1, 4, 1]
+    assert script.retrieval_ranks(queries, documents, own, ids, slice(2, 256)).tolist() == [4, 1]
+    queries[1] = torch.nan
+    assert script.retrieval_ranks(queries, documents, own, ids, slice(1, 2)).tolist() == [5]
 
 
 def test_spearman_with_ties():
@@ -323,6 +327,11 @@ def test_files_folders_and_digests(tmp_path, monkeypatch):
     (tmp_path / "broken.jsonl").write_text('{"query": "a", "positive": "b"}\n{"query": \n')
     with pytest.raises(script.UserError, match="broken.jsonl"):
         open_data(tmp_path / "broken.jsonl")
+    part, rest = open_data(file, "--dataset-split", "train[:4]", "--eval-split", "train[4:]")
+    assert part.take(range(4)) + rest.take(range(2)) == whole.take(range(6))
+    for split in ("test", "./none.jsonl"):
+        with pytest.raises(script.UserError, match=re.escape(f"--dataset {file} ({split}): ")):
+            open_data(file, "--eval-split", split)
     em.write_pairs(tmp_path / "scored.jsonl", em.make_pairs(4, scored=True))
     with pytest.raises(script.UserError, match="do not go with scored pairs"):
         open_data(tmp_path / "scored.jsonl", "--symmetric")
@@ -336,9 +345,7 @@ def test_files_folders_and_digests(tmp_path, monkeypatch):
     (["--mrl-dims", "64,a"], "are numbers with commas"),
     (["--mrl-dims", "64,32", "--mrl-weights", "1"], "as many weights as dimensions"),
     (["--learn-temperature", "--cpu-offload"], "--learn-temperature goes neither with --cpu-offload"),
-    (["--eval-first"], "need something held out: --eval-split"),
-    (["--model", ".", "--dataset", __file__, "--eval-split", "test"], "no such file, and"),
-    (["--model", ".", "--dataset", __file__, "--dataset-split", "test"], "has no splits; leave it out"),
+    (["--eval-interval", "5"], "need something held out: --eval-split"),
     (["--grad-cache-chunk", "0"], "--grad-cache-chunk must be at least 1"),
 ])
 def test_bad_flags(flags, message, capsys):
@@ -372,8 +379,8 @@ def train(place, run_dir, *flags, nproc=1, check=True):
     return quick_ranks(flags_for(place, run_dir, *flags), nproc, code=code, script=SCRIPT, timeout=300)[0]
 
 
-FLAGS = ["--eval-split", "test", "--eval-first", "--num-negatives", 1, "--mrl-dims", "64,16",
-         "--grad-cache-chunk", 5, "--query-prompt", "find: ", "--learn-temperature", "--eval-batch-size", 4]
+FLAGS = ["--eval-split", "test", "--eval-interval", 6, "--num-negatives", 1, "--mrl-dims", "64,16",
+         "--grad-cache-chunk", 5, "--query-prompt", "find: ", "--learn-temperature"]
 
 
 @pytest.fixture(scope="module")
@@ -390,7 +397,7 @@ def losses(run_dir):
 def test_metrics_are_those_that_are_documented(straight):
     rows = read_metrics(straight[0])
     keys = {key.removesuffix("_16") for row in rows for key in row}
-    assert keys == set(script.METRICS) - {"eval/spearman"}
+    assert keys == documented_metrics("train_embedding_fsdp2.py") - {"eval/spearman"}
     evaluations = {row["step"]: row for row in rows if "eval/recall@10" in row}
     assert set(evaluations) == {0, 6} and "eval/ndcg@10_16" in evaluations[6]
     assert evaluations[6]["eval/mrr@10"] > evaluations[0]["eval/mrr@10"]
@@ -465,8 +472,8 @@ def test_memory_flags_change_no_loss(place, tmp_path, flags):
 def test_scored_pairs(place, tmp_path):
     em.write_pairs(tmp_path / "pairs/train.jsonl", em.make_pairs(16, scored=True))
     em.write_pairs(tmp_path / "pairs/test.jsonl", em.make_pairs(16, scored=True))
-    train(place, tmp_path / "run", "--dataset", tmp_path / "pairs", "--eval-split", "test", "--eval-first",
-          "--batch-size", 8, "--no-export")
+    train(place, tmp_path / "run", "--dataset", tmp_path / "pairs", "--eval-split", "test", "--eval-interval",
+          6, "--batch-size", 8, "--no-export")
     found = [row["eval/spearman"] for row in read_metrics(tmp_path / "run") if "eval/spearman" in row]
     assert len(found) == 2 and found[1] > found[0] + 0.1
 
@@ -474,7 +481,7 @@ def test_scored_pairs(place, tmp_path):
 @pytest.mark.parametrize("flags, message", [
     (["--seq-len", 1000], "knows 256 positions; use --seq-len 256"),
     (["--mrl-dims", "128"], "the model's embeddings have 64 numbers"),
-    (["--attention", "causal"], "--attention is for decoders"),
+    (["--attention", "causal"], "BertModel with --attention causal: it cannot be trained here"),
 ])
 def test_one_line_for_a_wrong_model(place, tmp_path, flags, message):
     done = train(place, tmp_path / "run", *flags, check=False)
@@ -521,8 +528,8 @@ def test_a_run_with_images(vl, tmp_path):
     sentence-transformers and by transformers, embeds alike."""
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel, AutoProcessor
-    flags = [*em.VL_FLAGS, "--model", vl / "vl", "--eval-split", "test", "--eval-first", "--max-steps", 4,
-             "--grad-cache-chunk", 3, "--eval-batch-size", 3, "--checkpoint-interval", 2]
+    flags = [*em.VL_FLAGS, "--model", vl / "vl", "--eval-split", "test", "--eval-interval", 4,
+             "--max-steps", 4, "--grad-cache-chunk", 3, "--checkpoint-interval", 2]
     done = train(vl, tmp_path / "two", *flags, "--batch-size", 4, nproc=2)
     assert "SentenceTransformer loads it: embeddings within" in done.stdout
     rows = read_metrics(tmp_path / "two")
