@@ -97,7 +97,7 @@ def our_flags(folder: Path, run: Path, steps: int, precision: str) -> list:
     mixed = "--mixed-precision" if precision == "bf16" else "--no-mixed-precision"
     return ["--model", folder / "model", "--dataset", folder / "data", "--checkpoint-dir", run,
             "--train-steps", steps, "--checkpoint-interval", 0, "--no-export", "--eval-limit", 0,
-            "--prompt-format", "plain", "--system-prompt", "", "--max-prompt-tokens", PROMPT_TOKENS,
+            "--system-prompt", "", "--max-prompt-tokens", PROMPT_TOKENS,
             "--batch-size", QUESTIONS, "--group-size", GROUP_SIZE, "--max-new-tokens", NEW_TOKENS,
             "--zero-variance", "keep", mixed, "--device", "cpu",
             "--activation-checkpointing", "none"]
@@ -148,9 +148,9 @@ def train_with_trl(folder: Path, steps: int, precision: str) -> None:
     """TRL's side, under torchrun in TRL's environment."""
     sys.path.insert(0, str(ROOT))
     from datasets import Dataset
-    from train_gsm8k_fsdp2 import json_lines, reward, to_question
+    from train_gsm8k_fsdp2 import parse_args, read_questions, reward
     from trl import GRPOConfig, GRPOTrainer
-    rows = [to_question(row, where) for where, row in json_lines(folder / "data/train.jsonl")]
+    rows = read_questions(parse_args(["--dataset", str(folder / "data")]), "train")
     prompts = [{"prompt": f"Question: {row['question']}\nAnswer:"} for row in rows]
 
     def judge(completions: list[str], **_) -> list[float]:

@@ -290,7 +290,7 @@ def reinforce_once(ask, folder, source):
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return ask(folder, [
         "--model", source, "--dataset", "questions.jsonl", "--checkpoint-dir", "run", "--system-prompt", "",
-        "--prompt-format", "plain", "--max-prompt-tokens", 64, "--batch-size", 4, "--group-size", 3,
+        "--max-prompt-tokens", 64, "--batch-size", 4, "--group-size", 3,
         "--max-new-tokens", MAX_NEW_TOKENS, "--train-steps", 1, "--zero-variance", "keep", "--eval-limit", 0,
         "--device", "cpu", "--no-mixed-precision", "--no-export"], script="train_gsm8k_fsdp2")
 

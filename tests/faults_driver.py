@@ -322,7 +322,7 @@ def push(result, dtype, folder, port):
     from real_model import gsm8k_rows
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    args = gsm8k_args(folder, "--rollouts", "vllm", "--vllm-port", port, "--sync-timeout", "60")
+    args = gsm8k_args(folder, "--rollouts", "vllm", "--vllm-port", port, "--vllm-timeout", "60")
     ranks = gsm8k.read_ranks(args)
     mesh = gsm8k.init_distributed(args, ranks)
     model, tokenizer = load_gsm8k(args, folder, dtype, mesh, ranks), AutoTokenizer.from_pretrained(folder)

@@ -218,10 +218,10 @@ def die_in(script, mode):
     send_unit, rpc = script.send_unit, script.rpc
 
     def send_first_unit(*args):
-        sent = send_unit(*args)
+        send_unit(*args)
         if mode == "silent":
-            time.sleep(3 * args[0].timeout_s)
-            return sent
+            time.sleep(3 * args[0].server.timeout_s)
+            return
         os.kill(os.getpid(), signal.SIGKILL)
 
     def never_swap(link, method, *args, **options):
@@ -246,9 +246,8 @@ def push(model, port, pushes, result, mode=""):
     import transformers
 
     args = script.parse_args([
-        "--model", model, "--vllm-port", port, "--device", "cpu", "--no-mixed-precision", "--sync-timeout",
+        "--model", model, "--vllm-port", port, "--device", "cpu", "--no-mixed-precision", "--vllm-timeout",
         "4" if mode == "silent" else "60", "--max-prompt-tokens", "64", "--max-new-tokens", "12"])
-    args.logprob_chunk_tokens = 512
     ranks = script.read_ranks(args)
     mesh = script.init_distributed(args, ranks)
     policy = script.load_policy(args, Path(model), mesh, torch.float32, ranks)
