@@ -97,11 +97,17 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_and_data_flags(parser.add_argument_group("model and questions"))
     add_rollout_flags(parser.add_argument_group("rollouts"))
     add_training_flags(parser.add_argument_group("training"))
-    add_evaluation_flags(parser.add_argument_group("evaluation"))
+    onoff, add = argparse.BooleanOptionalAction, parser.add_argument_group("evaluation").add_argument
+    add("--eval-every", type=int, metavar="STEPS", default=0, help="0: at the end only")
+    add("--eval-first", action=onoff, default=False, help="also before the first step")
+    add("--eval-limit", type=int, metavar="N", help="the first N questions of the split; 0: no evaluation")
     add_system_flags(parser.add_argument_group("devices, sharding and memory"), recompute="full")
     record = parser.add_argument_group("checkpoints and logging")
     add_run_flags(record, "checkpoints_gsm8k_fsdp2", save_every=50)
-    add_console_flags(record)
+    record.add_argument("--logger", choices=["rich", "print", "none"], default="print", help="rich: a live "
+                        "panel (needs the rich package); print: a line a step")
+    record.add_argument("--log-level", choices=["DEBUG", "INFO", "WARNING"], default="INFO", help="DEBUG: "
+                        "also a right and a wrong answer of each step; WARNING: only what is wrong")
     parser.set_defaults(stall_timeout=1800.0)  # a step generates first
     return parser
 
@@ -165,21 +171,6 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
     add("--weight-decay", type=float, default=0.0, help="on matrices; not on norms, biases and embeddings")
     add("--grad-clip", type=float, default=1.0, help="largest global gradient norm; 0 is off")
     add("--seed", type=int, default=0, help="of the order of questions and of local sampling")
-
-
-def add_evaluation_flags(group: argparse._ArgumentGroup) -> None:
-    onoff, add = argparse.BooleanOptionalAction, group.add_argument
-    add("--eval-every", type=int, metavar="STEPS", default=0, help="0: at the end only")
-    add("--eval-first", action=onoff, default=False, help="also before the first step")
-    add("--eval-limit", type=int, metavar="N", help="the first N questions of the split; 0: no evaluation")
-
-
-def add_console_flags(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--logger", choices=["rich", "print", "none"], default="print", help="rich: a live panel (needs the "
-        "rich package); print: a line a step")
-    add("--log-level", choices=["DEBUG", "INFO", "WARNING"], default="INFO", help="DEBUG: also a right and "
-        "a wrong answer of each step; WARNING: only what is wrong")
 
 
 # >>> shared: flags
@@ -548,6 +539,8 @@ SYSTEM_PROMPT = r"Reason step by step, and put the final answer, one number, wit
 def load_questions(args: Namespace, tokenizer, split: str, limit: int | None, say: Callable) -> list[dict]:
     """{'question', 'answer', 'gold', 'prompt'} of each row of a split, in file order; those whose prompt is
     longer than --max-prompt-tokens are left out. Raises UserError."""
+    if limit == 0:  # --eval-limit
+        return []
     rows = read_questions(args, split)[:limit]
     for row in rows:
         row["prompt"] = render_prompt(tokenizer, row["question"], args.system_prompt)
@@ -780,11 +773,10 @@ def load_tokenizer(args: Namespace):
 
 def end_tokens(tokenizer, folder: Path) -> list[int]:
     """Tokens that end a completion: the tokenizer's and those of generation_config.json. Raises UserError."""
-    found = {tokenizer.eos_token_id} - {None}
     path = folder / "generation_config.json"
     with naming(str(path)):
         more = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-        found |= set(more) if isinstance(more, list) else {more} - {None}
+    found = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
     if not found:
         raise UserError(f"{folder}: no end-of-text token in the tokenizer or generation_config.json: "
                         "completions would never end")
@@ -1241,12 +1233,6 @@ def prove_logprobs(model: nn.Module, ranks: Ranks) -> None:
             print("this model transforms its logits in a way of its own: whole logits are used (more memory)")
 
 
-def fsdp_modules(model: nn.Module) -> list[nn.Module]:
-    """The units that are gathered as one: the blocks, then the root with what is left."""
-    from torch.distributed.fsdp import FSDPModule
-    return [*(m for m in model.modules() if isinstance(m, FSDPModule) and m is not model), model]
-
-
 # ------------------------------------------------------------------------------------------------
 # 5. Optimizer and schedule
 
@@ -1463,12 +1449,17 @@ def generate(generator: nn.Module, prompts: list[list[int]], n: int, uniform: Te
 
 @dataclasses.dataclass
 class Server:
-    """A vLLM server, and this process's requests under way to it."""
+    """A vLLM server, this process's requests under way to it, and on rank 0 the wire to its workers."""
     host: str
     port: int
     timeout_s: float
-    pool: ThreadPoolExecutor
+    pool: ThreadPoolExecutor | None = None
     version: int = -1  # of the weights that it has
+    proof_error: float = 0.0  # of the last push
+    group: object = None  # of rank 0 and the workers; they meet at the store
+    store: object = None
+    wire: torch.device | None = None  # that tensors are sent from
+    pusher: ThreadPoolExecutor | None = None  # waits for the workers while rank 0 sends
 
     @property
     def address(self) -> str:
@@ -1525,20 +1516,12 @@ def complete(server: Server, prompt_ids: list[int], n: int, sampling: Sampling) 
     return found
 
 
-def open_server(args: Namespace) -> Server:
-    """Wait until the server is there. Raises UserError."""
-    pool = ThreadPoolExecutor(args.concurrency, thread_name_prefix="vllm")
-    server = Server(args.vllm_host, args.vllm_port, args.vllm_timeout, pool)
-    request(server, "/health")
-    return server
-
-
 @dataclasses.dataclass
 class Sampler:
     """Who generates: a server, or the generator, which borrows the model's parameters."""
     model: nn.Module
     generator: nn.Module | None
-    link: "WeightLink | None"  # to the server
+    server: Server | None
     batch: int  # completions side by side, for the generator
     device: torch.device
     sampling: Sampling
@@ -1549,10 +1532,11 @@ def start_completions(sampler: Sampler, prompts: list[list[int]], n: int, seeds:
                       ) -> list[Callable[[], list[Completion]]]:
     """For each prompt a function that waits for its n completions. With a server the requests are under way
     when this returns; locally the work is done here, drawn by the prompts' seeds (all ranks)."""
-    if sampler.link:
-        server = sampler.link.server
+    from torch.distributed.fsdp import FSDPModule
+    server, found, per_call = sampler.server, [], max(1, sampler.batch // n)
+    if server:
         return [server.pool.submit(complete, server, prompt, n, sampling).result for prompt in prompts]
-    found, per_call, units = [], max(1, sampler.batch // n), fsdp_modules(sampler.model)
+    units = [module for module in sampler.model.modules() if isinstance(module, FSDPModule)]
     for unit in units:  # whole parameters on every rank (all ranks); until they are freed no rank waits
         unit.unshard()
     with without_cudnn():
@@ -1709,138 +1693,116 @@ def broadcast(group: torch.distributed.ProcessGroup, tensor: Tensor, timeout_s: 
         torch.cuda.current_stream().synchronize()  # sync point: before any other communicator goes on
 
 
-@dataclasses.dataclass
-class WeightLink:
-    """Rank 0's end of the wire; the others hold one without a group, and take part in the gathers."""
-    server: Server
-    dtype: torch.dtype  # that the trainer computes in
-    device: torch.device  # that tensors are sent from
-    group: object = None
-    store: object = None
-    pool: ThreadPoolExecutor | None = None
-    error: float = 0.0  # of the last push's proof
-
-
-def rpc(link: WeightLink, method: str, *args: object) -> list[dict]:
+def rpc(server: Server, method: str, *args: object) -> list[dict]:
     """A method of `WeightReceiver` on every worker; their answers. Raises UserError."""
     body = {"method": "call_weights", "args": [method, *args]}  # no "timeout": see there
-    with naming(f"{link.server.address} does not answer as vLLM does"):
-        answers = request(link.server, "/collective_rpc", body, again=False)["results"]
+    with naming(f"{server.address} does not answer as vLLM does"):
+        answers = request(server, "/collective_rpc", body, again=False)["results"]
         if errors := [answer["error"] for answer in answers if "error" in answer]:
             # In swap_weights: it may hold half of each.
-            raise UserError(f"{link.server.address} failed in {method} ({errors[0]}): its log says why. Does "
-                            "it serve --model? Start it again, and then the same command, which goes on from "
+            raise UserError(f"{server.address} failed in {method} ({errors[0]}): its log says why. Does it "
+                            "serve --model? Start it again, and then the same command, which goes on from "
                             "the newest checkpoint")
         return answers
 
 
-def open_link(args: Namespace, server: Server, dtype: torch.dtype, ranks: Ranks) -> WeightLink:
-    """Join vLLM's workers in a group (rank 0). Raises UserError."""
-    backend = args.sync_backend or ("nccl" if ranks.device.type == "cuda" else "gloo")
-    link = WeightLink(server, dtype, ranks.device if backend == "nccl" else torch.device("cpu"))
+def open_server(args: Namespace, ranks: Ranks) -> Server:
+    """Wait until the server is there; rank 0 joins its workers in a group. Raises UserError."""
+    server = Server(args.vllm_host, args.vllm_port, args.vllm_timeout)
+    server.pool = ThreadPoolExecutor(args.concurrency, thread_name_prefix="vllm")
+    request(server, "/health")
     if not ranks.is_main:
-        return link
+        return server
     request(server, "/resume", {})  # a trainer that died in a push may have left it paused
-    world_size = 1 + len(rpc(link, "weights_version"))
-    address = local_address(server.host, server.port)
-    link.store = torch.distributed.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False,
-                                            timeout=timedelta(seconds=server.timeout_s))
-    link.pool = ThreadPoolExecutor(1, thread_name_prefix="weights")
-    call = link.pool.submit(rpc, link, "open_weights", address, link.store.port, world_size, backend,
-                            server.timeout_s)
+    world_size, address = 1 + len(rpc(server, "weights_version")), local_address(server.host, server.port)
+    backend = args.sync_backend or ("nccl" if ranks.device.type == "cuda" else "gloo")
+    server.wire = ranks.device if backend == "nccl" else torch.device("cpu")
+    server.store = torch.distributed.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False,
+                                              timeout=timedelta(seconds=server.timeout_s))
+    server.pusher = ThreadPoolExecutor(1, thread_name_prefix="weights")
+    call = server.pusher.submit(rpc, server, "open_weights", address, server.store.port, world_size, backend,
+                                server.timeout_s)
     try:
-        link.group = join_group(link.store, 0, world_size, backend, address, server.timeout_s)
+        server.group = join_group(server.store, 0, world_size, backend, address, server.timeout_s)
     except RuntimeError as error:
         if call.done():
             call.result()  # says more
-        raise UserError(f"{server.address}: its workers did not reach {address}:{link.store.port} "
+        raise UserError(f"{server.address}: its workers did not reach {address}:{server.store.port} "
                         f"({first_line(error)}): can that machine connect to this one?") from error
     call.result()
-    return link
+    return server
 
 
-def push_weights(link: WeightLink, model: nn.Module, version: int, ranks: Ranks) -> None:
-    """Give the server the model's weights, as `version` (all ranks). Raises UserError.
+def push_weights(server: Server, model: nn.Module, dtype: torch.dtype, version: int, ranks: Ranks) -> None:
+    """Give the server the model's weights in `dtype`, as `version` (all ranks). Raises UserError.
 
-    Units are gathered one by one, so that no rank ever holds the whole model. Rank 0 has sent a unit before
-    it takes part in the next gather: gathers and sends never wait for each other crosswise."""
-    units, call = named_units(model), None
+    Tensors are gathered one by one, so that no rank ever holds the whole model. Rank 0 has sent one before it
+    takes part in the next gather: gathers and sends never wait for each other crosswise."""
     # The call holds vLLM's engine: a rank that still waited for completions would never get to the gathers.
     torch.distributed.barrier()
     if ranks.is_main:
-        shapes = ((name, torch.empty(model.get_parameter(name).shape, device="meta"))
-                  for _, names in units for name in names)
+        shapes = ((name, torch.empty(param.shape, device="meta")) for name, param in model.named_parameters())
         layout = [(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
-                  for name, tensor in hf_tensors(model, shapes, link.dtype)]
-        call = link.pool.submit(rpc, link, "receive_weights", layout)
+                  for name, tensor in hf_tensors(model, shapes, dtype)]
+        call = server.pusher.submit(rpc, server, "receive_weights", layout)
     try:
-        for module, names in units:
-            module.unshard()
+        for name, param in model.named_parameters():  # tied ones once, as in files
+            whole = param.detach().full_tensor()
             if ranks.is_main:
-                send_unit(link, model, names, call)
-            module.reshard()
+                send_tensors(server, hf_tensors(model, [(name, whole)], dtype), call)
         if ranks.is_main:
             call.result()
-            swap(link, version)
+            swap(server, version)
     except RuntimeError as error:
         if not ranks.is_main:
             raise
         raise UserError(
-            f"the weights of step {version} did not reach {link.server.address} ({first_line(error)}): it "
+            f"the weights of step {version} did not reach {server.address} ({first_line(error)}): it "
             "serves those that it had; the same command goes on from the newest checkpoint") from error
-    link.server.version = version
+    server.version = version
 
 
-def named_units(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
-    """Each FSDP unit with its parameters' names; tied ones once, as in files."""
-    units = fsdp_modules(model)
-    owner = {id(param): unit for unit in reversed(units) for param in unit.parameters()}
-    names: dict[int, list[str]] = {id(unit): [] for unit in units}
-    for name, param in model.named_parameters():
-        names[id(owner[id(param)])].append(name)
-    return [(unit, names[id(unit)]) for unit in units]
+def send_tensors(server: Server, tensors: Iterable[tuple[str, Tensor]], call: Future) -> None:
+    """Rank 0: their bytes."""
+    for _, tensor in tensors:
+        data = tensor.to(server.wire).contiguous().view(-1).view(torch.uint8)
+        broadcast(server.group, data, server.timeout_s, call)
 
 
-def send_unit(link: WeightLink, model: nn.Module, names: list[str], call: Future) -> None:
-    """Rank 0: the bytes of a gathered unit."""
-    gathered = ((name, model.get_parameter(name).detach()) for name in names)
-    for _, tensor in hf_tensors(model, gathered, link.dtype):
-        data = tensor.to(link.device).contiguous().view(-1).view(torch.uint8)
-        broadcast(link.group, data, link.server.timeout_s, call)
-
-
-def swap(link: WeightLink, version: int) -> None:
+def swap(server: Server, version: int) -> None:
     """Rank 0, when all workers have everything: wait for running requests, change over, forget cached
     prompts, which hold keys and values of the old weights. Raises UserError."""
-    request(link.server, "/pause?mode=wait", {})
+    request(server, "/pause?mode=wait", {})
     try:
-        rpc(link, "swap_weights", version)
-        request(link.server, "/reset_prefix_cache", {})
+        rpc(server, "swap_weights", version)
+        request(server, "/reset_prefix_cache", {})
     finally:
-        request(link.server, "/resume", {})
+        request(server, "/resume", {})
 
 
-def check_server(link: WeightLink) -> None:
-    """Rank 0: a server that was started again meanwhile has answered with the weights of its folder."""
-    versions = {answer["version"] for answer in rpc(link, "weights_version")}
-    if versions != {link.server.version}:
+def check_server(server: Server | None, ranks: Ranks) -> None:
+    """A server that was started again meanwhile has answered with the weights of its folder (rank 0)."""
+    if server is None or not ranks.is_main:
+        return
+    versions = {answer["version"] for answer in rpc(server, "weights_version")}
+    if versions != {server.version}:
         raise UserError(
-            f"{link.server.address} has weights {versions} in place of {link.server.version}: it was started "
-            "again, or somebody else updates it. The same command goes on from the newest checkpoint")
+            f"{server.address} has weights {versions} in place of {server.version}: it was started again, or "
+            "somebody else updates it. The same command goes on from the newest checkpoint")
 
 
 def update_server(sampler: Sampler, step: int, prompt: list[int], ranks: Ranks) -> None:
     """Give the server this step's weights, unless it has them, and let it continue a prompt, which proves
     that it uses them (all ranks)."""
-    link = sampler.link
-    if link is None or link.server.version == step:
+    server = sampler.server
+    if server is None or server.version == step:
         return
-    push_weights(link, sampler.model, step, ranks)
+    push_weights(server, sampler.model, sampler.dtype, step, ranks)
     short = dataclasses.replace(sampler.sampling, max_new_tokens=min(16, sampler.sampling.max_new_tokens))
-    answers = gather_objects(complete(link.server, prompt, 4, short) if ranks.is_main else None)[0]
-    link.error = prove_completions(
-        sampler, [(prompt, answer) for answer in answers], f"{link.server.address} serves other weights than "
-        "were sent. Is it another model, another --dtype, or was it started without --logprobs-mode "
+    answers = gather_objects(complete(server, prompt, 4, short) if ranks.is_main else None)[0]
+    server.proof_error = prove_completions(
+        sampler, [(prompt, answer) for answer in answers], f"{server.address} serves other weights than were "
+        "sent. Is it another model, another --dtype, or was it started without --logprobs-mode "
         "processed_logprobs?")
 
 
@@ -2474,22 +2436,23 @@ def open_bar(total: int, step: int, ranks: Ranks):
 # <<< shared: trackers
 
 
-def rollout_metrics(groups: list[Group], step: int) -> dict[str, float]:
-    """Over the groups of all ranks."""
+def rollout_metrics(groups: list[Group], step: int, seconds: float) -> dict[str, float]:
+    """Over the groups of all ranks, in a step that took `seconds`."""
     lengths = {True: [], False: []}
     for group in groups:
         for completion, correct in zip(group.completions, group.correct):
             lengths[correct].append(len(completion.ids))
     both = lengths[True] + lengths[False]
-    rewards = [value for group in groups for value in group.rewards]
     finishes = [completion.finish for group in groups for completion in group.completions]
     return {
-        "rollout/reward_mean": fmean(rewards), "rollout/accuracy": len(lengths[True]) / len(both),
-        "rollout/zero_variance_frac": fmean([not has_variance(group) for group in groups]),
-        "rollout/truncated_frac": fmean([finish == "length" for finish in finishes]),
+        "rollout/reward_mean": fmean(itertools.chain(*(group.rewards for group in groups))),
+        "rollout/accuracy": len(lengths[True]) / len(both),
+        "rollout/zero_variance_frac": fmean(not has_variance(group) for group in groups),
+        "rollout/truncated_frac": fmean(finish == "length" for finish in finishes),
         "rollout/length_mean": fmean(both), "rollout/length_right": fmean(lengths[True] or [0]),
         "rollout/length_wrong": fmean(lengths[False] or [0]),
-        "rollout/version_lag": fmean([step - group.version for group in groups]),
+        "rollout/version_lag": fmean(step - group.version for group in groups),
+        "perf/completion_tokens_per_s": sum(both) / seconds,
     }
 
 
@@ -2515,8 +2478,10 @@ def format_row(row: dict, total_steps: int) -> str:
             f"{row['time/train_s']:.2f}, sync {row['time/sync_s']:.2f})")
 
 
-def open_panel():
-    """--logger rich: a function that shows every metric of a row in a live panel (rank 0)."""
+def open_logger(args: Namespace, say: Callable, ranks: Ranks) -> Callable[[dict], None]:
+    """A function that shows a row of metrics, by --logger: a line, or rank 0's live panel."""
+    if args.logger != "rich" or not ranks.is_main:
+        return lambda row: say(format_row(row, args.train_steps)) if args.logger == "print" else None
     from rich.columns import Columns
     from rich.live import Live
     from rich.panel import Panel
@@ -2524,9 +2489,9 @@ def open_panel():
     live.start()
     atexit.register(live.stop)
 
-    def show(row: dict, total_steps: int) -> None:
+    def show(row: dict) -> None:
         columns = Columns([f"{key} {value:,.4g}" for key, value in row.items()], padding=(0, 3))
-        live.update(Panel(columns, title=f"step {row['step']:,} of {total_steps:,}"), refresh=True)
+        live.update(Panel(columns, title=f"step {row['step']:,} of {args.train_steps:,}"), refresh=True)
 
     return show
 
@@ -2616,10 +2581,10 @@ def prove_rollouts(sampler: Sampler, ranks: Ranks) -> None:
 def open_sampler(args: Namespace, model: nn.Module, folder: Path, tokenizer, dtype: torch.dtype, ranks: Ranks
                  ) -> Sampler:
     """The server, its weights not yet those of the model, or a generator, proved to be right (all ranks)."""
-    link = open_link(args, open_server(args), dtype, ranks) if args.rollouts == "vllm" else None
-    generator = None if link else build_generator(args, folder, model.whole_logits)
+    server = open_server(args, ranks) if args.rollouts == "vllm" else None
+    generator = None if server else build_generator(args, folder, model.whole_logits)
     sampling = Sampling(args.temperature, args.max_new_tokens, end_tokens(tokenizer, folder))
-    sampler = Sampler(model, generator, link, args.rollout_batch, ranks.device, sampling, dtype)
+    sampler = Sampler(model, generator, server, args.rollout_batch, ranks.device, sampling, dtype)
     if generator:
         prove_rollouts(sampler, ranks)
     return sampler
@@ -2737,11 +2702,9 @@ def main() -> None:
     ranks = read_ranks(args)
     run_dir, folder = Path(args.checkpoint_dir), fetch(args.model)
     say = tqdm.write if ranks.is_main and args.log_level != "WARNING" else (lambda line: None)
-    # Takes as long as it needs: no process group exists yet
-    tokenizer, held_out = load_tokenizer(args), []
+    tokenizer = load_tokenizer(args)  # takes as long as it needs: no process group exists yet
     train = load_questions(args, tokenizer, args.dataset_split, args.limit, say)
-    if args.eval_limit != 0:
-        held_out = load_questions(args, tokenizer, args.eval_split, args.eval_limit, say)
+    held_out = load_questions(args, tokenizer, args.eval_split, args.eval_limit, say)
 
     mesh = init_distributed(args, ranks)
     dtype = compute_dtype(args.mixed_precision, ranks.device)
@@ -2764,15 +2727,10 @@ def main() -> None:
     texts = write_record(run_dir, args, ranks)
     saver = Checkpointer(run_dir / "checkpoints", args.keep_checkpoints)
     trackers = open_trackers(args, ranks)
-    show_panel = open_panel() if ranks.is_main and args.logger == "rich" else None
-    steps = (f"steps      {args.train_steps:,} of {args.batch_size * ranks.world_size:,} questions x "
-             f"{args.group_size} completions, --loss {args.loss}")
-    for line in [describe_model(model, dtype), steps, *notes]:
-        say(line)
-    num_replicas = ranks.world_size // mesh.size(-1)  # 1 without HSDP
+    show = open_logger(args, say, ranks)
+    say("\n".join([describe_model(model, dtype), *notes]))
     reduces_always = args.reduce_every_micro_batch or mesh.size() == 1  # one device: no traffic, less memory
-    loss_sum, count = torch.zeros(2, device=ranks.device)
-    times, stop, pending, row, evaluation = {}, None, None, {}, {}
+    times, pending, row, evaluation = {}, None, {}, {}
     phase = functools.partial(timed, times)
     asked = catch_signals(ranks)
     bar = open_bar(args.train_steps, progress["step"], ranks)
@@ -2802,8 +2760,7 @@ def main() -> None:
         with phase("generate"):
             for group, wait in pending:
                 group.completions = wait()
-            if sampler.link and ranks.is_main:
-                check_server(sampler.link)
+            check_server(sampler.server, ranks)
         with phase("reward"):
             groups = judge_batch([group for group, _ in pending], train, tokenizer, step + 1, args, ranks)
         progress["samples"], pending = groups[-1].position + 1, None
@@ -2814,8 +2771,8 @@ def main() -> None:
         chosen = choose_groups(groups, args.zero_variance)
         sequences = to_sequences(chosen, args.loss, args.mask_truncated)
         hands = deal(sequences, ranks.world_size, args.micro_batch_tokens)
-        max_len = args.max_prompt_tokens + args.max_new_tokens
-        batches = [collate(hand, ranks.device, max_len) for hand in hands[ranks.rank]]
+        longest = args.max_prompt_tokens + args.max_new_tokens
+        batches = [collate(hand, ranks.device, longest) for hand in hands[ranks.rank]]
         with phase("logprob"):
             add_old_logprobs(model, ref_model, batches, args)
 
@@ -2826,18 +2783,18 @@ def main() -> None:
             group["lr"] = lr
         with phase("train"):
             for _ in range(args.updates_per_batch):
-                loss_sum.zero_()
-                count.zero_()
-                for micro, batch in enumerate(batches):
-                    is_reduced = reduces_always or micro == len(batches) - 1
-                    model.set_requires_gradient_sync(is_reduced)  # else whole gradients add up on each rank
+                loss_sum, count = torch.zeros(2, device=ranks.device)
+                for micro, batch in enumerate(batches, 1):
+                    # Where it is off, whole gradients add up on each rank
+                    model.set_requires_gradient_sync(reduces_always or micro == len(batches))
                     loss = micro_batch_loss(model, batch, args, totals)
                     loss.backward()
                     loss_sum += loss.detach()  # read at the sync point only
                     count += loss_denominator(batch, args.loss)
                 wait_for_copy(saver)  # the update would change what is being copied
                 update_loss, update_count, grad_norm, votes = reduce_stats(
-                    model, loss_sum[None], count, num_replicas, votes_to_stop(asked, run_dir, ranks))
+                    model, loss_sum[None], count, ranks.world_size // mesh.size(-1),
+                    votes_to_stop(asked, run_dir, ranks))
                 # Without anything to train on the norm is 0/0, and the update is left out
                 is_skipped = clip_and_step(optimizer, grad_norm, update_count, args.grad_clip)
                 updates.append(torch.stack([is_skipped, update_loss[0], grad_norm]))
@@ -2855,31 +2812,25 @@ def main() -> None:
 
         # Log
         seconds, row_started = time.perf_counter() - row_started, time.perf_counter()
-        num_generated = sum(len(c.ids) for group in groups for c in group.completions)
         row = {
-            "step": progress["step"], "samples": progress["samples"], **rollout_metrics(groups, step),
-            "rollout/groups": len(chosen), "train/lr": lr, **last_update, **update_stats(totals),
+            "step": progress["step"], "samples": progress["samples"], "rollout/groups": len(chosen),
+            **rollout_metrics(groups, step, seconds), "train/lr": lr, **last_update, **update_stats(totals),
             "train/skipped_updates": progress["skipped_updates"], "train/tokens": progress["tokens"],
-            "sync/probe_error": sampler.link.error if sampler.link else 0.0,
-            "perf/completion_tokens_per_s": num_generated / seconds,
+            "sync/probe_error": sampler.server.proof_error if sampler.server else 0.0,
             "perf/peak_mem_gib": peak_memory_gib(ranks.device), "time/step_s": seconds,
-            **{f"time/{key}_s": times.get(key, 0.0) for key in PHASES},
+            **{f"time/{key}_s": times.pop(key, 0.0) for key in PHASES},
         }
-        times.clear()
         for track in trackers:
             track(row)
-        if show_panel:
-            show_panel(row, args.train_steps)
-        elif args.logger == "print":
-            say(format_row(row, args.train_steps))
+        show(row)
         if progress["step"] == 1 or args.log_level == "DEBUG":
             say(first_answers(groups, tokenizer))
         stall_after(None)
 
         # Save (all ranks)
         may_be_best = args.keep_best and is_due(progress["step"], args.eval_every)
-        wants_save = is_last or stop or may_be_best or is_due(progress["step"], args.checkpoint_interval)
-        if args.checkpoint_interval and wants_save:
+        is_save = is_last or stop or may_be_best or is_due(progress["step"], args.checkpoint_interval)
+        if is_save and args.checkpoint_interval:
             saver.best = progress["best_step"] if args.keep_best else -1
             with phase("checkpoint"):
                 start_save(saver, checkpoint_tensors(model, optimizer, ranks), progress, texts, ranks)
@@ -2891,8 +2842,8 @@ def main() -> None:
 
     # End -------------------------------------------------------------------------------------
     bar.close()
-    if sampler.link and ranks.is_main:
-        rpc(sampler.link, "close_weights")
+    if sampler.server and ranks.is_main:
+        rpc(sampler.server, "close_weights")
     if args.export:
         export_model(model, run_dir / "hf", (model.config, tokenizer, folder), dtype, ranks)
     torch.distributed.destroy_process_group()  # rank 0 works alone from here: the others must not time out
@@ -2901,7 +2852,7 @@ def main() -> None:
         if 0 < args.train_steps * args.updates_per_batch <= progress["skipped_updates"]:
             say("note       nothing was learnt: in no step did a group's rewards differ. Are the questions "
                 "too hard or too easy, or the answers never in the expected form?")
-        say(f"done       {run_dir}; the same command with a larger --train-steps goes on from here")
+        say(f"done       {run_dir}: the same command with a larger --train-steps goes on from here")
 
 
 if __name__ == "__main__":

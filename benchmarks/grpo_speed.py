@@ -282,8 +282,7 @@ def push_repeatedly(folder: Path, port: int, pushes: int, precision: str) -> Non
     model = script.load_policy(args, folder / "model", mesh, dtype, ranks)
     script.load_hf_weights(model, folder / "model", False, ranks)
     script.prove_filled(model)
-    server = script.open_server(args)
-    link = script.open_link(args, server, dtype, ranks)
+    server = script.open_server(args, ranks)
     rows, spent = [], {}
 
     def timed(key: str, call: Callable, *call_args: object, **options: object) -> object:
@@ -293,16 +292,16 @@ def push_repeatedly(folder: Path, port: int, pushes: int, precision: str) -> Non
         finally:
             spent[key] = spent.get(key, 0.0) + time.perf_counter() - started
 
-    script.send_unit = functools.partial(timed, "send_unit", script.send_unit)
+    script.send_tensors = functools.partial(timed, "send_tensors", script.send_tensors)
     plain_rpc = script.rpc
-    script.rpc = lambda link, method, *more: timed(method, plain_rpc, link, method, *more)
+    script.rpc = lambda server, method, *more: timed(method, plain_rpc, server, method, *more)
     for version in range(1, pushes + 1):
         spent.clear()
         torch.distributed.barrier()
-        timed("push", script.push_weights, link, model, version, ranks)
+        timed("push", script.push_weights, server, model, dtype, version, ranks)
         # The call of receive_weights begins with the push, and ends when the workers hold everything.
         whole, transfer, send, load = (spent.get(key, 0.0) for key in (
-            "push", "receive_weights", "send_unit", "swap_weights"))
+            "push", "receive_weights", "send_tensors", "swap_weights"))
         rows.append({"whole push": whole, "until the workers hold all of it": transfer,
                      "gather and wait": transfer - send, "send": send, "vLLM loads it": load,
                      "pause, cache, resume": whole - transfer - load})

@@ -118,9 +118,9 @@ def test_a_server_that_is_no_vllm():
     """Every answer is what it should be, or a UserError that names the server."""
     false = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FalseServer)
     threading.Thread(target=false.serve_forever, daemon=True).start()
-    server = GRPO.Server(*false.server_address, 1.0, None, 0)
+    server = GRPO.Server(*false.server_address, 1.0)
     calls = [lambda: GRPO.complete(server, [1, 2], 1, GRPO.Sampling(1.0, 4, [6])),
-             lambda: GRPO.rpc(GRPO.WeightLink(server, None, None), "weights_version")]
+             lambda: GRPO.rpc(server, "weights_version")]
     for number in range(50 * CASES):
         rng, answer = random.Random(f"{SEED} server {number}"), json.loads(json.dumps(LIKE_VLLM))
         choice = answer["choices"][0]

@@ -660,8 +660,7 @@ def refused(place, *more):
         script.fetch(args.model)
         tokenizer = script.load_tokenizer(args)
         script.load_questions(args, tokenizer, args.dataset_split, args.limit, print)
-        if args.eval_limit != 0:
-            script.load_questions(args, tokenizer, args.eval_split, args.eval_limit, print)
+        script.load_questions(args, tokenizer, args.eval_split, args.eval_limit, print)
         script.end_tokens(tokenizer, script.fetch(args.model))
     assert "\n" not in str(raised.value)
     return str(raised.value)
