@@ -1459,7 +1459,6 @@ class Server:
     group: object = None  # of rank 0 and the workers; they meet at the store
     store: object = None
     wire: torch.device | None = None  # that tensors are sent from
-    pusher: ThreadPoolExecutor | None = None  # waits for the workers while rank 0 sends
 
     @property
     def address(self) -> str:
@@ -1577,18 +1576,13 @@ def judge(tokenizer, completion: Completion, gold: Fraction, format_weight: floa
 
 def judge_batch(groups: list[Group], questions: list[dict], tokenizer, step: int, args: Namespace,
                 ranks: Ranks) -> list[Group]:
-    """Fill in rewards, and log a row per completion (a step that a resume repeats stands there twice);
-    returns the groups of all ranks, in global order (all ranks)."""
-    rows = []
+    """Fill in rewards, and log the groups (a step that a resume repeats stands there twice); returns those of
+    all ranks, in global order (all ranks)."""
     for group in groups:
         gold = questions[group.question]["gold"]
-        judged = [judge(tokenizer, c, gold, args.format_reward) for c in group.completions]
+        judged = [judge(tokenizer, completion, gold, args.format_reward) for completion in group.completions]
         group.rewards, group.correct = map(list, zip(*judged))
-        rows += [{"step": step, "position": group.position, "sample": sample, "question": group.question,
-                  "version": group.version, "reward": group.rewards[sample],
-                  "correct": group.correct[sample], "finish": c.finish, "prompt_ids": group.prompt_ids,
-                  "completion_ids": c.ids, "logprobs": c.logprobs}
-                 for sample, c in enumerate(group.completions)]
+    rows = [{"step": step} | dataclasses.asdict(group) for group in groups]
     append_lines(Path(args.checkpoint_dir) / ROLLOUT_LOG.format(rank=ranks.rank), *rows)
     return list(itertools.chain(*gather_objects(groups)))
 
@@ -1719,9 +1713,8 @@ def open_server(args: Namespace, ranks: Ranks) -> Server:
     server.wire = ranks.device if backend == "nccl" else torch.device("cpu")
     server.store = torch.distributed.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False,
                                               timeout=timedelta(seconds=server.timeout_s))
-    server.pusher = ThreadPoolExecutor(1, thread_name_prefix="weights")
-    call = server.pusher.submit(rpc, server, "open_weights", address, server.store.port, world_size, backend,
-                                server.timeout_s)
+    call = server.pool.submit(rpc, server, "open_weights", address, server.store.port, world_size, backend,
+                              server.timeout_s)
     try:
         server.group = join_group(server.store, 0, world_size, backend, address, server.timeout_s)
     except RuntimeError as error:
@@ -1744,7 +1737,7 @@ def push_weights(server: Server, model: nn.Module, dtype: torch.dtype, version: 
         shapes = ((name, torch.empty(param.shape, device="meta")) for name, param in model.named_parameters())
         layout = [(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
                   for name, tensor in hf_tensors(model, shapes, dtype)]
-        call = server.pusher.submit(rpc, server, "receive_weights", layout)
+        call = server.pool.submit(rpc, server, "receive_weights", layout)
     try:
         for name, param in model.named_parameters():  # tied ones once, as in files
             whole = param.detach().full_tensor()
@@ -1778,17 +1771,6 @@ def swap(server: Server, version: int) -> None:
         request(server, "/reset_prefix_cache", {})
     finally:
         request(server, "/resume", {})
-
-
-def check_server(server: Server | None, ranks: Ranks) -> None:
-    """A server that was started again meanwhile has answered with the weights of its folder (rank 0)."""
-    if server is None or not ranks.is_main:
-        return
-    versions = {answer["version"] for answer in rpc(server, "weights_version")}
-    if versions != {server.version}:
-        raise UserError(
-            f"{server.address} has weights {versions} in place of {server.version}: it was started again, or "
-            "somebody else updates it. The same command goes on from the newest checkpoint")
 
 
 def update_server(sampler: Sampler, step: int, prompt: list[int], ranks: Ranks) -> None:
@@ -2760,7 +2742,6 @@ def main() -> None:
         with phase("generate"):
             for group, wait in pending:
                 group.completions = wait()
-            check_server(sampler.server, ranks)
         with phase("reward"):
             groups = judge_batch([group for group, _ in pending], train, tokenizer, step + 1, args, ranks)
         progress["samples"], pending = groups[-1].position + 1, None

@@ -114,15 +114,12 @@ def rollouts_of(run_dir):
     found = {}
     for path in run_dir.glob(script.ROLLOUT_LOG.format(rank="*")):
         for row in log_rows(run_dir, re.search(r"rank(\d+)", path.name)[1]):
-            found.setdefault(row["step"], {}).setdefault(row["position"], {})[row["sample"]] = row
-    return {step: [group_of([samples[i] for i in sorted(samples)]) for _, samples in sorted(groups.items())]
-            for step, groups in found.items()}
-
-
-def group_of(rows):
-    completions = [script.Completion(row["completion_ids"], row["logprobs"], row["finish"]) for row in rows]
-    same = [rows[0][key] for key in ("position", "question", "version", "prompt_ids")]
-    return script.Group(*same, completions, [row["reward"] for row in rows], [row["correct"] for row in rows])
+            step = row.pop("step")
+            found.setdefault(step, {})[row["position"]] = script.Group(**row)
+    for groups in found.values():
+        for group in groups.values():
+            group.completions = [script.Completion(**completion) for completion in group.completions]
+    return {step: [group for _, group in sorted(groups.items())] for step, groups in found.items()}
 
 
 def groups_of(run_dir):
