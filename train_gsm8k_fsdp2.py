@@ -1727,7 +1727,8 @@ def open_server(args: Namespace, ranks: Ranks) -> Server:
 
 
 def push_weights(server: Server, model: nn.Module, dtype: torch.dtype, version: int, ranks: Ranks) -> None:
-    """Give the server the model's weights in `dtype`, as `version` (all ranks). Raises UserError.
+    """Stage the model's weights in `dtype` on the server, then swap them in, as `version` (all ranks). Raises
+    UserError.
 
     Tensors are gathered one by one, so that no rank ever holds the whole model. Rank 0 has sent one before it
     takes part in the next gather: gathers and sends never wait for each other crosswise."""
@@ -1741,11 +1742,17 @@ def push_weights(server: Server, model: nn.Module, dtype: torch.dtype, version: 
     try:
         for name, param in model.named_parameters():  # tied ones once, as in files
             whole = param.detach().full_tensor()
-            if ranks.is_main:
-                send_tensors(server, hf_tensors(model, [(name, whole)], dtype), call)
+            for _, tensor in hf_tensors(model, [(name, whole)], dtype) if ranks.is_main else ():
+                data = tensor.to(server.wire).contiguous().view(-1).view(torch.uint8)
+                broadcast(server.group, data, server.timeout_s, call)
         if ranks.is_main:
-            call.result()
-            swap(server, version)
+            call.result()  # all workers have everything
+            request(server, "/pause?mode=wait", {})  # until running requests have ended
+            try:
+                rpc(server, "swap_weights", version)
+                request(server, "/reset_prefix_cache", {})  # keys and values of the old weights
+            finally:
+                request(server, "/resume", {})
     except RuntimeError as error:
         if not ranks.is_main:
             raise
@@ -1753,24 +1760,6 @@ def push_weights(server: Server, model: nn.Module, dtype: torch.dtype, version: 
             f"the weights of step {version} did not reach {server.address} ({first_line(error)}): it "
             "serves those that it had; the same command goes on from the newest checkpoint") from error
     server.version = version
-
-
-def send_tensors(server: Server, tensors: Iterable[tuple[str, Tensor]], call: Future) -> None:
-    """Rank 0: their bytes."""
-    for _, tensor in tensors:
-        data = tensor.to(server.wire).contiguous().view(-1).view(torch.uint8)
-        broadcast(server.group, data, server.timeout_s, call)
-
-
-def swap(server: Server, version: int) -> None:
-    """Rank 0, when all workers have everything: wait for running requests, change over, forget cached
-    prompts, which hold keys and values of the old weights. Raises UserError."""
-    request(server, "/pause?mode=wait", {})
-    try:
-        rpc(server, "swap_weights", version)
-        request(server, "/reset_prefix_cache", {})
-    finally:
-        request(server, "/resume", {})
 
 
 def update_server(sampler: Sampler, step: int, prompt: list[int], ranks: Ranks) -> None:
@@ -1956,7 +1945,7 @@ def add_old_logprobs(model: nn.Module, ref_model: nn.Module | None, batches: lis
 
 
 def micro_batch_loss(model: nn.Module, batch: dict[str, Tensor], args: Namespace, totals: Tensor) -> Tensor:
-    """Summed loss of a micro-batch; what `UPDATE_STATS` names is added to `totals` (all ranks)."""
+    """Summed loss of a micro-batch; what `update_stats` reads is added to `totals` (all ranks)."""
     logprobs, entropy = model(batch["input_ids"], batch["rows"], batch["targets"], args.temperature)
     batch = {"old_logprobs": logprobs.detach()} | batch
     batch["weights"] = importance_weights(batch["old_logprobs"], batch["sampler_logprobs"], args.tis_cap)

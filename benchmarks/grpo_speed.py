@@ -292,7 +292,7 @@ def push_repeatedly(folder: Path, port: int, pushes: int, precision: str) -> Non
         finally:
             spent[key] = spent.get(key, 0.0) + time.perf_counter() - started
 
-    script.send_tensors = functools.partial(timed, "send_tensors", script.send_tensors)
+    script.broadcast = functools.partial(timed, "broadcast", script.broadcast)
     plain_rpc = script.rpc
     script.rpc = lambda server, method, *more: timed(method, plain_rpc, server, method, *more)
     for version in range(1, pushes + 1):
@@ -301,7 +301,7 @@ def push_repeatedly(folder: Path, port: int, pushes: int, precision: str) -> Non
         timed("push", script.push_weights, server, model, dtype, version, ranks)
         # The call of receive_weights begins with the push, and ends when the workers hold everything.
         whole, transfer, send, load = (spent.get(key, 0.0) for key in (
-            "push", "receive_weights", "send_tensors", "swap_weights"))
+            "push", "receive_weights", "broadcast", "swap_weights"))
         rows.append({"whole push": whole, "until the workers hold all of it": transfer,
                      "gather and wait": transfer - send, "send": send, "vLLM loads it": load,
                      "pause, cache, resume": whole - transfer - load})

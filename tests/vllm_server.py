@@ -215,12 +215,12 @@ def agreement(script, server, twin):
 def die_in(script, mode):
     """Make the script's own push end this process: half way through the stream, or with the server paused; or
     fall silent half way."""
-    send_tensors, rpc = script.send_tensors, script.rpc
+    broadcast, rpc = script.broadcast, script.rpc
 
-    def send_first_tensors(*args):
-        send_tensors(*args)
+    def send_first_tensor(group, tensor, timeout_s, call):
+        broadcast(group, tensor, timeout_s, call)
         if mode == "silent":
-            time.sleep(3 * args[0].timeout_s)
+            time.sleep(3 * timeout_s)
             return
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -232,7 +232,7 @@ def die_in(script, mode):
     if mode == "paused":
         script.rpc = never_swap
     else:
-        script.send_tensors = send_first_tensors
+        script.broadcast = send_first_tensor
 
 
 def push(model, port, pushes, result, mode=""):
