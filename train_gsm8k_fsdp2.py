@@ -1456,8 +1456,7 @@ class Server:
     pool: ThreadPoolExecutor | None = None
     version: int = -1  # of the weights that it has
     proof_error: float = 0.0  # of the last push
-    group: object = None  # of rank 0 and the workers; they meet at the store
-    store: object = None
+    group: object = None  # of rank 0 and the workers
     wire: torch.device | None = None  # that tensors are sent from
 
     @property
@@ -1702,8 +1701,8 @@ def rpc(server: Server, method: str, *args: object) -> list[dict]:
 
 def open_server(args: Namespace, ranks: Ranks) -> Server:
     """Wait until the server is there; rank 0 joins its workers in a group. Raises UserError."""
-    server = Server(args.vllm_host, args.vllm_port, args.vllm_timeout)
-    server.pool = ThreadPoolExecutor(args.concurrency, thread_name_prefix="vllm")
+    pool = ThreadPoolExecutor(args.concurrency)
+    server = Server(args.vllm_host, args.vllm_port, args.vllm_timeout, pool)
     request(server, "/health")
     if not ranks.is_main:
         return server
@@ -1711,16 +1710,16 @@ def open_server(args: Namespace, ranks: Ranks) -> Server:
     world_size, address = 1 + len(rpc(server, "weights_version")), local_address(server.host, server.port)
     backend = args.sync_backend or ("nccl" if ranks.device.type == "cuda" else "gloo")
     server.wire = ranks.device if backend == "nccl" else torch.device("cpu")
-    server.store = torch.distributed.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False,
-                                              timeout=timedelta(seconds=server.timeout_s))
-    call = server.pool.submit(rpc, server, "open_weights", address, server.store.port, world_size, backend,
-                              server.timeout_s)
+    store = torch.distributed.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False,
+                                       timeout=timedelta(seconds=server.timeout_s))
+    call = pool.submit(rpc, server, "open_weights", address, store.port, world_size, backend,
+                       server.timeout_s)
     try:
-        server.group = join_group(server.store, 0, world_size, backend, address, server.timeout_s)
+        server.group = join_group(store, 0, world_size, backend, address, server.timeout_s)
     except RuntimeError as error:
         if call.done():
             call.result()  # says more
-        raise UserError(f"{server.address}: its workers did not reach {address}:{server.store.port} "
+        raise UserError(f"{server.address}: its workers did not reach {address}:{store.port} "
                         f"({first_line(error)}): can that machine connect to this one?") from error
     call.result()
     return server
