@@ -19,6 +19,7 @@ people change.
 """
 
 import argparse
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -96,11 +97,17 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_and_data_flags(parser.add_argument_group("model and questions"))
     add_rollout_flags(parser.add_argument_group("rollouts"))
     add_training_flags(parser.add_argument_group("training"))
-    add_evaluation_flags(parser.add_argument_group("evaluation"))
+    onoff, add = argparse.BooleanOptionalAction, parser.add_argument_group("evaluation").add_argument
+    add("--eval-every", type=int, metavar="STEPS", default=0, help="0: at the end only")
+    add("--eval-first", action=onoff, default=False, help="also before the first step")
+    add("--eval-limit", type=int, metavar="N", help="the first N questions of the split; 0: no evaluation")
     add_system_flags(parser.add_argument_group("devices, sharding and memory"), recompute="full")
     record = parser.add_argument_group("checkpoints and logging")
     add_run_flags(record, "checkpoints_gsm8k_fsdp2", save_every=50)
-    add_console_flags(record)
+    record.add_argument("--logger", choices=["rich", "print", "none"], default="print", help="rich: a live "
+                        "panel (needs the rich package); print: a line a step")
+    record.add_argument("--log-level", choices=["DEBUG", "INFO", "WARNING"], default="INFO", help="DEBUG: "
+                        "also a right and a wrong answer of each step; WARNING: only what is wrong")
     parser.set_defaults(stall_timeout=1800.0)  # a step generates first
     return parser
 
@@ -117,8 +124,6 @@ def add_model_and_data_flags(group: argparse._ArgumentGroup) -> None:
     add("--dataset-split", default="train", help="split to train on")
     add("--eval-split", metavar="SPLIT_OR_FILE", default="test", help="split, or file, to evaluate on")
     add("--limit", type=int, metavar="N", help="train on the first N questions only")
-    add("--prompt-format", choices=["auto", "chat", "plain"], default="auto", help="auto: chat where the "
-        "tokenizer has a chat template")
     add("--system-prompt", default=SYSTEM_PROMPT, metavar="TEXT", help="'' for none")
     add("--max-prompt-tokens", type=int, default=512, help="longer questions are left out")
 
@@ -129,11 +134,9 @@ def add_rollout_flags(group: argparse._ArgumentGroup) -> None:
         "vLLM server")
     add("--vllm-host", default="127.0.0.1", help="of the server that examples/run_gsm8k.sh starts")
     add("--vllm-port", type=int, default=8000, help="of the same")
-    add("--vllm-timeout", type=float, metavar="SECONDS", default=300.0,
-        help="for a request, retries included")
-    add("--sync-timeout", type=float, metavar="SECONDS", default=120.0, help="for sending weights to vLLM")
-    add("--sync-backend", choices=["nccl", "gloo"], help="for the same; if not given: nccl on GPUs. gloo "
-        "where vLLM shares the trainer's GPU or runs on a CPU")
+    add("--vllm-timeout", type=float, metavar="SECONDS", default=300.0, help="for each answer of it")
+    add("--sync-backend", choices=["nccl", "gloo"], help="for sending weights to vLLM; if not given: nccl on "
+        "GPUs. gloo where vLLM shares the trainer's GPU or runs on a CPU")
     add("--concurrency", type=int, default=4, help="requests under way from each process, one a question")
     add("--async-depth", type=int, choices=[0, 1], default=0, help="1: the next batch is generated while "
         "this one trains, with weights one step older")
@@ -162,31 +165,12 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
     add("--mask-truncated", action=onoff, default=False, help="learn nothing from answers cut at "
         "--max-new-tokens, rather than that they are wrong")
     add("--micro-batch-tokens", type=int, metavar="N", default=16384, help="padded tokens of a micro-batch")
-    add("--logprob-chunk-tokens", type=int, metavar="N", help="rows of logits that exist at once; if not "
-        "given: 512, on GPUs so many that they are some 2^28 numbers")
     add("--max-lr", type=float, default=1e-6, help="learning rate after warm-up")
     add("--min-lr", type=float, help="where the cosine ends; if not given: --max-lr, so that it is constant")
     add("--warmup-steps", type=int, default=0, help="of a linear warm-up")
     add("--weight-decay", type=float, default=0.0, help="on matrices; not on norms, biases and embeddings")
     add("--grad-clip", type=float, default=1.0, help="largest global gradient norm; 0 is off")
     add("--seed", type=int, default=0, help="of the order of questions and of local sampling")
-
-
-def add_evaluation_flags(group: argparse._ArgumentGroup) -> None:
-    onoff, add = argparse.BooleanOptionalAction, group.add_argument
-    add("--eval-every", type=int, metavar="STEPS", default=0, help="0: at the end only")
-    add("--eval-first", action=onoff, default=False, help="also before the first step")
-    add("--eval-limit", type=int, metavar="N", help="the first N questions of the split; 0: no evaluation")
-    add("--eval-samples", type=int, metavar="K", default=0, help="also sample K answers a question, for "
-        "maj@K and pass@K")
-
-
-def add_console_flags(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--logger", choices=["rich", "print", "none"], default="print", help="rich: a live panel (needs "
-        "rich, else a bar); print: a line a step")
-    add("--log-level", choices=["DEBUG", "INFO", "WARNING"], default="INFO", help="DEBUG: also a right and "
-        "a wrong answer of each step; WARNING: only what is wrong")
 
 
 # >>> shared: flags
@@ -341,11 +325,10 @@ def find_common_problems(args: Namespace, positive: str, not_negative: str, sour
 def find_problems(args: Namespace) -> Iterator[str]:
     """Every argument that cannot work, before anything is downloaded, tokenised or started."""
     positive = ("batch_size max_prompt_tokens max_new_tokens rollout_batch concurrency vllm_timeout "
-                "vllm_port sync_timeout updates_per_batch micro_batch_tokens "
-                "logprob_chunk_tokens limit nproc hsdp_shard_size stall_timeout")
+                "vllm_port updates_per_batch micro_batch_tokens limit nproc hsdp_shard_size stall_timeout")
     not_negative = ("clip_low clip_high kl_coef tis_cap max_lr min_lr warmup_steps weight_decay grad_clip "
-                    "format_reward keep_checkpoints eval_every eval_limit eval_samples "
-                    "checkpoint_interval train_steps seed")
+                    "format_reward keep_checkpoints eval_every eval_limit checkpoint_interval "
+                    "train_steps seed")
     yield from find_common_problems(args, positive, not_negative, "dataset model")
     if args.group_size < 2:
         yield f"--group-size must be at least 2, not {args.group_size}: a group is compared with itself"
@@ -355,6 +338,8 @@ def find_problems(args: Namespace) -> Iterator[str]:
         yield "--async-depth 1 needs --rollouts vllm: these processes cannot generate and train at once"
     if args.warmup_steps > args.train_steps:
         yield f"--warmup-steps {args.warmup_steps} is more than --train-steps {args.train_steps}"
+    if args.logger == "rich" and not importlib.util.find_spec("rich"):
+        yield "--logger rich needs the rich package: python -m pip install rich"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -551,113 +536,94 @@ DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 SYSTEM_PROMPT = r"Reason step by step, and put the final answer, one number, within \boxed{}."
 
 
-def read_questions(args: Namespace, split: str) -> list[dict]:
-    """{'question', 'answer', 'gold'} of each row of a split, in file order; gold is the answer's number.
+def load_questions(args: Namespace, tokenizer, split: str, limit: int | None, say: Callable) -> list[dict]:
+    """{'question', 'answer', 'gold', 'prompt'} of each row of a split, in file order; those whose prompt is
+    longer than --max-prompt-tokens are left out. Raises UserError."""
+    if limit == 0:  # --eval-limit
+        return []
+    rows = read_questions(args, split)[:limit]
+    for row in rows:
+        row["prompt"] = render_prompt(tokenizer, row["question"], args.system_prompt)
+    kept = [row for row in rows if len(row["prompt"]) <= args.max_prompt_tokens]
+    if not kept:
+        raise UserError(f"--max-prompt-tokens {args.max_prompt_tokens} leaves no question of '{split}'")
+    left_out = f"; {len(rows) - len(kept):,} longer than --max-prompt-tokens are left out"
+    say(f"questions  {len(kept):,} of '{split}'" + left_out * (len(kept) < len(rows)))
+    return kept
 
-    Raises UserError that names the first faulty row: unnoticed, it could never earn a reward."""
-    questions, faults = [], []
-    for where, row in raw_rows(args, split):
-        try:
-            questions.append(to_question(row, where))
-        except UserError as error:
-            faults.append(str(error))
-    if faults:
-        raise UserError(faults[0] + (f" ({len(faults)} rows are at fault)" if len(faults) > 1 else ""))
+
+def read_questions(args: Namespace, split: str) -> list[dict]:
+    """{'question', 'answer', 'gold'} of each row; gold is the answer's number. Raises UserError that names
+    the first faulty row: unnoticed, it could never earn a reward."""
+    questions = []
+    for path in split_files(args, split):
+        if path and path.suffix in (".jsonl", ".json"):
+            questions += [to_question(row, where) for where, row in json_lines(path)]
+            continue
+        where = str(path or f"{args.dataset} ({split})")
+        with naming(f"--dataset {where}"):
+            import datasets
+            rows = (datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train") if path
+                    else datasets.load_dataset(args.dataset, args.dataset_config or None, split=split))
+        questions += [to_question(row, f"{where} row {number}") for number, row in enumerate(rows, 1)]
     if not questions:
-        raise UserError(f"--dataset {args.dataset} ({split}) holds no questions; give another file or split")
+        raise UserError(f"--dataset {args.dataset} holds no questions of '{split}'; of a folder those files "
+                        f"are read that have this word in their names, such as {split}.jsonl")
     return questions
 
 
-def raw_rows(args: Namespace, split: str) -> Iterator[tuple[str, object]]:
-    """(where it stands, row) of each row, unchecked."""
-    for path in split_files(args, split):
-        if path and path.suffix in (".jsonl", ".json"):
-            yield from json_lines(path)
-        else:
-            for number, row in enumerate(open_with_datasets(args, split, path), 1):
-                yield f"{path or args.dataset + ' (' + split + ')'} row {number}", row
-
-
 def split_files(args: Namespace, split: str) -> list[Path | None]:
-    """The local files of a split, [None] for a hub name. Raises UserError where there is none."""
+    """The local files of a split; [None] for the name of a hub data set."""
     source = Path(split if Path(split).suffix in DATA_SUFFIXES else args.dataset)
     if source.is_dir():
         # A clone of a hub repository holds a folder for each configuration.
         configured = source / (args.dataset_config or "")
         files = (configured if configured.is_dir() else source).rglob("*")
-        named = [path for path in sorted(files) if path.suffix in DATA_SUFFIXES and path.is_file()
-                 and split.lower() in re.split(r"[^a-z0-9]+", path.name.lower())]
-        if named:
-            return named
-        raise UserError(f"{source}: no data file has '{split}' as a word in its name (such as {split}.jsonl)")
-    if source.suffix not in DATA_SUFFIXES and not source.is_file():
+        return [path for path in sorted(files) if path.suffix in DATA_SUFFIXES
+                and split.lower() in re.split(r"[^a-z0-9]+", path.name.lower())]
+    if source.suffix not in DATA_SUFFIXES:
         return [None]
-    if source.suffix not in DATA_SUFFIXES or not source.is_file():
-        raise UserError(f"{source}: no such file of questions; they stand in {', '.join(DATA_SUFFIXES)}")
-    if str(source) != str(Path(split)) and split != args.dataset_split:
+    if source == Path(args.dataset) and split not in (args.dataset, args.dataset_split):
         # Or the model would be evaluated on what it was trained on.
         raise UserError(f"--dataset {source} is one file without a split '{split}': give --eval-split a file "
                         "of its own, or --dataset a folder with train and test files")
     return [source]
 
 
-def open_with_datasets(args: Namespace, split: str, path: Path | None):
-    """The rows of a .csv or .parquet file, or of a split of a hub data set."""
-    import datasets
-    try:
-        if path:
-            return datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
-        return datasets.load_dataset(args.dataset, args.dataset_config or None, split=split)
-    except Exception as error:  # the library raises dozens of types; its first line says what is wrong
-        hint = "" if path else " (is the name right, the hub reachable? A local folder or file will do, too)"
-        raise UserError(f"--dataset {path or args.dataset} ({split}): "
-                        f"{first_line(error.__cause__ or error)}{hint}") from error
-
-
 def json_lines(path: Path) -> Iterator[tuple[str, object]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                if line.strip():
-                    yield f"{path}:{number}", json.loads(line)
-            except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-                raise UserError(f"{path}:{number}: not JSON ({error}); expected one object a line") from None
+    with naming(str(path)):
+        lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            with naming(f"{path}:{number}: expected one JSON object a line"):
+                row = json.loads(line)
+            yield f"{path}:{number}", row
 
 
 def to_question(row: object, where: str) -> dict:
-    texts = [row.get(key) if isinstance(row, dict) else None for key in ("question", "answer")]
-    texts = [str(text) if type(text) in (int, float) else text for text in texts]
-    if not all(isinstance(text, str) and text.strip() for text in texts):
-        held = f"has: {', '.join(map(str, row))}" if isinstance(row, dict) else f"is a {type(row).__name__}"
-        raise UserError(f"{where}: expected texts called 'question' and 'answer', the row {held}")
-    answer = final_answer(texts[1])
+    question, answer = (row.get(key) if isinstance(row, dict) else None for key in ("question", "answer"))
+    if not (isinstance(question, str) and question.strip() and isinstance(answer, (str, int, float))):
+        raise UserError(f"{where}: expected texts called 'question' and 'answer', not {str(row)[:100]}")
+    answer = str(answer)
     # Other data sets give the bare number where GSM8K gives its derivation, too.
-    gold = parse_number(texts[1] if answer is None else answer)
+    number = final_answer(answer) or answer
+    gold = parse_number(number)
     if gold is None:
-        raise UserError(f"{where}: no number to compare with in the answer "
-                        f"{(answer or texts[1])[-60:]!r}; it must end with a line such as '#### 18'")
-    return {"question": texts[0], "answer": texts[1], "gold": gold}
+        raise UserError(f"{where}: no number to compare with in the answer {number[-60:]!r}; it must end "
+                        "with a line such as '#### 18'")
+    return {"question": question, "answer": answer, "gold": gold}
 
 
-def prompt_style(tokenizer, wanted: str) -> str:
-    """'chat' or 'plain'; 'auto' is chat where the tokenizer has a chat template."""
-    return wanted if wanted != "auto" else "chat" if tokenizer.chat_template else "plain"
-
-
-def render_prompt(tokenizer, question: str, system_prompt: str, style: str) -> list[int]:  # EDIT: the prompt
+def render_prompt(tokenizer, question: str, system_prompt: str) -> list[int]:  # EDIT: the prompt
     """Token ids of what the model is asked with; an empty system prompt is left out."""
-    if style == "plain":
+    if not tokenizer.chat_template:
         text = "\n".join([*filter(None, [system_prompt]), f"Question: {question}", "Answer:"])
         ids, bare = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids[:ids.index(bare[0]) + len(bare)]  # with BOS where the tokenizer adds it, without EOS
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    try:
+    with naming("the chat template refuses the prompt (if it knows no system turn: --system-prompt '')"):
         return list(tokenizer.apply_chat_template(
             [*system, {"role": "user", "content": question}], add_generation_prompt=True, return_dict=False))
-    except Exception as error:  # jinja's raise_exception: some templates know no system turn
-        hint = ("; without a system turn: --system-prompt ''" if system and tokenizer.chat_template
-                else "; pass a --chat-template, or --prompt-format plain")
-        raise UserError(f"the chat template refuses the prompt ({first_line(error)}){hint}") from error
 
 
 ANSWER_MARKER = re.compile(r"\\boxed\s*\{|(?<!#)####(?!#)")
@@ -749,14 +715,10 @@ def parse_number(text: str) -> Fraction | None:
     return -value if "-" in match["sign"] else value
 
 
-def mark_cut(text: str, finished: bool) -> str:
-    """The mark spoils a number that the limit may have cut (#### 18 of 180), but not a closed \\boxed."""
-    return text if finished else text + "…"
-
-
 def reward(text: str, gold: Fraction, finished: bool, format_weight: float) -> tuple[float, bool]:  # EDIT:
     """(reward, right) of one completion. `finished`: it ended by itself and was not cut off at the limit."""
-    right = parse_number(final_answer(mark_cut(text, finished)) or "") == gold
+    # The mark spoils a number that the limit may have cut (#### 18 of 180), but not a closed \boxed.
+    right = parse_number(final_answer(text if finished else text + "…") or "") == gold
     num_markers, answer, after = marked_answer(text)
     in_form = finished and num_markers == 1 and answer != "" and not after.strip()
     return float(right) + format_weight * in_form, right
@@ -799,29 +761,7 @@ def sample_at(position: int, num_samples: int, seed: int) -> int:
 # <<< shared: order
 
 
-@dataclasses.dataclass
-class Questions:
-    """A split, its prompts rendered; those longer than --max-prompt-tokens left out."""
-    rows: list[dict]  # question, answer, gold
-    prompts: list[list[int]]
-    num_left_out: int
-
-
-def load_questions(args: Namespace, tokenizer, split: str, limit: int | None) -> Questions:
-    rows, style = read_questions(args, split), prompt_style(tokenizer, args.prompt_format)
-    rows, kept, prompts = rows[:limit], [], []
-    for row in rows:
-        prompt = render_prompt(tokenizer, row["question"], args.system_prompt, style)
-        if len(prompt) <= args.max_prompt_tokens:
-            kept.append(row)
-            prompts.append(prompt)
-    if not kept:
-        raise UserError(f"--max-prompt-tokens {args.max_prompt_tokens} leaves no question of '{split}'")
-    return Questions(kept, prompts, len(rows) - len(kept))
-
-
 def load_tokenizer(args: Namespace):
-    """The model's tokenizer. Raises UserError."""
     from transformers import AutoTokenizer
     folder = fetch(args.model)
     with naming(f"no usable tokenizer in {folder}"):
@@ -833,11 +773,10 @@ def load_tokenizer(args: Namespace):
 
 def end_tokens(tokenizer, folder: Path) -> list[int]:
     """Tokens that end a completion: the tokenizer's and those of generation_config.json. Raises UserError."""
-    found = {tokenizer.eos_token_id} - {None}
     path = folder / "generation_config.json"
     with naming(str(path)):
         more = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-        found |= set(more) if isinstance(more, list) else {more} - {None}
+    found = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
     if not found:
         raise UserError(f"{folder}: no end-of-text token in the tokenizer or generation_config.json: "
                         "completions would never end")
@@ -860,8 +799,6 @@ def build_model(args: Namespace, folder: Path, dtype: torch.dtype = torch.float3
     with naming(f"--model {args.model}"), torch.device("meta"):
         model = note_fp32(transformers.AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, trust_remote_code=args.trust_remote_code)).to(dtype)
-    if model.get_output_embeddings() is None:
-        raise UserError(f"{args.model}: a model without an output head (lm_head) cannot be trained here")
     return model
 
 
@@ -1296,25 +1233,6 @@ def prove_logprobs(model: nn.Module, ranks: Ranks) -> None:
             print("this model transforms its logits in a way of its own: whole logits are used (more memory)")
 
 
-def fsdp_modules(model: nn.Module) -> list[nn.Module]:
-    """The units that are gathered as one: the blocks, then the root with what is left."""
-    from torch.distributed.fsdp import FSDPModule
-    return [*(m for m in model.modules() if isinstance(m, FSDPModule) and m is not model), model]
-
-
-@contextlib.contextmanager
-def unsharded(modules: list[nn.Module]) -> Iterator[None]:
-    """Whole parameters, in the compute precision, on every rank (all ranks, at the start; inside, no rank
-    waits for another)."""
-    for module in modules:
-        module.unshard()
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.reshard()
-
-
 # ------------------------------------------------------------------------------------------------
 # 5. Optimizer and schedule
 
@@ -1403,14 +1321,6 @@ class Group:
 
 
 @dataclasses.dataclass
-class Tasks:
-    """What is asked, and how it is judged."""
-    train: Questions
-    held_out: Questions | None
-    tokenizer: object
-
-
-@dataclasses.dataclass
 class Sampling:
     """How completions are drawn; temperature 0 is greedy."""
     temperature: float
@@ -1445,14 +1355,13 @@ def uniforms(seeds: list[int], n: int, length: int, device: torch.device) -> Ten
     return torch.cat(drawn).to(device)
 
 
-def share_parameters(model: nn.Module, generator: nn.Module) -> None:
+def share_tensors(model: nn.Module, generator: nn.Module) -> None:
     """Let the plain, hook-free generator use the model's gathered parameters and its buffers; no copy."""
-    for name, param in model.named_parameters(remove_duplicate=False):
+    parameters = model.named_parameters(remove_duplicate=False)
+    for name, tensor in [*parameters, *model.named_buffers(remove_duplicate=False)]:
         owner, _, leaf = name.rpartition(".")
-        generator.get_submodule(owner)._parameters[leaf] = param
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        owner, _, leaf = name.rpartition(".")
-        generator.get_submodule(owner)._buffers[leaf] = buffer
+        module = generator.get_submodule(owner)
+        (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor
 
 
 def padded_mask(*args: object, **options: object) -> Tensor | None:
@@ -1464,7 +1373,7 @@ def padded_mask(*args: object, **options: object) -> Tensor | None:
 
 
 def build_generator(args: Namespace, folder: Path, whole_logits: bool) -> nn.Module:
-    """The model again, without memory of its own (`share_parameters`), hooks or recomputation."""
+    """The model again, without memory of its own (`share_tensors`), hooks or recomputation."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     generator = build_model(args, folder).eval()
@@ -1475,16 +1384,6 @@ def build_generator(args: Namespace, folder: Path, whole_logits: bool) -> nn.Mod
         for config in (generator.config, generator.config.get_text_config()):
             config._attn_implementation = "sdpa_padded"
     return generator
-
-
-def cache_argument(model: nn.Module) -> str:
-    """The cache's name in a model's forward: `cache` since transformers 5.24. A wrong name would be ignored
-    without a word, and each token read without those before it."""
-    names = inspect.signature(type(model).forward).parameters
-    found = [name for name in ("cache", "past_key_values", "cache_params") if name in names]
-    if not found:
-        raise UserError(f"{type(model).__name__} has no key-value cache: use --rollouts vllm")
-    return found[0]
 
 
 def without_cudnn() -> contextlib.AbstractContextManager:
@@ -1508,7 +1407,9 @@ def generate(generator: nn.Module, prompts: list[list[int]], n: int, uniform: Te
     position = (mask.cumsum(1) - 1).clamp(min=0)
     cache, head = DynamicCache(config=generator.config), generator.get_output_embeddings()
     reader = generator if generator.whole_logits else base_of(generator)
-    options, name = head_options(generator), cache_argument(reader)
+    options, known = head_options(generator), inspect.signature(type(reader).forward).parameters
+    # Its name depends on family and version of transformers, which ignores a wrong one; see `prove_rollouts`.
+    name = next((name for name in ("cache", "past_key_values", "cache_params") if name in known), "cache")
 
     def next_logits(ids: Tensor, position: Tensor) -> Tensor:
         call = {"input_ids": ids, "attention_mask": mask, "position_ids": position, name: cache}
@@ -1533,11 +1434,7 @@ def generate(generator: nn.Module, prompts: list[list[int]], n: int, uniform: Te
         tokens[rows, t], logprobs[rows, t] = drawn, logprob
         lengths[rows] += running
         running = running & ~torch.isin(drawn, ends)
-        found = torch.stack([running.sum(), torch.isfinite(logprob).all()])
-        num_running, is_finite = found.tolist()  # sync point
-        if not is_finite:
-            raise UserError(f"the log-probability of token {t + 1} is not finite: the weights, or this "
-                            "device's attention kernel, are broken")
+        num_running = int(running.sum())  # sync point
         if not num_running or t + 1 == sampling.max_new_tokens:
             break
         if num_running <= len(rows) // 2:
@@ -1545,80 +1442,54 @@ def generate(generator: nn.Module, prompts: list[list[int]], n: int, uniform: Te
                 running.nonzero()[:, 0], rows, running, drawn, mask, position)
         mask, position = F.pad(mask, (0, 1), value=1), position + 1
         logits = next_logits(drawn[:, None], position)
-    return cut_completions(tokens.tolist(), logprobs.tolist(), lengths.tolist(), set(sampling.ends))
-
-
-def cut_completions(tokens: list, logprobs: list, lengths: list[int], ends: set[int]) -> list[Completion]:
-    return [Completion(ids[:length], found[:length], "stop" if ids[length - 1] in ends else "length")
-            for ids, found, length in zip(tokens, logprobs, lengths)]
+    found = zip(tokens.tolist(), logprobs.tolist(), lengths.tolist())
+    return [Completion(ids[:length], known[:length], "stop" if ids[length - 1] in sampling.ends else "length")
+            for ids, known, length in found]
 
 
 @dataclasses.dataclass
 class Server:
-    """A vLLM server, and this process's requests under way to it."""
+    """A vLLM server, this process's requests under way to it, and on rank 0 the wire to its workers."""
     host: str
     port: int
     timeout_s: float
-    pool: ThreadPoolExecutor
-    model: str = ""
+    pool: ThreadPoolExecutor | None = None
     version: int = -1  # of the weights that it has
+    proof_error: float = 0.0  # of the last push
+    group: object = None  # of rank 0 and the workers
+    wire: torch.device | None = None  # that tensors are sent from
 
     @property
     def address(self) -> str:
         return f"vLLM at {self.host}:{self.port}"
 
 
-def request_once(server: Server, path: str, body: dict | None, timeout_s: float) -> object:
-    """The answer's JSON (None for an empty one). Raises OSError or HTTPException where trying again may help,
-    UserError where the server refuses."""
-    connection = http.client.HTTPConnection(server.host, server.port, timeout=timeout_s)
-    try:
-        # vLLM's routes want a JSON body even where they take nothing.
-        data = None if body is None else json.dumps(body)
-        headers = {"Content-Type": "application/json"}
-        connection.request("GET" if body is None else "POST", path, data, headers)
-        response = connection.getresponse()
-        text = response.read().decode(errors="replace")
-    finally:
-        connection.close()
-    if response.status == 404:
-        raise UserError(f"{server.address} has no {path.partition('?')[0]}: start it as "
-                        "examples/run_gsm8k.sh does (VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls)")
-    if 400 <= response.status < 500:
-        raise UserError(f"{server.address} refuses {path}: {text[:300]}")
-    if response.status >= 500:
-        raise http.client.HTTPException(f"{path}: status {response.status}, {text[:300]}")
+def request(server: Server, path: str, body: dict | None = None, again: bool = True) -> object:
+    """The answer's JSON, None for an empty one. While nobody answers, the server is asked `again` until the
+    deadline. Raises UserError."""
+    deadline, headers = time.monotonic() + server.timeout_s, {"Content-Type": "application/json"}
+    while True:
+        # 5 s more than vLLM's workers have, whose error says more.
+        connection = http.client.HTTPConnection(server.host, server.port, timeout=server.timeout_s + 5)
+        try:
+            data = None if body is None else json.dumps(body)
+            connection.request("GET" if body is None else "POST", path, data, headers)
+            response = connection.getresponse()
+            text = response.read().decode(errors="replace")
+            break
+        except (OSError, http.client.HTTPException) as error:
+            if not again or time.monotonic() > deadline:
+                raise UserError(f"{server.address} does not answer {path} ({first_line(error)}): is it "
+                                "running? The same command goes on from the newest checkpoint") from error
+            time.sleep(0.5)
+        finally:
+            connection.close()
+    if response.status != 200:
+        raise UserError(f"{server.address} refuses {path} (status {response.status}, {text[:300]!r}): was it "
+                        "started as examples/run_gsm8k.sh does, with VLLM_SERVER_DEV_MODE=1 and "
+                        "--worker-extension-cls train_gsm8k_fsdp2.WeightReceiver?")
     with naming(f"{server.address} does not answer as vLLM does"):
         return json.loads(text) if text.strip() else None
-
-
-def request(server: Server, path: str, body: dict | None = None) -> object:
-    """As `request_once`, tried again until the server's deadline. Raises UserError."""
-    deadline, pause_s = time.monotonic() + server.timeout_s, 0.1
-    while True:
-        try:
-            return request_once(server, path, body, max(1.0, deadline - time.monotonic()))
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, ConnectionRefusedError) and server.version >= 0:
-                raise UserError(
-                    f"{server.address} is gone, and with it the weights that it was sent: start it again, "
-                    "then the same command, which goes on from the newest checkpoint") from error
-            if time.monotonic() + pause_s > deadline:
-                raise UserError(
-                    f"{server.address} did not answer {path} within {server.timeout_s:.0f} s "
-                    f"({first_line(error)}): is it running? The same command goes on from the newest "
-                    "checkpoint"
-                ) from error
-        time.sleep(pause_s)
-        pause_s = min(2.0, 2 * pause_s)
-
-
-def check_tokens(ids: list, logprobs: list) -> None:
-    """Raises ValueError or TypeError for what neither a run nor vLLM writes."""
-    if not ids or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-        raise ValueError("no tokens, or one that is not a number from 0 on")
-    if len(ids) != len(logprobs) or not all(map(math.isfinite, logprobs)):
-        raise ValueError("not one finite logprob for each token")
 
 
 def complete(server: Server, prompt_ids: list[int], n: int, sampling: Sampling) -> list[Completion]:
@@ -1626,44 +1497,26 @@ def complete(server: Server, prompt_ids: list[int], n: int, sampling: Sampling) 
 
     Without a seed: vLLM 0.32 draws seeded requests one by one, and on a CPU they end its engine when a prompt
     is read in pieces."""
-    body = {"model": server.model, "prompt": prompt_ids, "n": n, "logprobs": 0,
-            "temperature": sampling.temperature, "max_tokens": sampling.max_new_tokens,
-            "stop_token_ids": sampling.ends, "return_token_ids": True, "skip_special_tokens": False,
+    body = {"prompt": prompt_ids, "n": n, "logprobs": 0, "temperature": sampling.temperature,
+            "max_tokens": sampling.max_new_tokens, "stop_token_ids": sampling.ends,
+            "return_token_ids": True, "skip_special_tokens": False,
             # What a request leaves out, vLLM takes from the model's generation_config.json; 0 is no top_k.
             "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
             "frequency_penalty": 0.0}
+    answer = request(server, "/v1/completions", body)
     with naming(f"{server.address} does not answer as vLLM does"):
-        for _ in range(5):
-            choices = request(server, "/v1/completions", body)["choices"]
-            if all(choice["finish_reason"] in ("stop", "length") for choice in choices):
-                break  # else somebody has paused the server and aborted what was running
-        else:
-            raise UserError(f"{server.address} aborted a request five times: does somebody else update it?")
         found = [Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"],
-                            choice["finish_reason"]) for choice in choices]
-        if any(choice["prompt_token_ids"] != prompt_ids for choice in choices):
-            raise UserError(f"{server.address} answered for other tokens than were sent: is its version too "
-                            "old for return_token_ids?")
-        for completion in found:
-            check_tokens(completion.ids, completion.logprobs)
-        if len(found) != n:
-            raise UserError(f"{server.address} gave {len(found)} completions in place of {n}")
-        return found
-
-
-def open_server(args: Namespace) -> Server:
-    """Wait until the server is there. Raises UserError."""
-    pool = ThreadPoolExecutor(args.concurrency, thread_name_prefix="vllm")
-    server = Server(args.vllm_host, args.vllm_port, args.vllm_timeout, pool)
-    request(server, "/health")
-    with naming(f"{server.address} does not answer as vLLM does"):
-        server.model = request(server, "/v1/models")["data"][0]["id"]
-    return server
+                            choice["finish_reason"]) for choice in answer["choices"]]
+        # "abort": somebody else has paused the server.
+        whole = [c for c in found if c.finish in ("stop", "length") and len(c.ids) == len(c.logprobs) > 0]
+        if len(whole) != n:
+            raise ValueError(f"{n} finished completions with a logprob for each token expected: {found}")
+    return found
 
 
 @dataclasses.dataclass
 class Sampler:
-    """Who generates: the server, or the generator, which borrows the model's parameters."""
+    """Who generates: a server, or the generator, which borrows the model's parameters."""
     model: nn.Module
     generator: nn.Module | None
     server: Server | None
@@ -1677,44 +1530,60 @@ def start_completions(sampler: Sampler, prompts: list[list[int]], n: int, seeds:
                       ) -> list[Callable[[], list[Completion]]]:
     """For each prompt a function that waits for its n completions. With a server the requests are under way
     when this returns; locally the work is done here, drawn by the prompts' seeds (all ranks)."""
-    if sampler.server:
-        return [sampler.server.pool.submit(complete, sampler.server, prompt, n, sampling).result
-                for prompt in prompts]
-    found, per_call = [], max(1, sampler.batch // n)
-    with unsharded(fsdp_modules(sampler.model)), without_cudnn():
-        share_parameters(sampler.model, sampler.generator)
+    from torch.distributed.fsdp import FSDPModule
+    server, found, per_call = sampler.server, [], max(1, sampler.batch // n)
+    if server:
+        return [server.pool.submit(complete, server, prompt, n, sampling).result for prompt in prompts]
+    units = [module for module in sampler.model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:  # whole parameters on every rank (all ranks); until they are freed no rank waits
+        unit.unshard()
+    with without_cudnn():
+        share_tensors(sampler.model, sampler.generator)
         for start in range(0, len(prompts), per_call):
             some = slice(start, start + per_call)
             uniform = uniforms(seeds[some], n, sampling.max_new_tokens, sampler.device)
             found += generate(sampler.generator, prompts[some], n, uniform, sampling)
+    for unit in units:
+        unit.reshard()
     groups = [found[start:start + n] for start in range(0, len(found), n)]
     return [functools.partial(list, group) for group in groups]
 
 
-def start_batch(sampler: Sampler, questions: Questions, start: int, version: int, args: Namespace,
+def start_batch(sampler: Sampler, questions: list[dict], progress: dict, phase: Callable, args: Namespace,
                 ranks: Ranks) -> list[tuple[Group, Callable]]:
-    """The batch that begins at `start` in the global order, of which ranks take turns of --batch-size: this
-    rank's groups, without completions yet, and for each what waits for them."""
-    groups, first = [], start + ranks.rank * args.batch_size
+    """Ask the next batch of the global order, in which ranks take turns of --batch-size, of this step's
+    weights: this rank's groups, without completions yet, and for each what waits for them (all ranks)."""
+    with phase("sync"):
+        update_server(sampler, progress["step"], questions[0]["prompt"], ranks)
+    groups, first = [], progress["samples"] + ranks.rank * args.batch_size
     for position in range(first, first + args.batch_size):
-        question = sample_at(position, len(questions.prompts), args.seed)
-        groups.append(Group(position, question, version, questions.prompts[question], []))
+        question = sample_at(position, len(questions), args.seed)
+        groups.append(Group(position, question, progress["step"], questions[question]["prompt"], []))
     # crc32, not hash(): Python salts the hashes of texts in each process anew.
     seeds = [zlib.crc32(f"{args.seed} sample {group.position}".encode()) for group in groups]
     prompts = [group.prompt_ids for group in groups]
-    waiting = start_completions(sampler, prompts, args.group_size, seeds, sampler.sampling)
+    with phase("generate"):
+        waiting = start_completions(sampler, prompts, args.group_size, seeds, sampler.sampling)
     return list(zip(groups, waiting))
 
 
-def score(groups: list[Group], questions: Questions, tokenizer, format_weight: float) -> None:
-    """Fill in rewards."""
+def judge(tokenizer, completion: Completion, gold: Fraction, format_weight: float) -> tuple[float, bool]:
+    """(reward, right)."""
+    text = tokenizer.decode(completion.ids, skip_special_tokens=True)
+    return reward(text, gold, completion.finish == "stop", format_weight)
+
+
+def judge_batch(groups: list[Group], questions: list[dict], tokenizer, step: int, args: Namespace,
+                ranks: Ranks) -> list[Group]:
+    """Fill in rewards, and log the groups (a step that a resume repeats stands there twice); returns those of
+    all ranks, in global order (all ranks)."""
     for group in groups:
-        gold = questions.rows[group.question]["gold"]
-        for completion in group.completions:
-            text = tokenizer.decode(completion.ids, skip_special_tokens=True)
-            value, correct = reward(text, gold, completion.finish == "stop", format_weight)
-            group.rewards.append(value)
-            group.correct.append(correct)
+        gold = questions[group.question]["gold"]
+        judged = [judge(tokenizer, completion, gold, args.format_reward) for completion in group.completions]
+        group.rewards, group.correct = map(list, zip(*judged))
+    rows = [{"step": step} | dataclasses.asdict(group) for group in groups]
+    append_lines(Path(args.checkpoint_dir) / ROLLOUT_LOG.format(rank=ranks.rank), *rows)
+    return list(itertools.chain(*gather_objects(groups)))
 
 
 def has_variance(group: Group) -> bool:
@@ -1724,10 +1593,10 @@ def has_variance(group: Group) -> bool:
 # ------------------------------------------------------------------------------------------------
 # 7. Weights to vLLM
 
-# A process group of its own joins rank 0 (its rank 0) and vLLM's workers (1 …). A push is a stream: for each
-# FSDP unit a header (JSON: names, dtypes, shapes) and its tensors one by one, as bytes, then an empty header.
-# Workers stage all of it in host memory (requests wait meanwhile) and swap only when rank 0 says that
-# everybody has everything: a trainer that dies on the way changes nothing.
+# A process group of its own joins rank 0 (its rank 0) and vLLM's workers (1 …). They are told names, dtypes
+# and shapes, then rank 0 broadcasts the tensors one by one, as bytes. Workers stage all of them in host
+# memory (requests wait meanwhile) and swap only when everybody has everything: a trainer that dies on the
+# way changes nothing.
 
 class WeightReceiver:
     """vLLM's end: `--worker-extension-cls train_gsm8k_fsdp2.WeightReceiver` adds these methods to each
@@ -1749,34 +1618,21 @@ class WeightReceiver:
                                        timeout_s)
         self.weight_timeout_s, self.weight_backend, self.staged = timeout_s, backend, {}
 
-    def receive_weights(self) -> dict[str, int]:
-        """Stage a whole stream; returns the number of tensors. Raises if it breaks off."""
+    def receive_weights(self, layout: list[tuple[str, str, list[int]]]) -> None:
+        """Stage all tensors of (name, dtype, shape). Raises if the stream breaks off."""
         self.staged = {}
         device = self.device if self.weight_backend == "nccl" else torch.device("cpu")
-        while (header := self.receive_bytes(device)) is not None:
-            layout = json.loads(bytes(header.cpu().tolist()))
-            for name, dtype, shape in layout:
-                tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
-                broadcast(self.weight_group, tensor.view(-1).view(torch.uint8), self.weight_timeout_s)
-                self.staged[name] = tensor.cpu()  # a GPU has no room for a second model
-        return {"tensors": len(self.staged)}
+        for name, dtype, shape in layout:
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            broadcast(self.weight_group, tensor.view(-1).view(torch.uint8), self.weight_timeout_s)
+            self.staged[name] = tensor.cpu()  # a GPU has no room for a second model
 
-    def receive_bytes(self, device: torch.device) -> Tensor | None:
-        size = torch.zeros(1, dtype=torch.int64, device=device)
-        broadcast(self.weight_group, size, self.weight_timeout_s)
-        if not int(size):
-            return None
-        data = torch.empty(int(size), dtype=torch.uint8, device=device)
-        broadcast(self.weight_group, data, self.weight_timeout_s)
-        return data
-
-    def swap_weights(self, version: int) -> dict[str, int]:
+    def swap_weights(self, version: int) -> None:
         """Bring the staged weights into the model, by the same path as loading from disk."""
         self.reload_weights(weights_iterator=iter(self.staged.items()))
         self.staged = {}
         self.mend_tied_head()
         self.version = version
-        return self.weights_version()
 
     def mend_tied_head(self) -> None:
         """HACK(vLLM 0.32, CPU): a reload leaves the packed copy of an output head that shares the embedding's
@@ -1787,9 +1643,6 @@ class WeightReceiver:
             if hasattr(module, "cpu_linear") and pointers.count(pointer) > 1:
                 module.quant_method.process_weights_after_loading(module)
 
-    def served_sizes(self) -> dict[str, int | None]:
-        return model_sizes(self.model_config.hf_config)
-
     def weights_version(self) -> dict[str, int]:
         """-1: those that the server loaded itself."""
         return {"version": getattr(self, "version", -1)}
@@ -1798,25 +1651,15 @@ class WeightReceiver:
         self.weight_group, self.staged = None, {}
 
 
-def model_sizes(config: object) -> dict[str, int | None]:
-    """What two configurations of the same model agree in."""
-    names = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-             "num_key_value_heads")
-    return {name: getattr(config.get_text_config(), name, None) for name in names.split()}
-
-
 def join_group(store: torch.distributed.Store, rank: int, world_size: int, backend: str, address: str,
                timeout_s: float) -> torch.distributed.ProcessGroup:
     """A process group beside the default one, which belongs to the trainer alone, or to vLLM."""
-    store = torch.distributed.PrefixStore("weights", store)
-    if backend == "nccl":
-        options = torch.distributed.ProcessGroupNCCL.Options()
-        options._timeout = timedelta(seconds=timeout_s)
-        return torch.distributed.ProcessGroupNCCL(store, rank, world_size, options)
-    options = torch.distributed.ProcessGroupGloo._Options()
+    kind = getattr(torch.distributed, "ProcessGroupNCCL" if backend == "nccl" else "ProcessGroupGloo")
+    options = kind.Options() if backend == "nccl" else kind._Options()
     options._timeout = timedelta(seconds=timeout_s)
-    options._devices = [torch.distributed.ProcessGroupGloo.create_device(hostname=address)]
-    return torch.distributed.ProcessGroupGloo(store, rank, world_size, options)
+    if backend == "gloo":
+        options._devices = [kind.create_device(hostname=address)]
+    return kind(store, rank, world_size, options)
 
 
 def local_address(host: str, port: int) -> str:
@@ -1843,183 +1686,110 @@ def broadcast(group: torch.distributed.ProcessGroup, tensor: Tensor, timeout_s: 
         torch.cuda.current_stream().synchronize()  # sync point: before any other communicator goes on
 
 
-@dataclasses.dataclass
-class WeightLink:
-    """Rank 0's end of the wire; the others hold one without a group, and take part in the gathers."""
-    server: Server
-    timeout_s: float
-    dtype: torch.dtype  # that the trainer computes in
-    device: torch.device  # that tensors are sent from
-    group: object = None
-    store: object = None
-    pool: ThreadPoolExecutor | None = None
-
-
-def rpc(link: WeightLink, method: str, *args: object) -> list[dict]:
+def rpc(server: Server, method: str, *args: object) -> list[dict]:
     """A method of `WeightReceiver` on every worker; their answers. Raises UserError."""
     body = {"method": "call_weights", "args": [method, *args]}  # no "timeout": see there
-    try:
-        answers = request_once(link.server, "/collective_rpc", body, link.timeout_s + 5)["results"]
-        wrong = next((answer["error"] for answer in answers if "error" in answer), None)
-    except (OSError, http.client.HTTPException, TypeError, KeyError) as error:
-        wrong = first_line(error)
-        if "call_weights" in wrong:
-            wrong = "it was started without --worker-extension-cls train_gsm8k_fsdp2.WeightReceiver"
-    if wrong:
-        again = "start it again, and then " if method == "swap_weights" else ""  # it may hold half of each
-        raise UserError(f"{link.server.address} failed in {method} ({wrong}): its log says why; {again}the "
-                        "same command goes on from the newest checkpoint")
-    return answers
-
-
-def open_link(args: Namespace, server: Server, dtype: torch.dtype, ranks: Ranks) -> WeightLink:
-    """Join vLLM's workers in a group (rank 0). Raises UserError."""
-    backend = args.sync_backend or ("nccl" if ranks.device.type == "cuda" else "gloo")
-    device = ranks.device if backend == "nccl" else torch.device("cpu")
-    link = WeightLink(server, args.sync_timeout, dtype, device)
-    if not ranks.is_main:
-        return link
-    request(server, "/resume", {})  # a trainer that died in a push may have left it paused
-    rpc(link, "weights_version")  # before anybody waits for anybody: is the extension there?
     with naming(f"{server.address} does not answer as vLLM does"):
-        num_workers = int(request(server, "/get_world_size")["world_size"])
-    timeout = timedelta(seconds=args.sync_timeout)
-    address = local_address(server.host, server.port)
-    link.store = torch.distributed.TCPStore(
-        "0.0.0.0", 0, is_master=True, timeout=timeout, wait_for_workers=False)
-    link.pool = ThreadPoolExecutor(1, thread_name_prefix="weights")
-    call = link.pool.submit(rpc, link, "open_weights", address, link.store.port, 1 + num_workers, backend,
-                            args.sync_timeout)
+        answers = request(server, "/collective_rpc", body, again=False)["results"]
+        if errors := [answer["error"] for answer in answers if "error" in answer]:
+            # In swap_weights: it may hold half of each.
+            raise UserError(f"{server.address} failed in {method} ({errors[0]}): its log says why. Does it "
+                            "serve --model? Start it again, and then the same command, which goes on from "
+                            "the newest checkpoint")
+        return answers
+
+
+def open_server(args: Namespace, ranks: Ranks) -> Server:
+    """Wait until the server is there; rank 0 joins its workers in a group. Raises UserError."""
+    pool = ThreadPoolExecutor(args.concurrency)
+    server = Server(args.vllm_host, args.vllm_port, args.vllm_timeout, pool)
+    request(server, "/health")
+    if not ranks.is_main:
+        return server
+    request(server, "/resume", {})  # a trainer that died in a push may have left it paused
+    world_size, address = 1 + len(rpc(server, "weights_version")), local_address(server.host, server.port)
+    backend = args.sync_backend or ("nccl" if ranks.device.type == "cuda" else "gloo")
+    server.wire = ranks.device if backend == "nccl" else torch.device("cpu")
+    store = torch.distributed.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False,
+                                       timeout=timedelta(seconds=server.timeout_s))
+    call = pool.submit(rpc, server, "open_weights", address, store.port, world_size, backend,
+                       server.timeout_s)
     try:
-        link.group = join_group(link.store, 0, 1 + num_workers, backend, address, args.sync_timeout)
+        server.group = join_group(store, 0, world_size, backend, address, server.timeout_s)
     except RuntimeError as error:
         if call.done():
             call.result()  # says more
-        raise UserError(f"{server.address}: its workers did not reach {address}:{link.store.port} "
+        raise UserError(f"{server.address}: its workers did not reach {address}:{store.port} "
                         f"({first_line(error)}): can that machine connect to this one?") from error
     call.result()
-    return link
+    return server
 
 
-def push_weights(link: WeightLink, model: nn.Module, version: int, ranks: Ranks) -> None:
-    """Give the server the model's weights, as `version` (all ranks). Raises UserError.
+def push_weights(server: Server, model: nn.Module, dtype: torch.dtype, version: int, ranks: Ranks) -> None:
+    """Stage the model's weights in `dtype` on the server, then swap them in, as `version` (all ranks). Raises
+    UserError.
 
-    Units are gathered one by one, so that no rank ever holds the whole model. Rank 0 has sent a unit before
-    it takes part in the next gather: gathers and sends never wait for each other crosswise."""
-    if ranks.is_main and link.server.version < 0:
-        check_sizes(link, model)
+    Tensors are gathered one by one, so that no rank ever holds the whole model. Rank 0 has sent one before it
+    takes part in the next gather: gathers and sends never wait for each other crosswise."""
     # The call holds vLLM's engine: a rank that still waited for completions would never get to the gathers.
     torch.distributed.barrier()
-    call = link.pool.submit(rpc, link, "receive_weights") if ranks.is_main else None
-    units = named_units(model)
+    if ranks.is_main:
+        shapes = ((name, torch.empty(param.shape, device="meta")) for name, param in model.named_parameters())
+        layout = [(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
+                  for name, tensor in hf_tensors(model, shapes, dtype)]
+        call = server.pool.submit(rpc, server, "receive_weights", layout)
     try:
-        sent = 0
-        for module, names in units:
-            module.unshard()
-            if ranks.is_main:
-                sent += send_unit(link, model, names, call)
-            module.reshard()
+        for name, param in model.named_parameters():  # tied ones once, as in files
+            whole = param.detach().full_tensor()
+            for _, tensor in hf_tensors(model, [(name, whole)], dtype) if ranks.is_main else ():
+                data = tensor.to(server.wire).contiguous().view(-1).view(torch.uint8)
+                broadcast(server.group, data, server.timeout_s, call)
         if ranks.is_main:
-            end = torch.zeros(1, dtype=torch.int64, device=link.device)
-            broadcast(link.group, end, link.timeout_s, call)
-            swap(link, call, sent, version)
+            call.result()  # all workers have everything
+            request(server, "/pause?mode=wait", {})  # until running requests have ended
+            try:
+                rpc(server, "swap_weights", version)
+                request(server, "/reset_prefix_cache", {})  # keys and values of the old weights
+            finally:
+                request(server, "/resume", {})
     except RuntimeError as error:
         if not ranks.is_main:
             raise
         raise UserError(
-            f"the weights of step {version} did not reach {link.server.address} ({first_line(error)}): it "
+            f"the weights of step {version} did not reach {server.address} ({first_line(error)}): it "
             "serves those that it had; the same command goes on from the newest checkpoint") from error
-    link.server.version = version
+    server.version = version
 
 
-def check_sizes(link: WeightLink, model: nn.Module) -> None:
-    """Rank 0, before the first push: weights of another shape would leave vLLM with half a model."""
-    mine, served = model_sizes(model.config), rpc(link, "served_sizes")[0]
-    if differ := [f"{name} {served[name]}, not {mine[name]}" for name in mine if served[name] != mine[name]]:
-        raise UserError(f"{link.server.address} serves another model than --model: {'; '.join(differ)}")
-
-
-def named_units(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
-    """Each FSDP unit with its parameters' names; tied ones once, as in files."""
-    units = fsdp_modules(model)
-    owner = {id(param): unit for unit in reversed(units) for param in unit.parameters()}
-    names: dict[int, list[str]] = {id(unit): [] for unit in units}
-    for name, param in model.named_parameters():
-        names[id(owner[id(param)])].append(name)
-    return [(unit, names[id(unit)]) for unit in units]
-
-
-def send_unit(link: WeightLink, model: nn.Module, names: list[str], call: Future) -> int:
-    """Rank 0: header and bytes of a gathered unit; returns the number of tensors sent."""
-    gathered = ((name, model.get_parameter(name).detach()) for name in names)
-    tensors = list(hf_tensors(model, gathered, model.get_parameter(names[0]).dtype))
-    layout = [(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
-              for name, tensor in tensors]
-    header = torch.tensor(list(json.dumps(layout).encode()), dtype=torch.uint8, device=link.device)
-    size = torch.tensor([len(header)], dtype=torch.int64, device=link.device)
-    data = (tensor.to(link.device).contiguous().view(-1).view(torch.uint8) for _, tensor in tensors)
-    for part in (size, header, *data):  # tensors one by one: side by side in one they would be copied
-        broadcast(link.group, part, link.timeout_s, call)
-    return len(tensors)
-
-
-def swap(link: WeightLink, call: Future, sent: int, version: int) -> None:
-    """Rank 0: when all workers have everything, wait for running requests, change over, forget cached
-    prompts, which hold keys and values of the old weights. Raises UserError."""
-    received = call.result()
-    if any(answer["tensors"] != sent for answer in received):
-        raise UserError(f"{link.server.address} received {received} of {sent} tensors")
-    patient = dataclasses.replace(link.server, timeout_s=link.timeout_s)
-    request(patient, "/pause?mode=wait", {})
-    try:
-        versions = {answer["version"] for answer in rpc(link, "swap_weights", version)}
-        request(patient, "/reset_prefix_cache", {})
-    finally:
-        request(patient, "/resume", {})
-    if versions != {version}:
-        raise UserError(f"{link.server.address} has version {versions} after version {version} was sent")
+def update_server(sampler: Sampler, step: int, prompt: list[int], ranks: Ranks) -> None:
+    """Give the server this step's weights, unless it has them, and let it continue a prompt, which proves
+    that it uses them (all ranks)."""
+    server = sampler.server
+    if server is None or server.version == step:
+        return
+    push_weights(server, sampler.model, sampler.dtype, step, ranks)
+    short = dataclasses.replace(sampler.sampling, max_new_tokens=min(16, sampler.sampling.max_new_tokens))
+    answers = gather_objects(complete(server, prompt, 4, short) if ranks.is_main else None)[0]
+    server.proof_error = prove_completions(
+        sampler, [(prompt, answer) for answer in answers], f"{server.address} serves other weights than were "
+        "sent. Is it another model, another --dtype, or was it started without --logprobs-mode "
+        "processed_logprobs?")
 
 
 @torch.no_grad()
-def prove_push(link: WeightLink, model: nn.Module, prompt: list[int], sampling: Sampling, ranks: Ranks
-               ) -> float:
-    """Let the server continue a prompt four times by 16 tokens and compare its logprobs with the trainer's;
-    returns the mean difference (all ranks). Raises UserError beyond what the precision explains."""
-    found = []
-    if ranks.is_main:
-        short = dataclasses.replace(sampling, max_new_tokens=min(16, sampling.max_new_tokens))
-        found = [Sequence(prompt + c.ids, len(prompt), c.logprobs, 0.0)
-                 for c in complete(link.server, prompt, 4, short)]
-    batch = collate(gather_objects(found)[0], ranks.device)
-    logprobs, _ = model(batch["input_ids"], batch["rows"], batch["targets"], sampling.temperature)
-    reshard(model)
+def prove_completions(sampler: Sampler, answered: list[tuple[list[int], Completion]], wrong: str) -> float:
+    """Mean difference between the logprobs of (prompt, completion) pairs and those of one whole forward (all
+    ranks). Raises UserError, which says what is `wrong`, beyond what the precision explains."""
+    batch = collate([Sequence(prompt + c.ids, len(prompt), c.logprobs, 0.0) for prompt, c in answered],
+                    sampler.device)
+    logprobs, _ = sampler.model(batch["input_ids"], batch["rows"], batch["targets"],
+                                sampler.sampling.temperature)
+    reshard(sampler.model)
     error = float((logprobs - batch["sampler_logprobs"]).abs().mean())
-    bound = 1e-3 if link.dtype == torch.float32 else 0.1
+    bound = 1e-3 if sampler.dtype == torch.float32 else 0.1
     if not error <= bound:
-        raise UserError(
-            f"{link.server.address} serves other weights than were sent: its logprobs differ by {error:.2g} "
-            f"(bound {bound}). Is it another model, another --dtype, or was it started without "
-            "--logprobs-mode processed_logprobs?")
+        raise UserError(f"{wrong} (its logprobs differ from the trainer's by {error:.2g}, bound {bound})")
     return error
-
-
-def update_server(link: WeightLink | None, model: nn.Module, step: int, probe: tuple[list[int], Sampling],
-                  ranks: Ranks) -> float:
-    """Push and prove, unless there is no server, or it has this step's weights; returns the proof's error
-    (all ranks)."""
-    if link is None or link.server.version == step:
-        return 0.0
-    push_weights(link, model, step, ranks)
-    return prove_push(link, model, *probe, ranks)
-
-
-def check_server(link: WeightLink) -> None:
-    """Rank 0: a server that was started again meanwhile has answered with the weights of its folder."""
-    versions = {answer["version"] for answer in rpc(link, "weights_version")}
-    if versions != {link.server.version}:
-        raise UserError(
-            f"{link.server.address} has weights {versions} in place of {link.server.version}: it was started "
-            "again, or somebody else updates it. The same command goes on from the newest checkpoint")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2174,7 +1944,7 @@ def add_old_logprobs(model: nn.Module, ref_model: nn.Module | None, batches: lis
 
 
 def micro_batch_loss(model: nn.Module, batch: dict[str, Tensor], args: Namespace, totals: Tensor) -> Tensor:
-    """Summed loss of a micro-batch; what `UPDATE_STATS` names is added to `totals` (all ranks)."""
+    """Summed loss of a micro-batch; what `update_stats` reads is added to `totals` (all ranks)."""
     logprobs, entropy = model(batch["input_ids"], batch["rows"], batch["targets"], args.temperature)
     batch = {"old_logprobs": logprobs.detach()} | batch
     batch["weights"] = importance_weights(batch["old_logprobs"], batch["sampler_logprobs"], args.tis_cap)
@@ -2636,22 +2406,23 @@ def open_bar(total: int, step: int, ranks: Ranks):
 # <<< shared: trackers
 
 
-def rollout_metrics(groups: list[Group], step: int) -> dict[str, float]:
-    """Over the groups of all ranks."""
+def rollout_metrics(groups: list[Group], step: int, seconds: float) -> dict[str, float]:
+    """Over the groups of all ranks, in a step that took `seconds`."""
     lengths = {True: [], False: []}
     for group in groups:
         for completion, correct in zip(group.completions, group.correct):
             lengths[correct].append(len(completion.ids))
     both = lengths[True] + lengths[False]
-    rewards = [value for group in groups for value in group.rewards]
     finishes = [completion.finish for group in groups for completion in group.completions]
     return {
-        "rollout/reward_mean": fmean(rewards), "rollout/accuracy": len(lengths[True]) / max(1, len(both)),
-        "rollout/zero_variance_frac": fmean([not has_variance(group) for group in groups]),
-        "rollout/truncated_frac": fmean([finish == "length" for finish in finishes]),
+        "rollout/reward_mean": fmean(itertools.chain(*(group.rewards for group in groups))),
+        "rollout/accuracy": len(lengths[True]) / len(both),
+        "rollout/zero_variance_frac": fmean(not has_variance(group) for group in groups),
+        "rollout/truncated_frac": fmean(finish == "length" for finish in finishes),
         "rollout/length_mean": fmean(both), "rollout/length_right": fmean(lengths[True] or [0]),
         "rollout/length_wrong": fmean(lengths[False] or [0]),
-        "rollout/version_lag": fmean([step - group.version for group in groups]),
+        "rollout/version_lag": fmean(step - group.version for group in groups),
+        "perf/completion_tokens_per_s": sum(both) / seconds,
     }
 
 
@@ -2677,56 +2448,22 @@ def format_row(row: dict, total_steps: int) -> str:
             f"{row['time/train_s']:.2f}, sync {row['time/sync_s']:.2f})")
 
 
-@dataclasses.dataclass
-class Console:
-    """What rank 0 shows: a bar on a terminal, and by --logger a live panel or a line a step."""
-    bar: object
-    logger: str
-    level: str
-    live: object = None
-
-    def say(self, line: str) -> None:
-        if self.level != "WARNING" and self.logger != "none":
-            self.bar.write(line)
-
-    def show(self, row: dict, total_steps: int) -> None:
-        self.bar.set_postfix_str(f"right {row['rollout/accuracy']:.1%}")
-        if self.live is not None:
-            self.live.update(panel_of(row, total_steps), refresh=True)
-        elif self.logger == "print":
-            self.say(format_row(row, total_steps))
-
-    def close(self) -> None:
-        self.bar.close()
-        if self.live is not None:
-            self.live.stop()
-
-
-def open_console(args: Namespace, step: int, ranks: Ranks) -> Console:
-    wants_panel = args.logger == "rich" and ranks.is_main and importlib.util.find_spec("rich")
-    bar = open_bar(args.train_steps, step, ranks)
-    bar.disable = bar.disable or args.logger == "none" or bool(wants_panel)
-    if wants_panel:
-        from rich.live import Live
-        live = Live(auto_refresh=False, transient=False)
-        live.start()
-        return Console(bar, args.logger, args.log_level, live)
-    return Console(bar, args.logger if ranks.is_main else "none", args.log_level)
-
-
-def panel_of(row: dict, total_steps: int):
-    """Every metric of the step, in columns by their first word."""
+def open_logger(args: Namespace, say: Callable, ranks: Ranks) -> Callable[[dict], None]:
+    """A function that shows a row of metrics, by --logger: a line, or rank 0's live panel."""
+    if args.logger != "rich" or not ranks.is_main:
+        return lambda row: say(format_row(row, args.train_steps)) if args.logger == "print" else None
     from rich.columns import Columns
+    from rich.live import Live
     from rich.panel import Panel
-    from rich.table import Table
-    by_prefix: dict[str, Table] = {}
-    for key, value in row.items():
-        prefix, _, name = key.partition("/")
-        if name:
-            table = by_prefix.setdefault(prefix, Table(title=prefix, show_header=False, box=None))
-            table.add_row(name, f"{value:,.4g}")
-    columns = Columns(by_prefix.values(), padding=(0, 3))
-    return Panel(columns, title=f"step {row['step']:,} of {total_steps:,}")
+    live = Live(auto_refresh=False)
+    live.start()
+    atexit.register(live.stop)
+
+    def show(row: dict) -> None:
+        columns = Columns([f"{key} {value:,.4g}" for key, value in row.items()], padding=(0, 3))
+        live.update(Panel(columns, title=f"step {row['step']:,} of {args.train_steps:,}"), refresh=True)
+
+    return show
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2734,66 +2471,29 @@ def panel_of(row: dict, total_steps: int):
 
 def wilson_interval(num_right: int, num: int, z: float = 1.96) -> tuple[float, float]:
     """95 % confidence interval of a share (Wilson 1927, J. Am. Stat. Assoc. 22), also near 0 and 1."""
-    if not num:
-        return 0.0, 1.0
     share, square = num_right / num, z * z / num
     centre = (share + square / 2) / (1 + square)
     half = z / (1 + square) * math.sqrt(share * (1 - share) / num + square / (4 * num))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def evaluate(sampler: Sampler, tasks: Tasks, args: Namespace, ranks: Ranks) -> dict[str, float]:
-    """Accuracy over all held-out questions, each rank a part of them (all ranks)."""
-    started, questions, tokenizer = time.perf_counter(), tasks.held_out, tasks.tokenizer
-    greedy_sampling = dataclasses.replace(sampler.sampling, temperature=0.0)
-    mine = range(ranks.rank, len(questions.prompts), ranks.world_size)
-    prompts = [questions.prompts[i] for i in mine]
-    golds = [questions.rows[i]["gold"] for i in mine]
-    greedy = answer_all(sampler, prompts, 1, [0] * len(prompts), greedy_sampling, ranks)
-    right = sum(judge(tokenizer, c[0], gold) for c, gold in zip(greedy, golds))
-    counts = [len(prompts), right, sum(len(c[0].ids) for c in greedy),
-              sum(c[0].finish == "length" for c in greedy)]
-    if args.eval_samples:
-        seeds = [zlib.crc32(f"{args.seed} evaluation {i}".encode()) for i in mine]
-        sampled = answer_all(sampler, prompts, args.eval_samples, seeds, sampler.sampling, ranks)
-        counts += [sum(majority_is_right(tokenizer, group, gold) for group, gold in zip(sampled, golds)),
-                   sum(any(judge(tokenizer, c, gold) for c in group) for group, gold in zip(sampled, golds))]
-    num, right, length, cut, *voted = all_sum(
-        torch.tensor(counts, dtype=torch.int64, device=ranks.device)).tolist()  # sync point
+def evaluate(sampler: Sampler, questions: list[dict], tokenizer, step: int, ranks: Ranks) -> dict[str, float]:
+    """Accuracy of this step's greedy answers to all held-out questions, each rank a part (all ranks)."""
+    started, mine = time.perf_counter(), questions[ranks.rank::ranks.world_size]
+    update_server(sampler, step, questions[0]["prompt"], ranks)
+    greedy = dataclasses.replace(sampler.sampling, temperature=0.0)
+    waiting = start_completions(sampler, [row["prompt"] for row in mine], 1, [0] * len(mine), greedy)
+    counts = torch.zeros(3, dtype=torch.int64)
+    for row, wait in zip(mine, waiting):
+        [answer] = wait()
+        _, right = judge(tokenizer, answer, row["gold"], 0.0)
+        counts += torch.tensor([right, len(answer.ids), answer.finish == "length"])
+    num = len(questions)
+    right, length, cut = all_sum(counts.to(ranks.device)).tolist()  # sync point
     low, high = wilson_interval(right, num)
-    found = {"eval/accuracy": right / num, "eval/accuracy_low": low, "eval/accuracy_high": high,
-             "eval/length_mean": length / num, "eval/truncated_frac": cut / num, "eval/questions": num,
-             "eval/time_s": time.perf_counter() - started}
-    return found | dict(zip(("eval/maj_at_k", "eval/pass_at_k"), (count / num for count in voted)))
-
-
-def answer_all(sampler: Sampler, prompts: list[list[int]], n: int, seeds: list[int], sampling: Sampling,
-               ranks: Ranks) -> list[list[Completion]]:
-    """n completions of each prompt, in pieces, so that a bar can show how far it is (all ranks)."""
-    from tqdm import tqdm
-    most = max(gather_objects(len(prompts)))  # each piece gathers parameters: all ranks do the same number
-    per_piece, found = max(1, sampler.batch // n), []
-    for start in tqdm(range(0, most, per_piece), desc="evaluating", leave=False,
-                      disable=not (ranks.is_main and sys.stderr.isatty())):
-        some = slice(start, start + per_piece)
-        found += [wait() for wait in start_completions(sampler, prompts[some], n, seeds[some], sampling)]
-    return found
-
-
-def judge(tokenizer, completion: Completion, gold: Fraction) -> bool:
-    text = tokenizer.decode(completion.ids, skip_special_tokens=True)
-    return reward(text, gold, completion.finish == "stop", 0.0)[1]
-
-
-def majority_is_right(tokenizer, completions: list[Completion], gold: Fraction) -> bool:
-    """Whether the most frequent answer is right (Wang et al. 2022, arXiv:2203.11171); of equally frequent
-    ones the first counts, and no answer is none."""
-    answers = []
-    for completion in completions:
-        text = tokenizer.decode(completion.ids, skip_special_tokens=True)
-        answers.append(parse_number(final_answer(mark_cut(text, completion.finish == "stop")) or ""))
-    counts = Counter(answer for answer in answers if answer is not None)
-    return bool(counts) and counts.most_common(1)[0][0] == gold
+    return {"eval/accuracy": right / num, "eval/accuracy_low": low, "eval/accuracy_high": high,
+            "eval/length_mean": length / num, "eval/truncated_frac": cut / num, "eval/questions": num,
+            "eval/time_s": time.perf_counter() - started}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2806,7 +2506,7 @@ def load_policy(args: Namespace, folder: Path, mesh: torch.distributed.DeviceMes
     if master is torch.float32:
         check_memory(model, args, mesh)
     attach_logprobs(model, args.compile or (args.compile is None and ranks.device.type == "cuda"))
-    model.chunk = args.logprob_chunk_tokens or rows_at_once(model, ranks.device)
+    model.chunk = rows_at_once(model, ranks.device)
     shard_model(model, args, mesh, dtype)
     materialise(model, ranks.device, args.cpu_offload)
     fill_buffers(model)
@@ -2814,17 +2514,15 @@ def load_policy(args: Namespace, folder: Path, mesh: torch.distributed.DeviceMes
     return model
 
 
-def fill_policy(args: Namespace, model: nn.Module, folder: Path, checkpoints: list[Path], ranks: Ranks
-                ) -> torch.optim.Optimizer:
-    """Weights of the newest checkpoint, or the first ones, proved to be there; the optimizer (all ranks)."""
-    optimizer = build_optimizer(model, args)  # after sharding, which replaces the parameters
+def fill_model(model: nn.Module, args: Namespace, folder: Path, checkpoints: list[Path], optimizer: object,
+               ranks: Ranks) -> None:
+    """Weights of the newest checkpoint, or the first ones, proved to be there (all ranks)."""
     if checkpoints:
         load_checkpoint(checkpoints, model, optimizer, ranks)
     else:
         load_hf_weights(model, folder, args.trust_remote_code, ranks)
     prove_filled(model)
     prove_logprobs(model, ranks)
-    return optimizer
 
 
 def load_reference(args: Namespace, folder: Path, mesh: torch.distributed.DeviceMesh, dtype: torch.dtype,
@@ -2832,100 +2530,39 @@ def load_reference(args: Namespace, folder: Path, mesh: torch.distributed.Device
     """The first model, frozen and sharded, for --kl-coef (all ranks)."""
     if not args.kl_coef:
         return None
-    model = load_policy(args, folder, mesh, dtype, ranks, master=dtype)  # no updates: no fp32 needed
-    model.requires_grad_(False)
-    load_hf_weights(model, folder, args.trust_remote_code, ranks)
-    prove_filled(model)
-    prove_logprobs(model, ranks)
+    # No updates: no fp32 needed
+    model = load_policy(args, folder, mesh, dtype, ranks, master=dtype).requires_grad_(False)
+    fill_model(model, args, folder, [], None, ranks)
     return model
 
 
-@torch.no_grad()
 def prove_rollouts(sampler: Sampler, ranks: Ranks) -> None:
-    """Let the generator continue two prompts of unequal length, and compare its logprobs with those of one
-    whole forward (all ranks). Raises UserError for a family whose cache works in another way."""
+    """Let the generator continue two prompts of unequal length, and compare its logprobs with the policy's
+    (all ranks). Raises UserError for a family whose cache works in another way."""
     ids = plain_tokens(sampler.model, 2, 24, torch.device("cpu")).tolist()
     prompts, name = [ids[0], ids[1][:9]], type(sampler.generator).__name__
     sampling = dataclasses.replace(sampler.sampling, max_new_tokens=16)
-    try:
+    with naming(f"{name} cannot be sampled here, use --rollouts vllm"):
         waiting = start_completions(sampler, prompts, 2, [0, 1], sampling)
-    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{name} cannot be sampled ({first_line(error)}): use --rollouts vllm") from error
-    completions = [(prompt, c) for prompt, wait in zip(prompts, waiting) for c in wait()]
-    batch = collate([Sequence(prompt + c.ids, len(prompt), c.logprobs, 0.0) for prompt, c in completions],
-                    ranks.device)
-    logprobs, _ = sampler.model(batch["input_ids"], batch["rows"], batch["targets"], sampling.temperature)
-    reshard(sampler.model)
-    error = float((logprobs - batch["sampler_logprobs"]).abs().mean())
-    if not error <= (1e-3 if sampler.dtype == torch.float32 else 0.1):
-        raise UserError(f"{name} samples with other logprobs than it trains with (mean difference "
-                        f"{error:.2g}): its cache works in another way; use --rollouts vllm")
+    answered = [(prompt, completion) for prompt, wait in zip(prompts, waiting) for completion in wait()]
+    prove_completions(sampler, answered, f"{name}'s cache works in another way: use --rollouts vllm")
 
 
 def open_sampler(args: Namespace, model: nn.Module, folder: Path, tokenizer, dtype: torch.dtype, ranks: Ranks
                  ) -> Sampler:
-    server = open_server(args) if args.rollouts == "vllm" else None
+    """The server, its weights not yet those of the model, or a generator, proved to be right (all ranks)."""
+    server = open_server(args, ranks) if args.rollouts == "vllm" else None
     generator = None if server else build_generator(args, folder, model.whole_logits)
     sampling = Sampling(args.temperature, args.max_new_tokens, end_tokens(tokenizer, folder))
     sampler = Sampler(model, generator, server, args.rollout_batch, ranks.device, sampling, dtype)
-    if args.rollouts == "local":
+    if generator:
         prove_rollouts(sampler, ranks)
     return sampler
 
 
-def load_tasks(args: Namespace) -> Tasks:
-    """Questions and tokenizer, before any process group exists. Raises UserError."""
-    tokenizer = load_tokenizer(args)
-    train = load_questions(args, tokenizer, args.dataset_split, args.limit)
-    held_out = (load_questions(args, tokenizer, args.eval_split, args.eval_limit)
-                if args.eval_limit != 0 else None)
-    return Tasks(train, held_out, tokenizer)
-
-
-def data_identity(tasks: Tasks) -> str:
-    """The prompts and answers that are trained on: data set, tokenizer, template, system prompt, limits."""
-    asked = [[row["gold"] for row in tasks.train.rows], tasks.train.prompts]
-    return f"{zlib.crc32(repr(asked).encode()):08x}"
-
-
-def take_batch(pending: list[tuple[Group, Callable]], tasks: Tasks, format_weight: float, phase: Callable
-               ) -> list[Group]:
-    """Wait for the completions, judge them; the groups of all ranks, in global order (all ranks)."""
-    with phase("generate"):
-        for group, wait in pending:
-            group.completions = wait()
-    with phase("reward"):
-        mine = [group for group, _ in pending]
-        score(mine, tasks.train, tasks.tokenizer, format_weight)
-        return list(itertools.chain(*gather_objects(mine)))
-
-
-def log_rollouts(groups: list[Group], step: int, args: Namespace, ranks: Ranks) -> None:
-    """Each rank writes its part, a row per completion; a step that a resume repeats stands there twice."""
-    mine = [g for g in groups if g.position // args.batch_size % ranks.world_size == ranks.rank]
-    path = Path(args.checkpoint_dir) / ROLLOUT_LOG.format(rank=ranks.rank)
-    append_lines(path, *({
-        "step": step, "position": group.position, "sample": sample, "question": group.question,
-        "version": group.version, "reward": group.rewards[sample], "correct": group.correct[sample],
-        "finish": completion.finish, "prompt_ids": group.prompt_ids, "completion_ids": completion.ids,
-        "logprobs": completion.logprobs}
-        for group in mine for sample, completion in enumerate(group.completions)))
-
-
-def describe_tasks(tasks: Tasks, args: Namespace, ranks: Ranks) -> list[str]:
-    total = args.batch_size * ranks.world_size
-    lines = [f"steps      {args.train_steps:,} of {total:,} questions ({args.batch_size} a process) x "
-             f"{args.group_size} completions, {args.updates_per_batch} updates each, --loss {args.loss}"]
-    for name, questions in (("questions", tasks.train), ("held out", tasks.held_out)):
-        if questions:
-            left_out = questions.num_left_out
-            longer = f", {left_out:,} longer than --max-prompt-tokens left out" if left_out else ""
-            lines.append(f"{name:10s} {len(questions.prompts):,}{longer}")
-    return lines
-
-
-def note_updates(updates: list[list[float]], num_sequences: int, progress: dict) -> None:
-    """Count updates that were left out. Raises UserError after 10 in a row whose gradient was not finite."""
+def note_updates(updates: list[list[float]], num_sequences: int, progress: dict) -> dict[str, float]:
+    """Count updates that were left out; metrics of the last one. Raises UserError after 10 in a row whose
+    gradient was not finite."""
     for skipped, *_ in updates:
         progress["skipped_updates"] += bool(skipped)
         # Where no group has variance there is nothing to train on, and nothing wrong.
@@ -2933,30 +2570,21 @@ def note_updates(updates: list[list[float]], num_sequences: int, progress: dict)
     if progress["bad_in_a_row"] >= 10:
         raise UserError("10 updates in a row had a gradient that is not finite; none of them changed the "
                         "weights. Lower --max-lr, or go back to an older checkpoint with --resume")
+    skipped, loss, grad_norm = updates[-1]
+    return {} if skipped else {"train/loss": loss, "train/grad_norm": grad_norm}
 
 
-def closing_lines(args: Namespace, progress: dict, saver: Checkpointer) -> list[str]:
-    run_dir = Path(args.checkpoint_dir)
-    lines = [f"checkpoint {path}" for path in checkpoints_in(saver.folder)[-1:]]
-    lines.append(f"record     {run_dir / 'metrics.jsonl'}, {run_dir / ROLLOUT_LOG.format(rank=0)}")
-    if args.export:
-        lines.append(f"model      {run_dir / 'hf'} (Hugging Face format)")
-    if progress["skipped_updates"] >= args.train_steps * args.updates_per_batch:
-        lines.append("note       nothing was learnt: in no step did a group's rewards differ. Are the "
-                     "questions too hard or too easy, or the answers never in the expected form?")
-    return [*lines, "next       the same command with a larger --train-steps goes on from here"]
+def is_due(step: int, every: int) -> bool:
+    return step > 0 and every > 0 and step % every == 0
 
 
-def show_evaluation(console: Console, progress: dict, found: dict) -> None:
-    """A line; notes in `progress` which step is the best."""
+def note_evaluation(progress: dict, found: dict) -> str:
+    """A line to show; notes in `progress` which step is the best."""
     if found["eval/accuracy"] > (progress["best_accuracy"] or 0.0):
         progress |= {"best_accuracy": found["eval/accuracy"], "best_step": progress["step"]}
-    sampled = ""
-    if "eval/maj_at_k" in found:
-        sampled = f"  maj@k {found['eval/maj_at_k']:.1%}  pass@k {found['eval/pass_at_k']:.1%}"
-    console.say(f"step {progress['step']:>6,}  held-out accuracy {found['eval/accuracy']:.1%} (95 %: "
-                f"{found['eval/accuracy_low']:.1%} to {found['eval/accuracy_high']:.1%}) over "
-                f"{found['eval/questions']:,} questions{sampled}")
+    return (f"step {progress['step']:>6,}  held-out accuracy {found['eval/accuracy']:.1%} (95 %: "
+            f"{found['eval/accuracy_low']:.1%} to {found['eval/accuracy_high']:.1%}) over "
+            f"{found['eval/questions']:,} questions")
 
 
 # >>> shared: ending
@@ -3036,13 +2664,17 @@ def run_and_report(saves_memory: str) -> None:
 
 
 def main() -> None:
+    from tqdm import tqdm
+
     # Set-up ---------------------------------------------------------------------------------
     args = parse_args()
     relaunch_under_torchrun(args)
     ranks = read_ranks(args)
     run_dir, folder = Path(args.checkpoint_dir), fetch(args.model)
-    say = print if ranks.is_main and args.log_level != "WARNING" else (lambda *line: None)
-    tasks = load_tasks(args)  # takes as long as it needs: no process group exists yet
+    say = tqdm.write if ranks.is_main and args.log_level != "WARNING" else (lambda line: None)
+    tokenizer = load_tokenizer(args)  # takes as long as it needs: no process group exists yet
+    train = load_questions(args, tokenizer, args.dataset_split, args.limit, say)
+    held_out = load_questions(args, tokenizer, args.eval_split, args.eval_limit, say)
 
     mesh = init_distributed(args, ranks)
     dtype = compute_dtype(args.mixed_precision, ranks.device)
@@ -3052,29 +2684,27 @@ def main() -> None:
     progress = read_progress(checkpoints, {  # all of it survives a resume
         "step": 0, "samples": 0, "tokens": 0, "skipped_updates": 0, "bad_in_a_row": 0, "best_accuracy": None,
         "best_step": -1})
+    data = repr([[row["gold"] for row in train], [row["prompt"] for row in train]])
     notes = compare_runs(args, progress, checkpoints, "model seed data", processes=ranks.world_size,
-                         data=data_identity(tasks))
+                         data=f"{zlib.crc32(data.encode()):08x}")
     if report_finished(args, ranks, checkpoints, progress["step"], args.train_steps, "--train-steps"):
         return
-    optimizer = fill_policy(args, model, folder, checkpoints, ranks)
+    optimizer = build_optimizer(model, args)  # after sharding, which replaces the parameters
+    fill_model(model, args, folder, checkpoints, optimizer, ranks)
     ref_model = load_reference(args, folder, mesh, dtype, ranks)
-    sampler = open_sampler(args, model, folder, tasks.tokenizer, dtype, ranks)
-    link = open_link(args, sampler.server, dtype, ranks) if sampler.server else None
+    sampler = open_sampler(args, model, folder, tokenizer, dtype, ranks)
 
     texts = write_record(run_dir, args, ranks)
-    best = progress["best_step"] if args.keep_best else -1
-    saver = Checkpointer(run_dir / "checkpoints", args.keep_checkpoints, best)
+    saver = Checkpointer(run_dir / "checkpoints", args.keep_checkpoints)
     trackers = open_trackers(args, ranks)
-    for line in [describe_model(model, dtype), *describe_tasks(tasks, args, ranks), *notes]:
-        say(line)
-    num_replicas = ranks.world_size // mesh.size(-1)  # 1 without HSDP
+    show = open_logger(args, say, ranks)
+    say("\n".join([describe_model(model, dtype), *notes]))
     reduces_always = args.reduce_every_micro_batch or mesh.size() == 1  # one device: no traffic, less memory
-    loss_sum, count = torch.zeros(2, device=ranks.device)
-    times, stop, pending, row, evaluation = {}, None, None, {}, {}
-    probe = (tasks.train.prompts[0], sampler.sampling) if link else None
+    times, pending, row, evaluation = {}, None, {}, {}
     phase = functools.partial(timed, times)
     asked = catch_signals(ranks)
-    console = open_console(args, progress["step"], ranks)
+    bar = open_bar(args.train_steps, progress["step"], ranks)
+    bar.disable = bar.disable or args.logger != "print"
     started = row_started = time.perf_counter()
 
     # Loop ------------------------------------------------------------------------------------
@@ -3082,15 +2712,12 @@ def main() -> None:
         # Evaluate (all ranks): first of all, so that a run that was ended after a save makes up for it
         step = progress["step"]
         is_last = step >= args.train_steps
-        is_due = is_last or (step and args.eval_every and step % args.eval_every == 0)
-        if tasks.held_out and (is_due or (step == 0 and args.eval_first)):
+        if held_out and (is_last or is_due(step, args.eval_every) or (step == 0 and args.eval_first)):
             stall_after(None)
             for _, wait in pending or ():
                 wait()  # or new weights would answer what was asked of the old
-            update_server(link, model, step, probe, ranks)
-            evaluation = evaluate(sampler, tasks, args, ranks)
-            show_evaluation(console, progress, evaluation)
-            saver.best = progress["best_step"] if args.keep_best else -1
+            evaluation = evaluate(sampler, held_out, tokenizer, step, ranks)
+            say(note_evaluation(progress, evaluation))
             for track in trackers:
                 track({"step": step, **evaluation})
             row_started = time.perf_counter()
@@ -3098,31 +2725,23 @@ def main() -> None:
             break
         stall_after(args.stall_timeout)
 
-        # Generate and judge (all ranks)
-        probe_error = 0.0
-        if pending is None:
-            with phase("sync"):
-                probe_error = update_server(link, model, step, probe, ranks)
-            with phase("generate"):
-                pending = start_batch(sampler, tasks.train, progress["samples"], step, args, ranks)
-        groups = take_batch(pending, tasks, args.format_reward, phase)
-        progress["samples"], pending = groups[-1].position + 1, None
+        # Generate and judge (all ranks); the next batch may be generated during this one's update
+        pending = pending or start_batch(sampler, train, progress, phase, args, ranks)
+        with phase("generate"):
+            for group, wait in pending:
+                group.completions = wait()
         with phase("reward"):
-            log_rollouts(groups, step + 1, args, ranks)
-        if link and ranks.is_main:
-            check_server(link)
-        if args.async_depth and step + 1 < args.train_steps:  # the next batch is generated during the update
-            with phase("sync"):
-                probe_error = update_server(link, model, step, probe, ranks)
-            with phase("generate"):
-                pending = start_batch(sampler, tasks.train, progress["samples"], step, args, ranks)
+            groups = judge_batch([group for group, _ in pending], train, tokenizer, step + 1, args, ranks)
+        progress["samples"], pending = groups[-1].position + 1, None
+        if args.async_depth and step + 1 < args.train_steps:
+            pending = start_batch(sampler, train, progress, phase, args, ranks)
 
         # Advantages, and micro-batches for each rank, as many on each
         chosen = choose_groups(groups, args.zero_variance)
         sequences = to_sequences(chosen, args.loss, args.mask_truncated)
         hands = deal(sequences, ranks.world_size, args.micro_batch_tokens)
-        max_len = args.max_prompt_tokens + args.max_new_tokens
-        batches = [collate(hand, ranks.device, max_len) for hand in hands[ranks.rank]]
+        longest = args.max_prompt_tokens + args.max_new_tokens
+        batches = [collate(hand, ranks.device, longest) for hand in hands[ranks.rank]]
         with phase("logprob"):
             add_old_logprobs(model, ref_model, batches, args)
 
@@ -3131,85 +2750,79 @@ def main() -> None:
         lr = learning_rate(step, args.train_steps, args.warmup_steps, args.max_lr, args.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        for _ in range(args.updates_per_batch):
-            with phase("train"):
-                loss_sum.zero_()
-                count.zero_()
-                for micro, batch in enumerate(batches):
-                    is_reduced = reduces_always or micro == len(batches) - 1
-                    model.set_requires_gradient_sync(is_reduced)  # else whole gradients add up on each rank
+        with phase("train"):
+            for _ in range(args.updates_per_batch):
+                loss_sum, count = torch.zeros(2, device=ranks.device)
+                for micro, batch in enumerate(batches, 1):
+                    # Where it is off, whole gradients add up on each rank
+                    model.set_requires_gradient_sync(reduces_always or micro == len(batches))
                     loss = micro_batch_loss(model, batch, args, totals)
                     loss.backward()
                     loss_sum += loss.detach()  # read at the sync point only
                     count += loss_denominator(batch, args.loss)
-            with phase("checkpoint"):
                 wait_for_copy(saver)  # the update would change what is being copied
-            with phase("train"):
                 update_loss, update_count, grad_norm, votes = reduce_stats(
-                    model, loss_sum[None], count, num_replicas, votes_to_stop(asked, run_dir, ranks))
+                    model, loss_sum[None], count, ranks.world_size // mesh.size(-1),
+                    votes_to_stop(asked, run_dir, ranks))
                 # Without anything to train on the norm is 0/0, and the update is left out
                 is_skipped = clip_and_step(optimizer, grad_norm, update_count, args.grad_clip)
                 updates.append(torch.stack([is_skipped, update_loss[0], grad_norm]))
                 optimizer.zero_grad()
+            totals = all_sum(totals).tolist()  # sync point: what follows has been computed, too
+            updates, votes = torch.stack(updates).tolist(), votes.tolist()
 
         # Count
-        with phase("train"):
-            values = torch.cat([all_sum(totals), *updates, votes]).tolist()  # sync point
-            stop = next((name for name, count in zip(STOPS, values[-len(STOPS):]) if count), None)
-            del values[-len(STOPS):]
+        stop = next((name for name, voted in zip(STOPS, votes) if voted), None)
         progress["step"] += 1
         progress["tokens"] += sum(len(s.ids) - s.num_prompt for s in sequences)
-        note_updates([values[i:i + 3] for i in range(len(totals), len(values), 3)], len(sequences), progress)
-        console.bar.update()
+        last_update = note_updates(updates, len(sequences), progress)
+        bar.update()
         is_last = progress["step"] == args.train_steps
-        every = args.checkpoint_interval
-        may_be_best = args.keep_best and args.eval_every and progress["step"] % args.eval_every == 0
-        is_save = every and (is_last or stop or may_be_best or progress["step"] % every == 0)
 
         # Log
-        is_skipped, loss_value, norm_value = values[-3:]
         seconds, row_started = time.perf_counter() - row_started, time.perf_counter()
-        num_generated = sum(len(c.ids) for group in groups for c in group.completions)
         row = {
-            "step": progress["step"], "samples": progress["samples"], **rollout_metrics(groups, step),
-            "rollout/groups": len(chosen), "train/lr": lr,
-            **({} if is_skipped else {"train/loss": loss_value, "train/grad_norm": norm_value}),
+            "step": progress["step"], "samples": progress["samples"], "rollout/groups": len(chosen),
+            **rollout_metrics(groups, step, seconds), "train/lr": lr, **last_update, **update_stats(totals),
             "train/skipped_updates": progress["skipped_updates"], "train/tokens": progress["tokens"],
-            **update_stats(values[:len(totals)]), "sync/probe_error": probe_error,
-            "perf/completion_tokens_per_s": num_generated / seconds,
+            "sync/probe_error": sampler.server.proof_error if sampler.server else 0.0,
             "perf/peak_mem_gib": peak_memory_gib(ranks.device), "time/step_s": seconds,
-            **{f"time/{key}_s": times.get(key, 0.0) for key in PHASES},
+            **{f"time/{key}_s": times.pop(key, 0.0) for key in PHASES},
         }
-        times.clear()
         for track in trackers:
             track(row)
-        console.show(row, args.train_steps)
+        show(row)
         if progress["step"] == 1 or args.log_level == "DEBUG":
-            console.say(first_answers(groups, tasks.tokenizer))
+            say(first_answers(groups, tokenizer))
         stall_after(None)
 
         # Save (all ranks)
-        if is_save:
+        may_be_best = args.keep_best and is_due(progress["step"], args.eval_every)
+        is_save = is_last or stop or may_be_best or is_due(progress["step"], args.checkpoint_interval)
+        if is_save and args.checkpoint_interval:
+            saver.best = progress["best_step"] if args.keep_best else -1
             with phase("checkpoint"):
                 start_save(saver, checkpoint_tensors(model, optimizer, ranks), progress, texts, ranks)
                 if is_last or stop or not args.async_checkpoint:
                     finish_save(saver, must=is_last or stop)
         if stop and not is_last:
-            console.close()
+            bar.close()
             leave_stopped(stop, saver, ranks)
 
     # End -------------------------------------------------------------------------------------
-    console.close()
-    if link and ranks.is_main:
-        rpc(link, "close_weights")
+    bar.close()
+    if sampler.server and ranks.is_main:
+        rpc(sampler.server, "close_weights")
     if args.export:
-        export_model(model, run_dir / "hf", (model.config, tasks.tokenizer, folder), dtype, ranks)
+        export_model(model, run_dir / "hf", (model.config, tokenizer, folder), dtype, ranks)
     torch.distributed.destroy_process_group()  # rank 0 works alone from here: the others must not time out
     if ranks.is_main:
         write_summary(run_dir, progress, row | evaluation, time.perf_counter() - started)
-        for line in closing_lines(args, progress, saver):
-            say(line)
+        if 0 < args.train_steps * args.updates_per_batch <= progress["skipped_updates"]:
+            say("note       nothing was learnt: in no step did a group's rewards differ. Are the questions "
+                "too hard or too easy, or the answers never in the expected form?")
+        say(f"done       {run_dir}: the same command with a larger --train-steps goes on from here")
 
 
 if __name__ == "__main__":
-    run_and_report(saves_memory="lower --micro-batch-tokens or --logprob-chunk-tokens")
+    run_and_report(saves_memory="lower --micro-batch-tokens")

@@ -90,7 +90,7 @@ def check_prompts(args: argparse.Namespace, num_rows: int = 100) -> None:
     for row in read_rows(Path(args.gsm8k) / "train.jsonl")[:num_rows]:
         text, [(start, _)] = train_llm.render_chat(tokenizer, to_messages(row), None)
         ids = tokenizer(text[:start], add_special_tokens=False)["input_ids"]
-        asked = train_gsm8k_fsdp2.render_prompt(tokenizer, row["question"], SYSTEM, "chat")
+        asked = train_gsm8k_fsdp2.render_prompt(tokenizer, row["question"], SYSTEM)
         if ids != asked:
             sys.exit("training and evaluation ask differently: "
                      f"{text[:start]!r} and {tokenizer.decode(asked)!r}")
@@ -173,7 +173,7 @@ def measure_accuracy(args: argparse.Namespace, model: Path, name: str, more: lis
     precision = [flag for flag in more if flag.endswith("mixed-precision")]
     flags = ["--model", model, "--dataset", args.gsm8k, "--limit", 1, "--train-steps", 0,
              "--eval-split", "test", "--eval-limit", args.questions, "--max-new-tokens", args.max_new_tokens,
-             "--system-prompt", SYSTEM, "--prompt-format", "chat", "--rollouts", "local",
+             "--system-prompt", SYSTEM, "--rollouts", "local",
              "--device", args.device, "--nproc", args.nproc, "--checkpoint-dir", folder,
              "--checkpoint-interval", 0, "--no-export", *precision]
     run("train_gsm8k_fsdp2.py", flags, Path(args.out) / f"{name}.notes.jsonl")

@@ -97,7 +97,7 @@ def our_flags(folder: Path, run: Path, steps: int, precision: str) -> list:
     mixed = "--mixed-precision" if precision == "bf16" else "--no-mixed-precision"
     return ["--model", folder / "model", "--dataset", folder / "data", "--checkpoint-dir", run,
             "--train-steps", steps, "--checkpoint-interval", 0, "--no-export", "--eval-limit", 0,
-            "--prompt-format", "plain", "--system-prompt", "", "--max-prompt-tokens", PROMPT_TOKENS,
+            "--system-prompt", "", "--max-prompt-tokens", PROMPT_TOKENS,
             "--batch-size", QUESTIONS, "--group-size", GROUP_SIZE, "--max-new-tokens", NEW_TOKENS,
             "--zero-variance", "keep", mixed, "--device", "cpu",
             "--activation-checkpointing", "none"]
@@ -148,9 +148,9 @@ def train_with_trl(folder: Path, steps: int, precision: str) -> None:
     """TRL's side, under torchrun in TRL's environment."""
     sys.path.insert(0, str(ROOT))
     from datasets import Dataset
-    from train_gsm8k_fsdp2 import json_lines, reward, to_question
+    from train_gsm8k_fsdp2 import parse_args, read_questions, reward
     from trl import GRPOConfig, GRPOTrainer
-    rows = [to_question(row, where) for where, row in json_lines(folder / "data/train.jsonl")]
+    rows = read_questions(parse_args(["--dataset", str(folder / "data")]), "train")
     prompts = [{"prompt": f"Question: {row['question']}\nAnswer:"} for row in rows]
 
     def judge(completions: list[str], **_) -> list[float]:
@@ -282,8 +282,7 @@ def push_repeatedly(folder: Path, port: int, pushes: int, precision: str) -> Non
     model = script.load_policy(args, folder / "model", mesh, dtype, ranks)
     script.load_hf_weights(model, folder / "model", False, ranks)
     script.prove_filled(model)
-    server = script.open_server(args)
-    link = script.open_link(args, server, dtype, ranks)
+    server = script.open_server(args, ranks)
     rows, spent = [], {}
 
     def timed(key: str, call: Callable, *call_args: object, **options: object) -> object:
@@ -293,16 +292,16 @@ def push_repeatedly(folder: Path, port: int, pushes: int, precision: str) -> Non
         finally:
             spent[key] = spent.get(key, 0.0) + time.perf_counter() - started
 
-    script.send_unit = functools.partial(timed, "send_unit", script.send_unit)
+    script.broadcast = functools.partial(timed, "broadcast", script.broadcast)
     plain_rpc = script.rpc
-    script.rpc = lambda link, method, *more: timed(method, plain_rpc, link, method, *more)
+    script.rpc = lambda server, method, *more: timed(method, plain_rpc, server, method, *more)
     for version in range(1, pushes + 1):
         spent.clear()
         torch.distributed.barrier()
-        timed("push", script.push_weights, link, model, version, ranks)
+        timed("push", script.push_weights, server, model, dtype, version, ranks)
         # The call of receive_weights begins with the push, and ends when the workers hold everything.
         whole, transfer, send, load = (spent.get(key, 0.0) for key in (
-            "push", "receive_weights", "send_unit", "swap_weights"))
+            "push", "receive_weights", "broadcast", "swap_weights"))
         rows.append({"whole push": whole, "until the workers hold all of it": transfer,
                      "gather and wait": transfer - send, "send": send, "vLLM loads it": load,
                      "pause, cache, resume": whole - transfer - load})

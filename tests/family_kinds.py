@@ -290,7 +290,7 @@ def reinforce_once(ask, folder, source):
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return ask(folder, [
         "--model", source, "--dataset", "questions.jsonl", "--checkpoint-dir", "run", "--system-prompt", "",
-        "--prompt-format", "plain", "--max-prompt-tokens", 64, "--batch-size", 4, "--group-size", 3,
+        "--max-prompt-tokens", 64, "--batch-size", 4, "--group-size", 3,
         "--max-new-tokens", MAX_NEW_TOKENS, "--train-steps", 1, "--zero-variance", "keep", "--eval-limit", 0,
         "--device", "cpu", "--no-mixed-precision", "--no-export"], script="train_gsm8k_fsdp2")
 
@@ -362,16 +362,17 @@ def check_rollouts(source, folder, result):
     """Logged logprobs against a full forward of transformers, each completion by itself."""
     assert result.returncode == 0, result.stdout + result.stderr
     logs = (folder / "run").glob("*rollouts.rank*.jsonl")
-    rows = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
-    model, lengths = load(source), {len(row["completion_ids"]) for row in rows}
+    groups = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+    rows = [(group["prompt_ids"], completion) for group in groups for completion in group["completions"]]
+    model, lengths = load(source), {len(completion["ids"]) for _, completion in rows}
     assert len(rows) == 12 and len(lengths) > 2, "rows that end alike prove little"
-    assert len({len(row["prompt_ids"]) for row in rows}) == 4
-    for row in rows:
-        ids, start = torch.tensor([row["prompt_ids"] + row["completion_ids"]]), len(row["prompt_ids"])
+    assert len({len(prompt) for prompt, _ in rows}) == 4
+    for prompt, completion in rows:
+        ids, start = torch.tensor([prompt + completion["ids"]]), len(prompt)
         with torch.no_grad():
             logprobs = torch.log_softmax(logits_of(model, ids)[0, start - 1:-1], dim=-1)
         expected = logprobs.gather(1, ids[0, start:, None])[:, 0]
-        error = (torch.tensor(row["logprobs"]) - expected).abs().max()
+        error = (torch.tensor(completion["logprobs"]) - expected).abs().max()
         assert error < 1e-4, f"logprobs {error:.1e} off"
-        assert row["completion_ids"][-1] in ENDS or len(row["completion_ids"]) == MAX_NEW_TOKENS
+        assert completion["ids"][-1] in ENDS or len(completion["ids"]) == MAX_NEW_TOKENS
     assert read_metrics(folder / "run")[0]["train/mismatch_kl"] < 1e-6

@@ -322,14 +322,15 @@ def push(result, dtype, folder, port):
     from real_model import gsm8k_rows
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    args = gsm8k_args(folder, "--rollouts", "vllm", "--vllm-port", port, "--sync-timeout", "60")
+    args = gsm8k_args(folder, "--rollouts", "vllm", "--vllm-port", port, "--vllm-timeout", "60")
     ranks = gsm8k.read_ranks(args)
     mesh = gsm8k.init_distributed(args, ranks)
     model, tokenizer = load_gsm8k(args, folder, dtype, mesh, ranks), AutoTokenizer.from_pretrained(folder)
-    link = gsm8k.open_link(args, gsm8k.open_server(args), dtype, ranks)
+    server = gsm8k.open_server(args, ranks)
     sampling = gsm8k.Sampling(1.0, 16, [tokenizer.eos_token_id])
     row = gsm8k_rows("test")[0]
-    prompt = gsm8k.render_prompt(tokenizer, row["question"], gsm8k.SYSTEM_PROMPT, "chat")
+    prompt = gsm8k.render_prompt(tokenizer, row["question"], gsm8k.SYSTEM_PROMPT)
+    sampler = gsm8k.Sampler(model, None, server, 8, ranks.device, sampling, dtype)
     twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     before = {name: param.detach() for name, param in twin.named_parameters()}
     found, version = {}, 0
@@ -339,8 +340,8 @@ def push(result, dtype, folder, port):
         version += 1
         with sends(others):
             try:
-                error = gsm8k.update_server(link, model, version, (prompt, sampling), ranks)
-                found[name] = {"value": error, "error": None}
+                gsm8k.update_server(sampler, version, prompt, ranks)
+                found[name] = {"value": server.proof_error, "error": None}
             except gsm8k.UserError as error:
                 found[name] = {"error": str(error)}
 

@@ -6,7 +6,7 @@ import string
 from pathlib import Path
 
 EOS, BOS = "<eos>", "<bos>"
-PROMPT = "Question: {question}\nAnswer:"  # what --prompt-format plain and no system prompt make of it
+PROMPT = "Question: {question}\nAnswer:"  # without a chat template and a system prompt
 OPENINGS = ("", "", "so ")  # in front of the answer, so that completions are 4 or 7 tokens long
 LEARNING_RATE = 5e-3
 
@@ -99,7 +99,7 @@ def flags(folder, run, nproc, *more):
     folder = Path(folder)
     return [
         "--model", folder / "policy", "--dataset", folder / "questions", "--checkpoint-dir", folder / run,
-        "--system-prompt", "", "--prompt-format", "plain", "--max-prompt-tokens", 64, "--max-new-tokens", 12,
+        "--system-prompt", "", "--max-prompt-tokens", 64, "--max-new-tokens", 12,
         "--batch-size", 8 // nproc, "--group-size", 8, "--train-steps", 6, "--max-lr", 1e-3,
         "--eval-limit", 0, "--seed", 3, "--device", "cpu", "--no-mixed-precision", "--no-compile", *more,
     ]

@@ -243,7 +243,7 @@ def test_quantised_weights_are_refused(ask, base, model_of, method, script):
     (folder / "questions.jsonl").write_text(json.dumps({"question": "1+2?", "answer": "#### 3"}) + "\n")
     flags = {"train_llm": ["--hf-model", "source", "--dataset", "texts.jsonl", "--seq-len", SEQ_LEN],
              "train_gsm8k_fsdp2": ["--model", "source", "--dataset", "questions.jsonl", "--eval-limit", 0,
-                                   "--prompt-format", "plain", "--max-new-tokens", 8, "--train-steps", 1,
+                                   "--max-new-tokens", 8, "--train-steps", 1,
                                    "--max-prompt-tokens", 200]}
     result = ask(folder, [*flags[script], "--device", "cpu", "--checkpoint-dir", "run"], script=script)
     line = refusal(result, script + ".py")

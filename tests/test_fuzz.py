@@ -118,11 +118,9 @@ def test_a_server_that_is_no_vllm():
     """Every answer is what it should be, or a UserError that names the server."""
     false = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FalseServer)
     threading.Thread(target=false.serve_forever, daemon=True).start()
-    server = GRPO.Server(*false.server_address, 1.0, None, "m", 0)
-    args = GRPO.parse_args(["--vllm-host", server.host, "--vllm-port", str(server.port)])
+    server = GRPO.Server(*false.server_address, 1.0)
     calls = [lambda: GRPO.complete(server, [1, 2], 1, GRPO.Sampling(1.0, 4, [6])),
-             lambda: GRPO.open_server(args),
-             lambda: GRPO.rpc(GRPO.WeightLink(server, 1.0, None, None), "weights_version")]
+             lambda: GRPO.rpc(server, "weights_version")]
     for number in range(50 * CASES):
         rng, answer = random.Random(f"{SEED} server {number}"), json.loads(json.dumps(LIKE_VLLM))
         choice = answer["choices"][0]
@@ -135,5 +133,5 @@ def test_a_server_that_is_no_vllm():
             assert server.address in str(error), (SEED, number, false.answer, error)
         else:
             [completion] = taken
-            GRPO.check_tokens(completion.ids, completion.logprobs)
+            assert len(completion.ids) == len(completion.logprobs) > 0
     false.shutdown()

@@ -10,7 +10,6 @@ import math
 import os
 import random
 import zlib
-from fractions import Fraction
 
 import pytest
 import torch
@@ -783,7 +782,7 @@ def test_a_completion_depends_on_its_prompt_and_seed_only(alone, tmp_path):
     make_model("qwen2_tied").save_pretrained(tmp_path)
     tokenizer, (mesh, ranks) = make_digit_tokenizer(tmp_path), alone
     args = parse("--model", tmp_path, "--device", "cpu", "--no-mixed-precision", "--no-compile",
-                 "--max-prompt-tokens", 40, "--max-new-tokens", 20, "--logprob-chunk-tokens", 16)
+                 "--max-prompt-tokens", 40, "--max-new-tokens", 20)
     model = script.load_policy(args, tmp_path, mesh, torch.float32, ranks)
     script.load_hf_weights(model, tmp_path, False, ranks)
     script.prove_logprobs(model, ranks)
@@ -891,7 +890,6 @@ def test_wilson_interval():
         assert script.wilson_interval(num_right, num) == pytest.approx(interval, abs=6e-5)
         low, high = script.wilson_interval(num - num_right, num)  # of what is not right
         assert (1 - high, 1 - low) == pytest.approx(interval, abs=6e-5)
-    assert script.wilson_interval(0, 0) == (0.0, 1.0)
 
 
 def test_choose_groups():
@@ -915,19 +913,3 @@ def test_truncated_answers_are_left_out_of_the_loss_and_stay_in_the_baseline():
         assert sequence.ids == group.prompt_ids + completion.ids
         assert sequence.num_prompt == len(group.prompt_ids)
         assert sequence.sampler_logprobs == completion.logprobs
-
-
-def test_the_most_frequent_answer(tmp_path):
-    tokenizer = make_digit_tokenizer(tmp_path)
-
-    def is_right(*texts, gold=18, finish="stop"):
-        completions = [Completion(tokenizer(text, add_special_tokens=False)["input_ids"], [], finish)
-                       for text in texts]
-        return script.majority_is_right(tokenizer, completions, Fraction(gold))
-
-    assert is_right("#### 18", "#### 17", "so #### 18.0") and not is_right("#### 17", "#### 18", "#### 17")
-    assert is_right("#### 18", "#### 17") and not is_right("#### 17", "#### 18")  # the first of equals
-    assert is_right("dunno", "dunno", "dunno", "#### 18") and not is_right("dunno", "18")
-    # Cut off: 18 may have been going to be 180. The reward does not count it, either.
-    assert not is_right("#### 18", "#### 18", finish="length")
-    assert is_right(r"\boxed{18} is", r"\boxed{18} whi", finish="length")

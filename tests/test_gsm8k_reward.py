@@ -9,8 +9,7 @@ from fractions import Fraction
 import pytest
 from helpers import BOS, CHAT_TEMPLATES, EOS, gsm8k_folder, make_tokenizer, write_gsm8k_like
 from train_gsm8k_fsdp2 import (
-    SYSTEM_PROMPT, UserError, final_answer, parse_number, prompt_style, read_questions,
-    render_prompt, reward,
+    SYSTEM_PROMPT, UserError, final_answer, parse_number, read_questions, render_prompt, reward,
 )
 
 SIZES = {"train": 7473, "test": 1319}
@@ -288,7 +287,7 @@ def test_questions_of_a_folder(tmp_path):
     assert [{key: row[key] for key in ROW} for row in train] == [json.loads(line) for line in lines]
     assert all(row["gold"] == int(row["answer"].split()[-1]) for row in train)
     assert [row["gold"] for row in read_questions(args, "test")] == [Fraction(-2469, 2), 18]
-    with pytest.raises(UserError, match="no data file has 'validation' as a word in its name"):
+    with pytest.raises(UserError, match="holds no questions of 'validation'; of a folder"):
         read_questions(args, "validation")
 
 
@@ -330,20 +329,19 @@ def test_questions_of_tables(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(("lines", "message"), [
-    ([], "holds no questions; give another file or split"),
+    ([], "holds no questions of 'train'"),
     (["", " "], "holds no questions"),
-    ([ROW, "{'question': 1}"], r"rows\.jsonl:2: not JSON .* expected one object a line"),
-    ([ROW, "\udcff"], r"rows\.jsonl:2: not JSON"),
-    ([ROW, [1, 2]], r"rows\.jsonl:2: expected texts called 'question' and 'answer', the row is a list$"),
-    ([{"problem": "?", "solution": "!"}],
-     r"rows\.jsonl:1: expected texts called 'question' and 'answer', the row has: problem, solution$"),
+    ([ROW, "{'question': 1}"], r"rows\.jsonl:2: expected one JSON object a line: JSONDecodeError: "),
+    ([ROW, "\udcff"], r"rows\.jsonl:2: expected one JSON object a line: UnicodeDecodeError: "),
+    ([ROW, [1, 2]], r"rows\.jsonl:2: expected texts called 'question' and 'answer', not \[1, 2\]$"),
+    ([{"problem": "?"}], r"rows\.jsonl:1: .*'question' and 'answer', not {'problem': '\?'}$"),
     ([ROW, {"question": "?", "answer": [18]}], r"rows\.jsonl:2: expected texts"),
-    ([ROW, {"question": "?", "answer": True}], r"rows\.jsonl:2: expected texts"),
+    ([ROW, {"question": "?", "answer": True}], r"rows\.jsonl:2: no number to compare with .* 'True'"),
     ([{**ROW, "question": " "}], r"rows\.jsonl:1: expected texts"),
     ([ROW, "", {**ROW, "answer": "It is\n#### eighteen"}],
      r"rows\.jsonl:3: no number to compare with in the answer 'eighteen'; it must end .* such as '#### 18'$"),
     ([{**ROW, "answer": "It is 18"}, ROW, {**ROW, "answer": "#### 3 or 4"}],
-     r"rows\.jsonl:1: no number to compare .* \(2 rows are at fault\)$"),
+     r"rows\.jsonl:1: no number to compare with in the answer 'It is 18'"),
 ])
 def test_faulty_questions(tmp_path, lines, message):
     path = tmp_path / "rows.jsonl"
@@ -354,18 +352,15 @@ def test_faulty_questions(tmp_path, lines, message):
 
 
 def test_files_that_are_not_there(tmp_path):
-    with pytest.raises(UserError, match=r"missing\.jsonl: no such file"):
+    with pytest.raises(UserError, match=r"missing\.jsonl: FileNotFoundError"):
         read_questions(make_args(tmp_path / "missing.jsonl"), "train")
-    with pytest.raises(UserError, match=r"held\.jsonl: no such file"):
+    with pytest.raises(UserError, match=r"held\.jsonl: FileNotFoundError"):
         read_questions(make_args(tmp_path), str(tmp_path / "held.jsonl"))
-    (tmp_path / "notes.txt").write_text("18")
-    with pytest.raises(UserError, match=r"notes\.txt: no such file of questions; they stand in \.jsonl"):
-        read_questions(make_args(tmp_path / "notes.txt"), "train")
 
 
 def test_a_hub_name_without_a_hub():
     pytest.importorskip("datasets")
-    with pytest.raises(UserError, match=r"^--dataset nobody/questions \(train\): .*is the name right"):
+    with pytest.raises(UserError, match=r"^--dataset nobody/questions \(train\): .*nobody/questions"):
         read_questions(make_args("nobody/questions"), "train")
 
 
@@ -384,18 +379,11 @@ def tokenizers(tmp_path_factory):
             for name, (template, bos) in kinds.items()}
 
 
-def test_prompt_style(tokenizers):
-    assert prompt_style(tokenizers["qwen2"], "auto") == "chat"
-    assert prompt_style(tokenizers["base"], "auto") == "plain"
-    for wanted in ("chat", "plain"):
-        assert {prompt_style(tokenizer, wanted) for tokenizer in tokenizers.values()} == {wanted}
-
-
 @pytest.mark.parametrize("system", ["", "Think."])
 def test_chat_prompts(tokenizers, system):
     for name in sorted(CHAT_TEMPLATES.keys() - {"gemma"}):
         tokenizer = tokenizers[name]
-        ids = render_prompt(tokenizer, "How many?", system, "chat")
+        ids = render_prompt(tokenizer, "How many?", system)
         messages = [("system", system)] * bool(system) + [("user", "How many?")]
         messages = [{"role": role, "content": content} for role, content in messages]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -406,26 +394,24 @@ def test_chat_prompts(tokenizers, system):
 
 def test_the_generation_prompt_comes_last(tokenizers):
     tokenizer = tokenizers["chatml_generation"]
-    assert tokenizer.decode(render_prompt(tokenizer, "How many?", "Think.", "chat")) == (
+    assert tokenizer.decode(render_prompt(tokenizer, "How many?", "Think.")) == (
         "<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\nHow many?<|im_end|>\n"
         "<|im_start|>assistant\n")
 
 
 def test_a_template_that_refuses(tokenizers):
-    with pytest.raises(UserError, match=r"System role not supported\); without .*: --system-prompt ''$"):
-        render_prompt(tokenizers["gemma"], "How many?", SYSTEM_PROMPT, "chat")
-    text = tokenizers["gemma"].decode(render_prompt(tokenizers["gemma"], "How many?", "", "chat"))
+    with pytest.raises(UserError, match=r"--system-prompt ''\): .*System role not supported$"):
+        render_prompt(tokenizers["gemma"], "How many?", SYSTEM_PROMPT)
+    text = tokenizers["gemma"].decode(render_prompt(tokenizers["gemma"], "How many?", ""))
     assert text.endswith("<start_of_turn>user\nHow many?<end_of_turn>\n<start_of_turn>model\n")
-    with pytest.raises(UserError, match=r"the chat template refuses the prompt \(.*--prompt-format plain$"):
-        render_prompt(tokenizers["base"], "How many?", "", "chat")  # it has no template
 
 
 def test_plain_prompts(tokenizers):
-    for name in ("base", "base_bos", "qwen2"):
-        ids = render_prompt(tokenizers[name], "How many?", "", "plain")
+    for name in ("base", "base_bos"):
+        ids = render_prompt(tokenizers[name], "How many?", "")
         front = BOS * (name == "base_bos")
         assert tokenizers[name].decode(ids) == f"{front}Question: How many?\nAnswer:"
-        ids = render_prompt(tokenizers[name], "How many?", "Think.", "plain")
+        ids = render_prompt(tokenizers[name], "How many?", "Think.")
         assert tokenizers[name].decode(ids) == f"{front}Think.\nQuestion: How many?\nAnswer:"
 
 
@@ -441,7 +427,7 @@ def test_a_plain_prompt_has_no_end_token(tmp_path, front):
         single=f"{front} $A {EOS}".strip(),
         special_tokens=[(token, backend.token_to_id(token)) for token in {EOS, front} - {""}])
     assert tokenizer.decode(tokenizer("So")["input_ids"]) == f"{front}So{EOS}"
-    ids = render_prompt(tokenizer, "How many?", "", "plain")
+    ids = render_prompt(tokenizer, "How many?", "")
     assert tokenizer.decode(ids) == f"{front}Question: How many?\nAnswer:"
 
 

@@ -213,7 +213,7 @@ def servers(model, folder):
 def served_runs(model, questions, servers):
     return in_both(lambda dtype: grpo(
         dtype, model, questions, f"served_{dtype}", "--rollouts", "vllm", "--vllm-port", servers[dtype].port,
-        "--eval-limit", 1, "--vllm-timeout", TIMEOUT_S, "--sync-timeout", TIMEOUT_S))
+        "--eval-limit", 1, "--vllm-timeout", TIMEOUT_S))
 
 
 @each_dtype

@@ -188,7 +188,7 @@ def resident_mb(pid):
 # ----------------------------------------------------------------------------------------------------
 # 3. A trainer that does nothing but push
 
-def agreement(script, link, twin):
+def agreement(script, server, twin):
     """The largest difference between the server's logprobs and transformers', drawn at temperature 0.7 and
     greedily, and by how much a greedy token falls short of transformers' likeliest one."""
     import torch
@@ -198,7 +198,7 @@ def agreement(script, link, twin):
     for prompt in PROMPTS:
         for temperature, n in ((0.0, 1), (0.7, 2)):
             sampling = script.Sampling(temperature, 12, [0])
-            job = link.server.pool.submit(script.complete, link.server, prompt, n, sampling)
+            job = server.pool.submit(script.complete, server, prompt, n, sampling)
             jobs.append((prompt, temperature, job))
     for prompt, temperature, job in jobs:
         for found in job.result():
@@ -215,24 +215,24 @@ def agreement(script, link, twin):
 def die_in(script, mode):
     """Make the script's own push end this process: half way through the stream, or with the server paused; or
     fall silent half way."""
-    send_unit, rpc = script.send_unit, script.rpc
+    broadcast, rpc = script.broadcast, script.rpc
 
-    def send_first_unit(*args):
-        sent = send_unit(*args)
+    def send_first_tensor(group, tensor, timeout_s, call):
+        broadcast(group, tensor, timeout_s, call)
         if mode == "silent":
-            time.sleep(3 * args[0].timeout_s)
-            return sent
+            time.sleep(3 * timeout_s)
+            return
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def never_swap(link, method, *args, **options):
+    def never_swap(server, method, *args, **options):
         if method == "swap_weights":
             os.kill(os.getpid(), signal.SIGKILL)
-        return rpc(link, method, *args, **options)
+        return rpc(server, method, *args, **options)
 
     if mode == "paused":
         script.rpc = never_swap
     else:
-        script.send_unit = send_first_unit
+        script.broadcast = send_first_tensor
 
 
 def push(model, port, pushes, result, mode=""):
@@ -246,14 +246,13 @@ def push(model, port, pushes, result, mode=""):
     import transformers
 
     args = script.parse_args([
-        "--model", model, "--vllm-port", port, "--device", "cpu", "--no-mixed-precision", "--sync-timeout",
+        "--model", model, "--vllm-port", port, "--device", "cpu", "--no-mixed-precision", "--vllm-timeout",
         "4" if mode == "silent" else "60", "--max-prompt-tokens", "64", "--max-new-tokens", "12"])
-    args.logprob_chunk_tokens = 512
     ranks = script.read_ranks(args)
     mesh = script.init_distributed(args, ranks)
     policy = script.load_policy(args, Path(model), mesh, torch.float32, ranks)
     twin = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    link = script.open_link(args, script.open_server(args), torch.float32, ranks)
+    server = script.open_server(args, ranks)
     rows = []
     found = {"rows": rows}
     for number in range(1, int(pushes) + 1 + bool(mode and not mode.isdigit())):
@@ -265,12 +264,12 @@ def push(model, port, pushes, result, mode=""):
             die_in(script, mode)
         started = time.perf_counter()
         try:
-            script.push_weights(link, policy, number, ranks)
+            script.push_weights(server, policy, torch.float32, number, ranks)
         except script.UserError as error:
             found["error"] = str(error)
             break
         seconds = time.perf_counter() - started
-        error, shortfall = agreement(script, link, twin) if ranks.is_main else (0.0, 0.0)
+        error, shortfall = agreement(script, server, twin) if ranks.is_main else (0.0, 0.0)
         memory = [resident_mb(int(mode)), resident_mb(os.getpid())] if mode.isdigit() else None
         rows.append({"seconds": seconds, "error": error, "shortfall": shortfall, "memory": memory})
         torch.distributed.barrier()
