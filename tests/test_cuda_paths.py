@@ -34,7 +34,7 @@ def test_document_bounds():
 
 
 def test_padding_is_no_position():
-    row = {"ids": torch.tensor([5, 6, 7, 9, 1]), "labelled": torch.ones(4), "starts": torch.tensor([0, 3])}
+    row = {"ids": torch.tensor([5, 6, 7, 9, 1]), "marks": torch.tensor([3, 1, 1, 3, 1])}
     sample = train_llm.unpack(row, Namespace(seq_len=8, packing=True, mask_documents=True))
     assert sample["position_ids"].tolist() == [0, 1, 2, 0, 0, 0, 0, 0]
     assert sample["labels"].tolist() == [6, 7, IGNORE, 1] + [IGNORE] * 4

@@ -218,6 +218,13 @@ def test_a_folder_of_all_sorts(place, tmp_path):
         1, "1 of 13 files, 2 hidden, 1 of another kind, 9 of another split, 7 tokens in 1 rows")
 
 
+def test_a_folder_of_lines_and_tables(place, tmp_path):
+    texts_file(tmp_path / "rows.jsonl", ["one"])
+    (tmp_path / "rows.csv").write_text("text\ntwo\n")
+    with pytest.raises(train_llm.UserError, match="JSON or texts beside tables: name them one by one"):
+        open_data(make_args(place, tmp_path))
+
+
 def test_what_is_not_there(place, tmp_path, capsys):
     for name in (tmp_path / "nothing", "missing/", "rows.JSONL", "./x", "a/b/c"):
         with pytest.raises(SystemExit):

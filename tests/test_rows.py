@@ -287,8 +287,8 @@ def test_chats_longer_than_a_sequence(place):
     args.mask_documents = True
     [sample] = train_llm.open_datasets(args, data)[0]
     assert (sample["labels"] != train_llm.IGNORE).sum() == 2
-    for choice, said in (("cut", "no end token is ever trained"), ("drop", "nothing is trained")):
-        with pytest.raises(train_llm.UserError, match=f"{said}.*--seq-len 64 cuts 6 chats"):
+    for choice, said in (("cut", "no end token is ever trained"), ("drop", "no token is trained")):
+        with pytest.raises(train_llm.UserError, match=f"{said}.*--seq-len 64 cuts 6 of 6 chats"):
             prepare(place, long, "--seq-len", 64, "--long-chats", choice)
 
 
@@ -380,6 +380,12 @@ def test_weights_that_mean_nothing(entries, capsys):
     with pytest.raises(SystemExit):
         train_llm.parse_args(["--from-scratch", "--tokenizer", "a/b", "--dataset", *entries])
     assert "give all of them a weight above 0, or none" in capsys.readouterr().err
+
+
+def test_weights_of_streams_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        train_llm.parse_args(["--from-scratch", "--tokenizer", "a/b", "--streaming", "--dataset", "a/a:1"])
+    assert "--streaming goes with neither --bad-rows skip nor weights" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -375,6 +375,12 @@ def test_malformed_rows(tokenizers, tmp_path, kind):
     assert refused(tmp_path, tokenizers["chatml_generation"], [GOOD, GOOD, *rows, GOOD]).startswith(expected)
 
 
+def test_a_bad_row_that_another_process_finds(tokenizers, tmp_path):
+    """From twenty thousand rows on several processes tokenise, where there are several cores."""
+    rows = [{"text": f"{i} pencils"} for i in range(25_000)]
+    assert refused(tmp_path, tokenizers[None], [*rows, "{"]).startswith("FILE:25001: not JSON (")
+
+
 def test_empty_data_and_missing_columns(tokenizers, tmp_path):
     tokenizer = tokenizers["chatml_generation"]
     for rows in ([], [""] * 3):
