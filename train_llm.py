@@ -334,7 +334,7 @@ def find_data_problems(args: Namespace) -> Iterator[str]:
         is_path = looks_like_path(name) or data_suffix(Path(name)) or name.endswith("/")
         if is_path and not Path(name).exists():
             yield f"--dataset {name}: no such file or folder"
-    if any(weights) and not all(weights) or 0 in weights:
+    if 0 in weights or any(weights) != all(weights):
         yield f"--dataset {args.dataset}: give all of them a weight above 0, or none"
     if args.streaming and (args.bad_rows == "skip" or any(weights)):
         yield "--streaming goes with neither --bad-rows skip nor weights behind the names of --dataset"
@@ -752,7 +752,7 @@ def render_chat(tokenizer, messages: list[dict], tools: list | None) -> tuple[st
     return text, spans
 
 
-@functools.lru_cache
+@functools.lru_cache(maxsize=1)  # for each row
 def special_tokens(tokenizer) -> tuple[list[int], set[int], re.Pattern]:
     """(what the tokenizer puts before a text, ids that can end a turn, a pattern of all special tokens)."""
     special = {token: str(added) for token, added in tokenizer.added_tokens_decoder.items() if added.special}
