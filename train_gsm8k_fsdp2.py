@@ -2545,7 +2545,7 @@ def prove_rollouts(sampler: Sampler, ranks: Ranks) -> None:
     with naming(f"{name} cannot be sampled here, use --rollouts vllm"):
         waiting = start_completions(sampler, prompts, 2, [0, 1], sampling)
     answered = [(prompt, completion) for prompt, wait in zip(prompts, waiting) for completion in wait()]
-    prove_completions(sampler, answered, f"{name}'s cache works in another way: use --rollouts vllm")
+    prove_completions(sampler, answered, f"{name}: its cache works in another way, use --rollouts vllm")
 
 
 def open_sampler(args: Namespace, model: nn.Module, folder: Path, tokenizer, dtype: torch.dtype, ranks: Ranks
