@@ -822,6 +822,7 @@ def build_model(args: Namespace) -> nn.Module:
     folder = fetch(args.model)
     with naming(f"--model {args.model}"):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
+        on_disk = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     refuse_quantised(folder, config)
     if config.is_encoder_decoder:
         raise UserError(f"--model {args.model} has an encoder and a decoder, which cannot be trained here")
@@ -837,12 +838,9 @@ def build_model(args: Namespace) -> nn.Module:
         limit -= padding + 1  # RoBERTa and its kin count positions from the padding token's id on
     if args.seq_len > limit:
         raise UserError(f"--model {args.model} knows {limit} positions; use --seq-len {limit}")
-    on_disk = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     if not any("pooler" in name for name in on_disk):
         model.pooler = None  # BERT's, of another objective: kept as it is, if there
-    backbone = model.forward
-
-    args.pooling = args.pooling or default_pooling(folder, config)
+    backbone, args.pooling = model.forward, args.pooling or default_pooling(folder, config)
 
     # As an attribute, not as a wrapping module: parameter names stay those of the files on disk.
     def forward(input_ids: Tensor, attention_mask: Tensor, num_texts: int | None = None,
