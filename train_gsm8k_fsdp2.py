@@ -991,10 +991,8 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-# <<< shared: precision
 
 
-# >>> shared: recompute
 def recompute_in_backward(block: nn.Module, selective: bool) -> None:
     """Activation checkpointing by replacing the block's forward, so that no parameter changes its name.
 
@@ -1016,7 +1014,7 @@ def expensive_kept() -> tuple:
     if hasattr(torch.ops.torch_attn, "_varlen_attn"):
         kept.append(torch.ops.torch_attn._varlen_attn.default)
     return create_selective_checkpoint_contexts([*kept, torch.ops.aten.mm.default])
-# <<< shared: recompute
+# <<< shared: precision
 
 
 # >>> shared: materialise
@@ -2366,10 +2364,8 @@ def write_record(folder: Path, args: Namespace, ranks: Ranks) -> dict[str, str]:
     for name, text in (texts | more).items():
         (folder / name).write_text(text, encoding="utf-8")
     return texts
-# <<< shared: record
 
 
-# >>> shared: trackers
 def open_trackers(args: Namespace, ranks: Ranks) -> list[Callable[[dict], None]]:
     """Rank 0: functions that take a row of metrics: the file's, and TensorBoard's or W&B's if asked for."""
     if not ranks.is_main:
@@ -2403,7 +2399,7 @@ def open_bar(total: int, step: int, ranks: Ranks):
     from tqdm import tqdm
     return tqdm(total=total, initial=step, desc="training", unit="step", dynamic_ncols=True,
                 smoothing=0.05, disable=not (ranks.is_main and sys.stderr.isatty()))
-# <<< shared: trackers
+# <<< shared: record
 
 
 def rollout_metrics(groups: list[Group], step: int, seconds: float) -> dict[str, float]:

@@ -1500,6 +1500,29 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def recompute_in_backward(block: nn.Module, selective: bool) -> None:
+    """Activation checkpointing by replacing the block's forward, so that no parameter changes its name.
+
+    A method of a module-level function: anything else would keep `block.compile()` from compiling the block
+    (pytorch#135816), or give each block a graph of its own."""
+    block.forward, block.is_selective = types.MethodType(recomputed, block), selective
+
+
+def recomputed(block: nn.Module, *args: object, **kwargs: object) -> object:
+    from torch.utils.checkpoint import checkpoint
+    kwargs |= {"context_fn": expensive_kept} if block.is_selective else {}
+    return checkpoint(type(block).forward, block, *args, use_reentrant=False, **kwargs)
+
+
+def expensive_kept() -> tuple:
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+    kinds = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+    kept = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default for kind in kinds]
+    if hasattr(torch.ops.torch_attn, "_varlen_attn"):
+        kept.append(torch.ops.torch_attn._varlen_attn.default)
+    return create_selective_checkpoint_contexts([*kept, torch.ops.aten.mm.default])
 # <<< shared: precision
 
 
@@ -1569,31 +1592,6 @@ def merge_lora(model: nn.Module) -> None:
             setattr(model.get_submodule(owner), leaf, layer.base_layer)
     del model.peft_config
 # <<< shared: lora
-
-
-# >>> shared: recompute
-def recompute_in_backward(block: nn.Module, selective: bool) -> None:
-    """Activation checkpointing by replacing the block's forward, so that no parameter changes its name.
-
-    A method of a module-level function: anything else would keep `block.compile()` from compiling the block
-    (pytorch#135816), or give each block a graph of its own."""
-    block.forward, block.is_selective = types.MethodType(recomputed, block), selective
-
-
-def recomputed(block: nn.Module, *args: object, **kwargs: object) -> object:
-    from torch.utils.checkpoint import checkpoint
-    kwargs |= {"context_fn": expensive_kept} if block.is_selective else {}
-    return checkpoint(type(block).forward, block, *args, use_reentrant=False, **kwargs)
-
-
-def expensive_kept() -> tuple:
-    from torch.utils.checkpoint import create_selective_checkpoint_contexts
-    kinds = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
-    kept = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default for kind in kinds]
-    if hasattr(torch.ops.torch_attn, "_varlen_attn"):
-        kept.append(torch.ops.torch_attn._varlen_attn.default)
-    return create_selective_checkpoint_contexts([*kept, torch.ops.aten.mm.default])
-# <<< shared: recompute
 
 
 # >>> shared: materialise
@@ -2487,10 +2485,8 @@ def write_record(folder: Path, args: Namespace, ranks: Ranks) -> dict[str, str]:
     for name, text in (texts | more).items():
         (folder / name).write_text(text, encoding="utf-8")
     return texts
-# <<< shared: record
 
 
-# >>> shared: trackers
 def open_trackers(args: Namespace, ranks: Ranks) -> list[Callable[[dict], None]]:
     """Rank 0: functions that take a row of metrics: the file's, and TensorBoard's or W&B's if asked for."""
     if not ranks.is_main:
@@ -2524,7 +2520,7 @@ def open_bar(total: int, step: int, ranks: Ranks):
     from tqdm import tqdm
     return tqdm(total=total, initial=step, desc="training", unit="step", dynamic_ncols=True,
                 smoothing=0.05, disable=not (ranks.is_main and sys.stderr.isatty()))
-# <<< shared: trackers
+# <<< shared: record
 
 
 # ------------------------------------------------------------------------------------------------
