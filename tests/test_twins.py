@@ -12,7 +12,7 @@ import copy_twins  # noqa: E402  (the path comes first)
 TOOL = REPO / "tools/copy_twins.py"
 SCRIPTS = copy_twins.scripts_beside(REPO / "train_llm.py")  # no user's copy beside them
 MAX_BLOCK_LINES = 80
-MAX_SHARED_LINES = 1249  # of all blocks of a script, with their fences
+MAX_SHARED_LINES = 1253  # of all blocks of a script, with their fences
 
 
 def block(name, *lines):
