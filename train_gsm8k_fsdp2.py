@@ -1529,7 +1529,9 @@ def start_completions(sampler: Sampler, prompts: list[list[int]], n: int, seeds:
     """For each prompt a function that waits for its n completions. With a server the requests are under way
     when this returns; locally the work is done here, drawn by the prompts' seeds (all ranks)."""
     from torch.distributed.fsdp import FSDPModule
+    from tqdm import tqdm
     server, found, per_call = sampler.server, [], max(1, sampler.batch // n)
+    is_silent = not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0"
     if server:
         return [server.pool.submit(complete, server, prompt, n, sampling).result for prompt in prompts]
     units = [module for module in sampler.model.modules() if isinstance(module, FSDPModule)]
@@ -1537,7 +1539,7 @@ def start_completions(sampler: Sampler, prompts: list[list[int]], n: int, seeds:
         unit.unshard()
     with without_cudnn():
         share_tensors(sampler.model, sampler.generator)
-        for start in range(0, len(prompts), per_call):
+        for start in tqdm(range(0, len(prompts), per_call), desc="generating", leave=False, disable=is_silent):
             some = slice(start, start + per_call)
             uniform = uniforms(seeds[some], n, sampling.max_new_tokens, sampler.device)
             found += generate(sampler.generator, prompts[some], n, uniform, sampling)

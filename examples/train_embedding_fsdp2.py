@@ -555,6 +555,7 @@ class PairDataset:
 
     def __init__(self, rows, where: str, folder: Path = Path()) -> None:
         import datasets
+        from tqdm import tqdm
         names = [name for name in ("query", "query_image", "positive", "positive_image", "negatives", "score")
                  if name in rows.column_names]
         for name in ("query", "positive"):
@@ -565,7 +566,8 @@ class PairDataset:
                 rows = rows.cast_column(name, datasets.Image(decode=False))  # as bytes, or as a path
         self.rows, self.where, self.folder = rows.select_columns(names), where, folder
         self.picture, self.most_negatives, digest, num_scored = None, 0, 0, 0
-        for start in range(0, len(rows), 1000):
+        for start in tqdm(range(0, len(rows), 1000), desc="checking rows", unit="k", leave=False,
+                          disable=not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0"):
             for pair in self.take(range(start, min(start + 1000, len(rows)))):
                 digest = zlib.crc32(repr(pair).encode(errors="replace"), digest)
                 num_scored += pair["score"] is not None
@@ -1944,12 +1946,14 @@ def embed_texts(model: nn.Module, tokenizer, texts: list, prompt: str, args: Nam
 
     Texts of like length go together, images first; ranks take turns. One that has none left repeats a text,
     because every rank must take part in each forward's gathers."""
+    from tqdm import tqdm
     b = args.grad_cache_chunk or args.batch_size  # what fits with gradients fits without
     has_images, found, per_round = any(isinstance(item, Picture) for item in texts), [], b * ranks.world_size
     lengths = [len(item) if isinstance(item, str) else math.inf for item in texts]
     order = sorted(range(len(texts)), key=lambda i: -lengths[i])
     model.eval()
-    for start in range(0, len(texts), per_round):
+    for start in tqdm(range(0, len(texts), per_round), desc="embedding", leave=False,
+                      disable=not (ranks.is_main and sys.stderr.isatty())):
         turn = (order[start:start + per_round] + order[-1:] * per_round)[ranks.rank * b:][:b]
         mine = encode([texts[i] for i in turn], prompt, tokenizer, args.seq_len)
         vectors = model(**pad_texts(mine, tokenizer, args.seq_len, ranks.device, has_images))
