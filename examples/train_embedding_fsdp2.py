@@ -1843,6 +1843,9 @@ def verify_export(folder: Path, pairs: list[dict], expected: Tensor, dtype: torc
     Raises UserError."""
     if not importlib.util.find_spec("sentence_transformers"):
         return "not reloaded: python -m pip install sentence-transformers"
+    nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if nbytes * 1.2 > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        return "not reloaded: too little memory"
     from sentence_transformers import SentenceTransformer
     loaded = SentenceTransformer(str(folder), device="cpu", trust_remote_code=args.trust_remote_code,
                                  model_kwargs={"dtype": "auto"})
