@@ -285,7 +285,7 @@ def usage_error(message: str) -> None:
 
 # >>> shared: problems
 def looks_like_path(name: str) -> bool:
-    """A hub name is NAME or OWNER/NAME; whatever else is a path."""
+    """A hub name is NAME or OWNER/NAME; anything else is a path."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in DATA_SUFFIXES
 
 
@@ -522,7 +522,7 @@ def stall_after(seconds: float | None) -> None:
 
 
 def end_now(message: str, show: bool, code: int = 1) -> None:
-    """Whatever other threads and ranks wait for."""
+    """Exit at once, whatever other threads and ranks wait for."""
     if show:
         print(f"\n{NAME}: error: {message}", file=sys.stderr, flush=True)
     os._exit(code)
@@ -985,8 +985,8 @@ def fp32_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def reshard(model: nn.Module) -> None:
-    """After a forward without a backward, which would do it: unit by unit, parameters are this rank's part of
-    the masters again, not whole and in the compute precision."""
+    """Free the gathered weights after a forward that no backward follows, which would do this: parameters are
+    this rank's part of the masters again."""
     from torch.distributed.fsdp import FSDPModule
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -1061,7 +1061,7 @@ def fill_buffers(model: nn.Module) -> None:
         module._is_hf_initialized = len(module._parameters) > 0 and not module._buffers
         for param in module.parameters(recurse=False):
             param._is_hf_initialized = True
-    # FSDP's class looks like custom code, of which modules without parameters would be skipped.
+    # transformers takes FSDP's subclass for custom code, and would skip its modules without parameters.
     model.is_custom_code = own_class(model).is_custom_code
     model.initialize_weights()
 
@@ -1539,7 +1539,8 @@ def start_completions(sampler: Sampler, prompts: list[list[int]], n: int, seeds:
         unit.unshard()
     with without_cudnn():
         share_tensors(sampler.model, sampler.generator)
-        for start in tqdm(range(0, len(prompts), per_call), desc="generating", leave=False, disable=is_silent):
+        starts = range(0, len(prompts), per_call)
+        for start in tqdm(starts, desc="generating", leave=False, disable=is_silent):
             some = slice(start, start + per_call)
             uniform = uniforms(seeds[some], n, sampling.max_new_tokens, sampler.device)
             found += generate(sampler.generator, prompts[some], n, uniform, sampling)

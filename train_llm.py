@@ -11,7 +11,8 @@ Left out on purpose: tensor, pipeline and expert parallelism, reinforcement lear
 
 `grep -n '^# [0-9]'` shows the sections, `grep -n EDIT:` the lines that people change. "(all ranks)" means
 that every rank must make the call, because it communicates. At a "sync point" the host waits for the device.
-Blocks between `# >>> shared` and `# <<< shared` are the same in the other scripts; in a copy they are yours.
+Blocks between `# >>> shared` and `# <<< shared` are the same in the repository's other scripts: edit them in
+a copy as you like. Some messages name tools/ and launchers of the repository; nothing here needs them.
 """
 
 import argparse
@@ -141,9 +142,9 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
         "constant, then straight down in the last fifth")
     add("--warmup-steps", type=int, help="if not given: 2000, a tenth of all steps at the most")
     add("--weight-decay", type=float, default=0.1, help="on matrices; not on norms, biases and embeddings")
-    add("--grad-clip", type=float, default=1.0, help="largest global gradient norm; 0 is off")
+    add("--grad-clip", type=float, default=1.0, help="clip the global gradient norm to this; 0: do not")
     add("--loss-chunk-tokens", type=int, metavar="N", help="rows of logits that exist at once; if not given: "
-        "512, on GPUs so many that they are some 2^28 numbers")
+        "512, on GPUs some 2^28 / vocabulary size")
     add("--max-bad-steps", type=int, default=10, help="stop after so many steps in a row without a finite "
         "gradient; such a step changes nothing")
     add("--seed", type=int, default=0, help="of initial weights, sample order, held-out share and dropout")
@@ -199,7 +200,7 @@ def add_run_flags(group: argparse._ArgumentGroup, folder: str, save_every: int) 
 
 
 def fill_defaults(args: Namespace) -> None:
-    """Of flags that depend on others. --dataset becomes one text, as a file has it: 'a.jsonl:0.7 b/:0.3'."""
+    """Fill in what depends on other flags. --dataset becomes one text, as a file has it: 'a:0.7 b/:0.3'."""
     if args.dataset and (len(args.dataset) > 1 or Path(args.dataset[0]).exists()):
         args.dataset = shlex.join(args.dataset)
     elif args.dataset:
@@ -267,7 +268,7 @@ def usage_error(message: str) -> None:
 
 # >>> shared: problems
 def looks_like_path(name: str) -> bool:
-    """A hub name is NAME or OWNER/NAME; whatever else is a path."""
+    """A hub name is NAME or OWNER/NAME; anything else is a path."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in DATA_SUFFIXES
 
 
@@ -531,7 +532,7 @@ def stall_after(seconds: float | None) -> None:
 
 
 def end_now(message: str, show: bool, code: int = 1) -> None:
-    """Whatever other threads and ranks wait for."""
+    """Exit at once, whatever other threads and ranks wait for."""
     if show:
         print(f"\n{NAME}: error: {message}", file=sys.stderr, flush=True)
     os._exit(code)
@@ -569,7 +570,7 @@ def split_words(path: Path) -> set[str]:
 
 
 def data_files(source: Path, split: str) -> tuple[str, list[str], str]:
-    """(reader, files of a split in the order of their names, a word on all files). Where nothing in a folder
+    """(reader, files of a split in the order of their names, a note on all files). Where nothing in a folder
     is called train, all files without another split's name are."""
     every = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
     known, left_out = {}, Counter()
@@ -617,7 +618,7 @@ def read_lines(files: list[tuple]) -> Iterator[dict]:
 
 
 def open_rows(args: Namespace, name: str, split: str, streaming: bool = False) -> tuple[object, str]:
-    """(data set of the datasets library, a word on files) of a file, a folder or a hub name."""
+    """(data set of the datasets library, a note on files) of a file, a folder or a hub name."""
     import datasets
     source, cache = Path(name), str(Path(args.data_cache) / "rows")
     try:
@@ -649,7 +650,12 @@ def open_rows(args: Namespace, name: str, split: str, streaming: bool = False) -
             f"--dataset {name} ({split}): {where}{first_line(error)}") from error
 
 
-def to_messages(row: dict) -> list[dict] | None:  # EDIT: what one of your rows becomes
+def convert_row(row: dict) -> dict | None:  # EDIT: what one of your rows becomes
+    """Any form that `to_messages` knows, or a text in --text-column; None leaves the row out."""
+    return row
+
+
+def to_messages(row: dict) -> list[dict] | None:
     """[{'role', 'content'}, …] of a conversation, None for plain text. ValueError: the row is bad."""
     for name in ("messages", "conversations"):
         if name in row:
@@ -664,21 +670,21 @@ def to_messages(row: dict) -> list[dict] | None:  # EDIT: what one of your rows 
     return None
 
 
-def read_row(raw: dict) -> dict:
-    """A row as a dictionary. Raises ValueError for what is no JSON object."""
+def read_row(raw: dict) -> dict | None:
+    """A row as `convert_row` makes it. Raises ValueError for what is no JSON object."""
     if "_line" not in raw:
-        return without_nulls(dict(raw))
+        return convert_row(without_nulls(dict(raw)))
     try:
         row = json.loads(raw["_line"])
     except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise ValueError(f"not JSON ({error}); expected one object a line") from None
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, found {type(row).__name__}")
-    return row
+    return convert_row(row)
 
 
 def without_nulls(value: object) -> object:
-    """Arrow fills the keys that a row has not, also inside of messages and tools, with nulls."""
+    """Remove the nulls that Arrow adds for each key that a row lacks, also inside messages and tools."""
     if isinstance(value, dict):
         return {key: without_nulls(part) for key, part in value.items() if part is not None}
     return [without_nulls(part) for part in value] if isinstance(value, list) else value
@@ -804,7 +810,8 @@ def encode(raw: dict, number: int, tokenizer, args: Namespace, label: str, chat:
     tokens, but a `problem`. Chats are cut to the seq_len + 1 tokens that a sample needs."""
     ids, trained, replaced, problem = [], [], False, ""
     try:
-        ids, trained, replaced = tokenise(tokenizer, read_row(raw), chat, args.text_column)
+        if (row := read_row(raw)) is not None:
+            ids, trained, replaced = tokenise(tokenizer, row, chat, args.text_column)
     except Exception as error:  # a row may hold anything
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         problem = f"{raw.get('_where') or f'{label} row {number}'}: {kind}{first_line(error)}"
@@ -817,7 +824,7 @@ def encode(raw: dict, number: int, tokenizer, args: Namespace, label: str, chat:
         "ids": ids, "trained": trained, "problem": problem, "replaced": replaced,
         "length": len(ids), "largest": max(ids, default=0),
         "crc": zlib.crc32(bytes(trained), zlib.crc32(array("q", ids))),
-        "num_trained": sum(trained[1:]) if chat else len(ids),  # nothing predicts the first token
+        "num_trained": sum(trained[1:]) if chat else len(ids),  # nothing predicts a chat's first token
         "ends": any(flag and token in ends for token, flag in zip(ids[1:], trained[1:]))}
 
 
@@ -833,8 +840,9 @@ def column_types() -> tuple[dict, dict]:
 def has_chats(args: Namespace, rows) -> bool:
     """Whether the rows are chats: the first one that can be read decides."""
     for raw in itertools.islice(rows, 0 if args.text_column else 1000):
-        with contextlib.suppress(ValueError):
-            return to_messages(read_row(raw)) is not None
+        with contextlib.suppress(Exception):  # `encode` will name the row
+            if (row := read_row(raw)) is not None:
+                return to_messages(row) is not None
     return False
 
 
@@ -934,7 +942,7 @@ def open_tokens(args: Namespace, tokenizer, name: str, split: str) -> tuple[obje
 
 
 def check_tokens(args: Namespace, tokens, chat: bool, label: str) -> str:
-    """A word on what was read, left out and cut. Raises UserError where training would be silently wrong."""
+    """A note on what was read, left out and cut. Raises UserError where training would be silently wrong."""
     length, trained, ends = (column(tokens, name) for name in ("length", "num_trained", "ends"))
     problems = [text for text in tokens.unique("problem") if text]
     if problems and (args.bad_rows == "stop" or len(problems) * 100 > len(tokens)):
@@ -973,7 +981,7 @@ def dataset_names(args: Namespace) -> list[tuple[str, float | None]]:
 
 def prepare_data(args: Namespace) -> dict:
     """Tokens of all rows: {"train", "eval": [(documents, weight)], "chat": whether there are chats, "notes":
-    lines to print, "rows" that an embedding needs, "identity" of the documents}."""
+    lines to print, "vocab_size" that the documents need, "identity" of the documents}."""
     tokenizer, names = load_tokenizer(args), dataset_names(args)
     data = {"train": [], "eval": [], "chat": False, "notes": []}
     wanted = [] if args.streaming else [("train", name, args.dataset_split, weight) for name, weight in names]
@@ -986,7 +994,7 @@ def prepare_data(args: Namespace) -> dict:
             data["notes"].append(note)
             data["chat"] |= chat
             if args.eval_fraction:  # drawn by content: what stands in the data twice is never on both sides
-                drawn = (column(tokens, "crc") ^ args.seed) * 2654435761 % 2**32
+                drawn = (column(tokens, "crc") ^ args.seed) * 2654435761 % 2**32  # Knuth's hash; may overflow
                 is_held = drawn < args.eval_fraction * 2**32
                 data["eval"].append((tokens.select(is_held.nonzero()[0]), None))
                 tokens = tokens.select((~is_held).nonzero()[0])
@@ -1003,7 +1011,7 @@ def prepare_data(args: Namespace) -> dict:
     return data | {
         "identity": digest(content, [weight for _, weight in names],
                            tokenizer_identity(tokenizer) if args.streaming else ""),
-        "rows": len(tokenizer) if args.from_scratch or args.streaming else largest + 1}
+        "vocab_size": len(tokenizer) if args.from_scratch or args.streaming else largest + 1}
 
 
 def pack(rows: dict[str, list], args: Namespace) -> dict[str, list]:
@@ -1011,7 +1019,8 @@ def pack(rows: dict[str, list], args: Namespace) -> dict[str, list]:
     and their marks.
 
     Documents are cut into pieces of at most seq_len inputs, several to a sample (best fit) or, without
-    packing, one. No label crosses pieces. But plain text with packing is a single stream."""
+    packing, one. No label crosses pieces: `end` stands for the label that a full sample's last input lacks.
+    But plain text with packing is a single stream, in which that label is the next token."""
     def join(parts: list[tuple]) -> list[list[int]]:
         return [list(itertools.chain.from_iterable(part[k] for part in parts)) for k in (0, 1)]
 
@@ -1059,7 +1068,7 @@ class TokenDataset:
             for tokens, _ in parts:
                 known = (tokens._fingerprint, args.seq_len, args.packing, args.long_chats)
                 size = max(1_000_000, 256 * args.seq_len)  # tokens of a batch: its last sample is not full
-                mean = max(1, int(column(tokens, "length")[:1000].mean()))
+                mean = max(1, int(column(tokens, "length").mean()))
                 packed = cached_map(args, tokens, pack, known, batched=True, batch_size=size // mean + 1,
                                     desc="packing", features=column_types()[1], fn_kwargs={"args": args})
                 self.tables.append(packed.data.table)
@@ -1216,8 +1225,8 @@ def decoder_config(sizes: tuple, vocab_size: int = 32000, max_positions: int = 2
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, architectures=["LlamaForCausalLM"])
 
 
-# HACK(torch 2.11): its varlen_attn takes fewer key-value heads unasked; later versions want to be told.
-VARLEN_OPTIONS = {"enable_gqa": True} if torch.__version__ >= "2.12" else {}
+# HACK(torch 2.11): its varlen_attn takes fewer key-value heads by default; later versions need enable_gqa.
+VARLEN_OPTIONS = {} if torch.__version__.startswith("2.11") else {"enable_gqa": True}
 
 
 def varlen_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,
@@ -1355,7 +1364,8 @@ def document_bounds(position_ids: Tensor) -> Tensor:
 
 
 def build_model(args: Namespace, folder: Path | None, vocab_size: int) -> nn.Module:
-    """The model on the meta device: shapes, no memory. `folder` holds the Hugging Face model, if any."""
+    """The model on the meta device: shapes, no memory. `folder` holds the Hugging Face model, if any. To
+    freeze or replace a part, do it here: later, FSDP has replaced the parameters."""
     if folder is None:
         if args.vocab_size and args.vocab_size < vocab_size:
             raise UserError(f"--vocab-size {args.vocab_size}: the tokenizer has {vocab_size} tokens")
@@ -1494,8 +1504,8 @@ def fp32_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def reshard(model: nn.Module) -> None:
-    """After a forward without a backward, which would do it: unit by unit, parameters are this rank's part of
-    the masters again, not whole and in the compute precision."""
+    """Free the gathered weights after a forward that no backward follows, which would do this: parameters are
+    this rank's part of the masters again."""
     from torch.distributed.fsdp import FSDPModule
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -1638,7 +1648,7 @@ def fill_buffers(model: nn.Module) -> None:
         module._is_hf_initialized = len(module._parameters) > 0 and not module._buffers
         for param in module.parameters(recurse=False):
             param._is_hf_initialized = True
-    # FSDP's class looks like custom code, of which modules without parameters would be skipped.
+    # transformers takes FSDP's subclass for custom code, and would skip its modules without parameters.
     model.is_custom_code = own_class(model).is_custom_code
     model.initialize_weights()
 
@@ -1936,8 +1946,9 @@ def learning_rate(step: float, total_steps: float, warmup_steps: int, max_lr: fl
 
 def resolve_steps(args: Namespace, dataset: TokenDataset | None, ranks: Ranks, progress: dict
                   ) -> tuple[int, int, float, list[str]]:
-    """(total steps, warm-up steps, ahead, lines to print). Epochs count in samples, also where the batch has
-    changed since. Ahead: samples seen over today's batch, less the steps done; the schedule adds it."""
+    """(total steps, warm-up steps, ahead, lines to print). Epochs count in samples. `ahead` is the number of
+    today's steps that the samples seen are worth, less the steps done: not 0 where the batch has changed. The
+    schedule adds it to step and total, and so goes on where it was."""
     per_step, ahead = args.batch_size * args.grad_accum_steps * ranks.world_size, 0.0
     total, known = args.num_epochs * (args.steps_per_epoch or 1000), "of a stream"
     if dataset:
@@ -1962,7 +1973,8 @@ def resolve_steps(args: Namespace, dataset: TokenDataset | None, ranks: Ranks, p
 # ------------------------------------------------------------------------------------------------
 # 6. Loss: summed cross-entropy, in chunks, so that whole logits never exist
 
-# EDIT: the objective, {name: weight}; formulas in `loss_terms`. The first is eval/loss, too.
+# EDIT: what is averaged over trained tokens, {name: weight in the objective}; formulas in `loss_terms`. Each
+# is logged as train/NAME, with weight 0 no more than that. The first is eval/loss and the console's loss.
 LOSSES = {"loss": 1.0}
 
 
@@ -2381,8 +2393,8 @@ def export_model(model: nn.Module, folder: Path, parts: tuple, dtype: torch.dtyp
 @torch.no_grad()
 def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remote_code: bool) -> str:
     """Load the folder with transformers, on the CPU: its logits must be the trained model's, as far as
-    precision goes, and those of a generation with a cache the same without. Returns a word on it for the end
-    of a run. Raises UserError."""
+    precision goes, and those of a generation with a cache the same without. Returns a note for the end of
+    a run. Raises UserError."""
     from transformers import AutoModelForCausalLM
     adapter, whole, options = folder / "adapter_config.json", folder, {}
     if adapter.exists():  # transformers adds it to the model that it names, here in the training's precision
@@ -2560,7 +2572,7 @@ def evaluate(model: nn.Module, eval_sets: dict[str, TokenDataset], batch_size: i
 # 10. Training
 
 IDENTITY = ("hf_model model_size data seed seq_len packing mask_documents long_chats lora_rank lora_alpha "
-            "lora_targets")  # another one is another run
+            "lora_targets")  # a resume refuses other values; add your flags that change model or data
 
 
 def open_datasets(args: Namespace, data: dict) -> tuple[TokenDataset | None, dict[str, TokenDataset]]:
@@ -2638,7 +2650,8 @@ def next_command(args: Namespace) -> str:
 
 
 def show_row(bar, total_steps: int, row: dict) -> None:
-    """In the bar, or as one line of fixed width for logs that are files; an evaluation always as a line."""
+    """Show a row of metrics in the bar, or as one line of fixed width for logs that are files; an evaluation
+    always as a line."""
     if "train/lr" not in row:
         losses = [f"{key} {value:.4f}" for key, value in row.items() if key.endswith("/loss")]
         bar.write(f"step {row['step']:>7,}  {'  '.join(losses)}")
@@ -2741,7 +2754,7 @@ def main() -> None:
     dtype = compute_dtype(args.mixed_precision, ranks.device)
     # Shapes, then shards, then memory, then weights: no device needs room for more than its part.
     hf_folder = fetch(args.hf_model) if args.hf_model else None
-    model = build_model(args, hf_folder, data["rows"])
+    model = build_model(args, hf_folder, data["vocab_size"])
     add_lora(model, args, args.hf_model, "CAUSAL_LM", dtype)
     check_memory(model, args, mesh)
     lock = lock_run(run_dir) if ranks.is_main else None  # noqa: F841, held until this process ends
@@ -2765,7 +2778,7 @@ def main() -> None:
         trackers.append(functools.partial(show_row, bar, total_steps))
         print(describe_model(model, dtype), *data["notes"], *notes, sep="\n")
     samples_per_step = args.batch_size * args.grad_accum_steps * ranks.world_size
-    reduces_always = args.reduce_every_micro_batch or mesh.size() == 1  # one device: no traffic, less memory
+    reduces_always = args.reduce_every_micro_batch or mesh.size() == 1  # one device: free, and less memory
     token_flops, device_flops = flops_per_token(model, args.seq_len), peak_flops(ranks.device)
     times, num_input_tokens = {}, 0
     phase = functools.partial(timed, times)
@@ -2775,13 +2788,14 @@ def main() -> None:
 
     # Loop ------------------------------------------------------------------------------------
     while True:
-        # Evaluate (all ranks): here, not behind the save, so that a run that was ended between the two makes
-        # up for it when it is resumed. What an evaluation decides thus comes after the save of its step.
+        # Evaluate (all ranks): at the top, after the save of the same step, so that a run that is killed here
+        # evaluates when it is resumed. The best step thus reaches the disk with the next save.
         step = progress["step"]
         is_last = step >= total_steps
         if eval_sets and (is_last or (args.eval_interval and step and step % args.eval_interval == 0)):
             stall_after(None)
             evaluation = evaluate(model, eval_sets, args.batch_size, ranks)
+            row_started += sum(evaluation[f"{name}/time_s"] for name in eval_sets)  # no time of steps
             loss = next(iter(evaluation.values()))  # of the first set: it decides which step is the best
             if loss < (progress["best_eval_loss"] or math.inf):
                 progress |= {"best_eval_loss": loss, "best_step": step}

@@ -137,7 +137,7 @@ def prepare_run(flags: list[str]) -> float | None:
     args = train_llm.parse_args(flags)
     data = train_llm.prepare_data(args)
     args.loss_chunk_tokens = args.loss_chunk_tokens or 512  # which needs a device; no FLOPs depend on it
-    model = train_llm.build_model(args, Path(args.hf_model) if args.hf_model else None, data["rows"])
+    model = train_llm.build_model(args, Path(args.hf_model) if args.hf_model else None, data["vocab_size"])
     return train_llm.flops_per_token(model, args.seq_len)
 
 

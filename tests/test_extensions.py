@@ -72,6 +72,23 @@ def values(rows, key):
     return {row["step"]: row[key] for row in rows if key in row}
 
 
+def test_rows_of_an_own_form(place):
+    """Joined and filtered rows are trained on as the same texts are; the others are counted."""
+    script, texts = edited(place, "own_rows", *diffs_of("## Rows")), []
+    with (place / "own.jsonl").open("w") as file:
+        for i, text in enumerate(ENGLISH * 8):
+            row = {"title": f"No. {i}", "body": text, "lang": "de" if i % 3 else "en"}
+            texts += [f"{row['title']}\n\n{text}"] * (row["lang"] == "en")
+            file.write(json.dumps(row) + "\n")
+    (place / "joined.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    own = train(place, script, "own_rows", "--dataset", place / "own.jsonl")
+    joined = train(place, REPO / "train_llm.py", "joined", "--dataset", place / "joined.jsonl")
+    assert values(own, "train/loss") == values(joined, "train/loss")
+    assert values(own, "eval/loss") == values(joined, "eval/loss")
+    [again] = train_for_output(place, "own_again", "--dataset", place / "own.jsonl", script=script)
+    assert f"{8 * len(ENGLISH) - len(texts)} left out with nothing to train" in again.stdout
+
+
 def test_z_loss_with_a_metric_of_its_own(place):
     script = edited(place, "z_loss", *diffs_of("A z-loss:"))
     rows, plain = train(place, script, "z_loss"), read_metrics(place / "plain")
