@@ -231,12 +231,15 @@ def test_tensor_parallel_server(servers):
 # 4. Set-ups that cannot work
 
 def error_of(results):
-    """The one line that rank 0 ends with."""
-    assert "Traceback" not in results[0].stderr, results[0].stderr
-    errors = [line for line in results[0].stderr.splitlines() if "error:" in line]
-    assert len(errors) == 1 and errors[0].startswith(f"{SCRIPT}: error: "), results[0].stderr
-    print(errors[0])
-    return errors[0]
+    """The one line that rank 0 ends with; where it waited for another rank, the one of that rank."""
+    for result in results:
+        assert "Traceback" not in result.stderr, result.stderr
+        errors = [line for line in result.stderr.splitlines() if "error:" in line]
+        assert len(errors) == 1 and errors[0].startswith(f"{SCRIPT}: error: "), result.stderr
+        print(errors[0])
+        if "another rank ended: its own last line says why" not in errors[0]:
+            return errors[0]
+    raise AssertionError("no rank says why")
 
 
 def test_wrong_servers(servers, folder):
