@@ -2396,6 +2396,8 @@ def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remot
     precision goes, and those of a generation with a cache the same without. Returns a note for the end of
     a run. Raises UserError."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     adapter, whole, options = folder / "adapter_config.json", folder, {}
     if adapter.exists():  # transformers adds it to the model that it names, here in the training's precision
         whole = fetch(json.loads(adapter.read_text())["base_model_name_or_path"])
