@@ -1214,15 +1214,18 @@ MODEL_SIZES = {
 }
 
 
-def decoder_config(sizes: tuple, vocab_size: int = 32000, max_positions: int = 2048):
-    """The configuration of a Llama, as which the model of this file is exported."""
-    from transformers import LlamaConfig
+def decoder_config(sizes: tuple, vocab_size: int = 32000, max_positions: int = 2048) -> Namespace:
+    """What the model of this file is made from, by the names of transformers' LlamaConfig, as which it is
+    exported; the import of that one takes a second."""
     num_layers, hidden_size, num_heads, num_kv_heads, ffn_size = sizes
-    return LlamaConfig(
+    config = Namespace(
         num_hidden_layers=num_layers, hidden_size=hidden_size, num_attention_heads=num_heads,
-        num_key_value_heads=num_kv_heads, intermediate_size=ffn_size, vocab_size=vocab_size,
-        max_position_embeddings=max_positions, rms_norm_eps=1e-5, tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, architectures=["LlamaForCausalLM"])
+        num_key_value_heads=num_kv_heads, head_dim=hidden_size // num_heads, intermediate_size=ffn_size,
+        vocab_size=vocab_size, max_position_embeddings=max_positions, rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"])
+    config.get_text_config = lambda: config  # as transformers' configurations have it
+    return config
 
 
 # HACK(torch 2.11): its varlen_attn takes fewer key-value heads by default; later versions need enable_gqa.
@@ -2431,10 +2434,12 @@ def verify_export(folder: Path, input_ids: Tensor, expected: Tensor, trust_remot
 
 def hf_parts(model: nn.Module, tokenizer, source: Path | None) -> tuple:
     """Of the exported folder, see `write_hf_folder`."""
-    config = getattr(model, "peft_config", {}).get("default", model.config)
-    if isinstance(model, CausalLM):
-        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    return config, tokenizer, source
+    if not isinstance(model, CausalLM):
+        return getattr(model, "peft_config", {}).get("default", model.config), tokenizer, source
+    from transformers import LlamaConfig
+    fields = {name: value for name, value in vars(model.config).items() if not callable(value)}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return LlamaConfig(**fields | ends), tokenizer, source
 
 
 # ------------------------------------------------------------------------------------------------
