@@ -1490,6 +1490,14 @@ def request(server: Server, path: str, body: dict | None = None, again: bool = T
         return json.loads(text) if text.strip() else None
 
 
+def check_tokens(ids: list, logprobs: list) -> None:
+    """Raises ValueError or TypeError for what vLLM does not answer."""
+    if not ids or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        raise ValueError("no tokens, or one that is not a number from 0 on")
+    if len(ids) != len(logprobs) or not all(map(math.isfinite, logprobs)):
+        raise ValueError("not one finite logprob for each token")
+
+
 def complete(server: Server, prompt_ids: list[int], n: int, sampling: Sampling) -> list[Completion]:
     """n completions of a prompt, token ids in and out. Raises UserError.
 
@@ -1505,10 +1513,11 @@ def complete(server: Server, prompt_ids: list[int], n: int, sampling: Sampling) 
     with naming(f"{server.address} does not answer as vLLM does"):
         found = [Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"],
                             choice["finish_reason"]) for choice in answer["choices"]]
+        for completion in found:
+            check_tokens(completion.ids, completion.logprobs)
         # "abort": somebody else has paused the server.
-        whole = [c for c in found if c.finish in ("stop", "length") and len(c.ids) == len(c.logprobs) > 0]
-        if len(whole) != n:
-            raise ValueError(f"{n} finished completions with a logprob for each token expected: {found}")
+        if len(found) != n or any(completion.finish not in ("stop", "length") for completion in found):
+            raise ValueError(f"{n} finished completions expected: {found}")
     return found
 
 
@@ -1648,8 +1657,18 @@ class WeightReceiver:
         """-1: those that the server loaded itself."""
         return {"version": getattr(self, "version", -1)}
 
+    def served_sizes(self) -> dict[str, int | None]:
+        return model_sizes(self.model_config.hf_config)
+
     def close_weights(self) -> None:
         self.weight_group, self.staged = None, {}
+
+
+def model_sizes(config: object) -> dict[str, int | None]:
+    """What two configurations of the same model agree in."""
+    names = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+             "num_key_value_heads")
+    return {name: getattr(config.get_text_config(), name, None) for name in names.split()}
 
 
 def join_group(store: torch.distributed.Store, rank: int, world_size: int, backend: str, address: str,
@@ -1726,6 +1745,21 @@ def open_server(args: Namespace, ranks: Ranks) -> Server:
     return server
 
 
+def check_server(server: Server | None, model: nn.Module, ranks: Ranks) -> None:
+    """Rank 0 raises UserError for a server of another model, which a push would leave with half of each, and
+    for one that was started again, and has answered with the weights of its folder."""
+    if server is None or not ranks.is_main:
+        return
+    mine, served = model_sizes(model.config), rpc(server, "served_sizes")[0]
+    if differ := [f"{name} {served[name]}, not {mine[name]}" for name in mine if served[name] != mine[name]]:
+        raise UserError(f"{server.address} serves another model than --model: {'; '.join(differ)}")
+    versions = {answer["version"] for answer in rpc(server, "weights_version")}
+    if server.version >= 0 and versions != {server.version}:
+        raise UserError(
+            f"{server.address} has weights {versions} in place of {server.version}: it was started again, or "
+            "somebody else updates it. The same command goes on from the newest checkpoint")
+
+
 def push_weights(server: Server, model: nn.Module, dtype: torch.dtype, version: int, ranks: Ranks) -> None:
     """Stage the model's weights in `dtype` on the server, then swap them in, as `version` (all ranks). Raises
     UserError.
@@ -1735,6 +1769,7 @@ def push_weights(server: Server, model: nn.Module, dtype: torch.dtype, version: 
     # The call holds vLLM's engine: a rank that still waited for completions would never get to the gathers.
     torch.distributed.barrier()
     if ranks.is_main:
+        check_server(server, model, ranks)
         shapes = ((name, torch.empty(param.shape, device="meta")) for name, param in model.named_parameters())
         layout = [(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
                   for name, tensor in hf_tensors(model, shapes, dtype)]
@@ -2729,6 +2764,7 @@ def main() -> None:
         with phase("generate"):
             for group, wait in pending:
                 group.completions = wait()
+            check_server(sampler.server, model, ranks)
         with phase("reward"):
             groups = judge_batch([group for group, _ in pending], train, tokenizer, step + 1, args, ranks)
         progress["samples"], pending = groups[-1].position + 1, None

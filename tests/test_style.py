@@ -25,7 +25,7 @@ MAX_SCRIPT_LINES = 1500
 # signals, stalls, full disks, damaged files. Its median function has 10 lines. train_gsm8k_fsdp2.py holds the
 # part of that which is shared (fenced, 1,170 lines), questions and rewards, two kinds of rollouts, both ends
 # of the wire to vLLM, four losses. train_sharding.py promises to be shorter than any other.
-SCRIPT_LINES = {"train_llm.py": 2915, "train_gsm8k_fsdp2.py": 2827, "train_embedding_fsdp2.py": 2329,
+SCRIPT_LINES = {"train_llm.py": 2915, "train_gsm8k_fsdp2.py": 2863, "train_embedding_fsdp2.py": 2329,
                 "train_sharding.py": 900}
 MAX_TOOL_LINES = 400
 MAX_MAIN_LINES = {"train_llm.py": 160, "train_gsm8k_fsdp2.py": 160, "train_embedding_fsdp2.py": 160,
